@@ -1,0 +1,319 @@
+"""Low-rank multimodal fusion (Liu et al., 2018), and the exact decompositions that it permits.
+
+    y = b + sum_r w_r * prod_m (A_m[r] z_m + c_m[r])                     (their Eq. 8; Eqs. 6-7 misplace the sum)
+
+R ranks, M modalities, modality m of width d_m, O outputs. The bias rows c_m stand for the constant 1 that the paper
+appends to every z_m. y is affine in each z_m, so whatever this module returns beside y is exact, not approximate.
+
+What is identified, that is: on what must two layers that compute the same function agree?
+- The function, `full_tensor`, `subset_terms`, `modality_gradient`, `bilinear_map`: always.
+- `rank_weights` or a factor's norm alone: never, because scale moves freely between the weight and the factors.
+- `rank_terms` and `rank_strength`, up to the order of the ranks: for three or more modalities if the factors satisfy
+  Kruskal's condition (the CP decomposition is then unique). For two modalities never, if R > 1: A_1 -> G A_1,
+  A_2 -> G^-T A_2 is the same function for every invertible G. There, `canonical_factors` are what is identified.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class CanonicalFactors(NamedTuple):
+    """Ordered components of a two-modality layer's interaction; see `LowRankMultimodalFusion.canonical_factors`."""
+
+    spectrum: Tensor
+    """(O, R), descending, >= 0, in units of the output"""
+    directions: tuple[Tensor, Tensor]
+    """p (O, R, d_1) and q (O, R, d_2); 0 where the spectrum is 0"""
+
+
+class LowRankMultimodalFusion(nn.Module):
+    """Fuse M latents into O outputs by a sum of R products of affine maps.
+
+    At initialisation every row [A_m[r], c_m[r]] has norm 1 and w_r = +-1/sqrt(R): for independent standard normal
+    latents each product then has second moment 1, whatever M and d_m. (Xavier on an (R, d + 1, O) tensor reads it as a
+    convolution kernel, and the output's std is (2/O)^(M/2).)
+
+    Args:
+        input_dims: widths d_1, ..., d_M of the latents; M = 1 is an affine map.
+        output_dim: number of outputs O. With O = 1 the output is the logit itself and R bounds its tensor's CP rank.
+        rank: number of rank terms R.
+        shared_factors: one set of factors for all outputs, y = b + Theta^T prod_m (A_m z_m + c_m) with Theta (R, O), in
+            place of own factors for each output (Liu et al.). For O = 1 both are the same function.
+        active_rank: keep only the first k rank terms (`rank_mask`). The layer is then exactly the rank-k layer, and
+            what is masked gets a gradient of exactly 0; layers that differ in k alone can be stacked, trained at once.
+
+    Raises:
+        ValueError: no modality, or a width, output_dim, rank or active_rank out of range.
+    """
+
+    def __init__(
+        self,
+        input_dims: Sequence[int],
+        output_dim: int = 1,
+        rank: int = 4,
+        *,
+        shared_factors: bool = False,
+        active_rank: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.input_dims = tuple(input_dims)
+        self.output_dim = output_dim
+        self.rank = rank
+        self.active_rank = rank if active_rank is None else active_rank
+        self.shared_factors = shared_factors
+        if not self.input_dims or min(self.input_dims) < 1:
+            raise ValueError(f"input_dims must be one or more widths of at least 1, got {self.input_dims}")
+        if output_dim < 1 or rank < 1:
+            raise ValueError(f"output_dim and rank must be at least 1, got {output_dim} and {rank}")
+        if not 1 <= self.active_rank <= rank:
+            raise ValueError(f"active_rank must lie between 1 and the rank {rank}, got {self.active_rank}")
+
+        # one row of factors per rank and output, or per rank alone; size 1 broadcasts over the outputs
+        self._split = (rank, 1 if shared_factors else output_dim)
+        self.projections = nn.ModuleList(nn.Linear(d, self._split[0] * self._split[1]) for d in self.input_dims)
+        self.rank_weights = nn.Parameter(torch.empty((rank, output_dim) if shared_factors else (rank,)))
+        self.bias = nn.Parameter(torch.empty(output_dim))
+        self.register_buffer("rank_mask", (torch.arange(rank) < self.active_rank).to(self.bias.dtype))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw unit rows [A_m[r], c_m[r]] and weights +-1/sqrt(active rank) from torch's global generator."""
+        for layer in self.projections:
+            rows = layer.weight.new_empty(layer.out_features, layer.in_features + 1).normal_()
+            rows = F.normalize(rows, dim=1)
+            layer.weight.copy_(rows[:, :-1])
+            layer.bias.copy_(rows[:, -1])
+        signs = torch.randint_like(self.rank_weights, 2) * 2 - 1
+        self.rank_weights.copy_(signs * self.active_rank**-0.5)
+        self.bias.zero_()
+
+    def extra_repr(self) -> str:
+        sizes = f"input_dims={self.input_dims}, output_dim={self.output_dim}, rank={self.rank}"
+        return f"{sizes}, active_rank={self.active_rank}, shared_factors={self.shared_factors}"
+
+    # ---- the function --------------------------------------------------------------------------------------------
+
+    def forward(self, latents: Sequence[Tensor]) -> Tensor:
+        """Fuse the latents.
+
+        Args:
+            latents: M tensors (..., d_m) with the same leading dimensions, any number of them and of any size.
+
+        Returns:
+            y (..., O) in the dtype of the bias. Under autocast the product is taken in float32: in half precision a
+            product of M factors over- or underflows.
+
+        Raises:
+            ValueError: wrong number of modalities, wrong widths, or leading dimensions that differ.
+        """
+        product, *others = self._project(latents)
+        for p in others:
+            product = product * p  # (..., R, O)
+        # not a matmul, which autocast would take in half precision
+        return ((product * self._weights()).sum(-2) + self.bias).to(self.bias.dtype)
+
+    def rank_terms(self, latents: Sequence[Tensor]) -> Tensor:
+        """Split the output into the R weighted products; their sum over R, plus the bias, is the output.
+
+        Identified for three or more modalities under Kruskal's condition, not for two (module docstring).
+
+        Returns:
+            (..., R, O); masked ranks are 0.
+        """
+        terms = self._weights()  # (R, O), or (R, 1) for own factors
+        for p in self._project(latents):
+            terms = terms * p  # (..., R, O)
+        return terms
+
+    def subset_terms(self, latents: Sequence[Tensor]) -> dict[tuple[int, ...], Tensor]:
+        """Split the output into what each subset of the modalities contributes together.
+
+        Multiplied out, the products give sum_r w_r prod_{m in S} A_m[r] z_m prod_{m not in S} c_m[r] for each subset S.
+        The terms sum to the output, and z_m = 0 removes exactly those whose subset holds m. They are identified, but
+        relative to the origin of the latents: shifting a latent moves parts of a term to smaller subsets.
+
+        Returns:
+            2^M tensors (..., O) keyed by ascending modality indices, small subsets first; () holds what no latent
+            moves, b + sum_r w_r prod_m c_m[r].
+        """
+        latents = self._checked(latents)
+        partial = {(): self._weights()}
+        for m, (z, layer) in enumerate(zip(latents, self.projections, strict=True)):
+            linear = _upcast(F.linear(z, layer.weight)).unflatten(-1, self._split)  # (..., R, O)
+            constant = _upcast(layer.bias).unflatten(-1, self._split)  # (R, O)
+            without = {subset: term * constant for subset, term in partial.items()}
+            partial = without | {(*subset, m): term * linear for subset, term in partial.items()}
+        terms = {subset: partial[subset].sum(-2) for subset in sorted(partial, key=lambda s: (len(s), s))}
+        terms[()] = (terms[()] + self.bias).expand(*latents[0].shape[:-1], self.output_dim)
+        return terms
+
+    def modality_gradient(self, latents: Sequence[Tensor], m: int) -> Tensor:
+        """Jacobian dy/dz_m in closed form; it does not depend on z_m, so y is exactly affine along it.
+
+        A change of z_m by at most eps in l_p thus moves y by at most eps ||dy/dz_m||_q, q dual to p; this is attained.
+
+        Returns:
+            (..., O, d_m).
+
+        Raises:
+            IndexError: no modality m.
+        """
+        if not 0 <= m < len(self.input_dims):
+            raise IndexError(f"modality {m} of a layer with {len(self.input_dims)} modalities")
+        projected = self._project(latents)
+        coefficient = self._weights().expand(*projected[0].shape[:-2], self.rank, self.output_dim)
+        for n, p in enumerate(projected):
+            if n != m:
+                coefficient = coefficient * p  # (..., R, O)
+        return torch.einsum("...ro,rod->...od", coefficient, self._rows(m)[..., :-1])  # (..., O, d_m)
+
+    # ---- the weights ---------------------------------------------------------------------------------------------
+
+    def full_tensor(self) -> Tensor:
+        """The interaction tensor that the factors stand for; for small widths, it has O prod_m (d_m + 1) entries.
+
+        Returns:
+            (O, d_1 + 1, ..., d_M + 1). Contracted with every [z_m; 1] it gives y; the bias b sits in its last corner.
+        """
+        operands: list[Tensor | list[int]] = [self._weights().expand(self.rank, self.output_dim), [0, 1]]
+        for m in range(len(self.input_dims)):
+            operands += [self._rows(m), [0, 1, m + 2]]
+        tensor = torch.einsum(*operands, [1, *range(2, len(self.input_dims) + 2)])  # (O, d_1 + 1, ..., d_M + 1)
+        corner = torch.zeros_like(tensor)
+        corner[(slice(None), *[-1] * len(self.input_dims))] = 1
+        return tensor + corner * self.bias.view(-1, *[1] * len(self.input_dims))
+
+    def rank_strength(self) -> Tensor:
+        """Frobenius norm of each rank-1 term, |w_r| prod_m ||[A_m[r], c_m[r]]||.
+
+        Moving scale between the factors and the weight does not change it, unlike |w_r| alone. For independent standard
+        normal latents it is the root mean square of the rank's term. Mixing the ranks of a two-modality layer (G in the
+        module docstring) does change it.
+
+        Returns:
+            (R, O); masked ranks are 0.
+        """
+        strength = self._weights().abs().expand(self.rank, self.output_dim)
+        for m in range(len(self.input_dims)):
+            strength = strength * torch.linalg.vector_norm(self._rows(m), dim=-1)  # (R, O)
+        return strength
+
+    def bilinear_map(self) -> Tensor:
+        """B = sum_r w_r a_r c_r^T of two modalities, so that subset_terms[(0, 1)] = z_1^T B z_2.
+
+        Returns:
+            (O, d_1, d_2).
+
+        Raises:
+            ValueError: the layer has not two modalities.
+        """
+        first, second = self._two_factors("bilinear_map")
+        weights = self._weights().expand(self.rank, self.output_dim)
+        return torch.einsum("ro,roi,roj->oij", weights, first, second)  # (O, d_1, d_2)
+
+    @torch.no_grad()
+    def canonical_factors(self, covariances: Sequence[Tensor]) -> CanonicalFactors:
+        """Singular value decomposition of S_1^1/2 B S_2^1/2, taken back to the latents: the identified rank factors.
+
+            z_1^T B z_2 = sum_k s_k (z_1 . p_k) (z_2 . q_k),     var(z_1 . p_k) = var(z_2 . q_k) = 1,
+
+        the coordinates of one modality being uncorrelated. s_k is the standard deviation of component k when z_1 and
+        z_2 are centred and independent. The spectrum is identified; so are the directions, up to rotations among equal
+        s_k and a common sign, fixed here by a positive largest entry of p_k. They describe the interaction alone: what
+        is linear in one latent is in `subset_terms`. No gradient.
+
+        A covariance may be singular: its root and pseudo-inverse come from its eigenvectors, without those whose
+        eigenvalue is below rounding, and the identity then holds for latents in its support. B is never formed: beside
+        two eigendecompositions this is a QR of two (d_m, R) and the SVD of one (R, R) per output, in float64.
+
+        Args:
+            covariances: S_1 (d_1, d_1) and S_2 (d_2, d_2) of the latents, symmetric, positive semi-definite.
+
+        Returns:
+            spectrum (O, R) and directions ((O, R, d_1), (O, R, d_2)); 0 beyond the rank of S_1^1/2 B S_2^1/2.
+
+        Raises:
+            ValueError: the layer has not two modalities, or a covariance has a wrong shape.
+        """
+        factors = self._two_factors("canonical_factors")
+        shapes = [tuple(s.shape) for s in covariances]
+        if shapes != [(d, d) for d in self.input_dims]:
+            raise ValueError(f"latents of widths {self.input_dims} need covariances (d_m, d_m), got {shapes}")
+
+        bases, triangles = [], []
+        for rows, covariance in zip(factors, covariances, strict=True):
+            root, inverse_root = _symmetric_roots(covariance)
+            q, r = torch.linalg.qr(root @ rows.double().permute(1, 2, 0))  # (O, d_m, R) = (O, d_m, k) (O, k, R)
+            bases.append(inverse_root @ q)
+            triangles.append(r)
+        weights = self._weights().expand(self.rank, self.output_dim).T.double()
+        core = (triangles[0] * weights[:, None, :]) @ triangles[1].mT  # (O, k_1, k_2)
+        u, s, vh = torch.linalg.svd(core, full_matrices=False)
+
+        # a component of no weight has no direction: what the SVD returns for it is rounding
+        alive = s > s[:, :1] * self.rank * torch.finfo(s.dtype).eps
+        p, q = (bases[0] @ u).mT * alive[..., None], (bases[1] @ vh.mT).mT * alive[..., None]  # (O, k, d_m)
+        sign = p.gather(-1, p.abs().argmax(-1, keepdim=True)).sign()
+        pad = self.rank - s.shape[-1]  # R may exceed a width, the spectrum not
+        dtype = self.bias.dtype
+        directions = tuple(F.pad(x * sign, (0, 0, 0, pad)).to(dtype) for x in (p, q))
+        return CanonicalFactors(F.pad(s * alive, (0, pad)).to(dtype), directions)
+
+    # ---- helpers -------------------------------------------------------------------------------------------------
+
+    def _checked(self, latents: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The latents, if their number, widths and leading dimensions fit."""
+        if isinstance(latents, Tensor):  # would iterate over its rows
+            raise ValueError(f"latents must be a sequence of tensors, got one tensor of shape {tuple(latents.shape)}")
+        fits = len(latents) == len(self.input_dims) and all(
+            z.shape[-1:] == (d,) and z.shape[:-1] == latents[0].shape[:-1]
+            for z, d in zip(latents, self.input_dims, strict=True)
+        )
+        if not fits:
+            shapes = [tuple(z.shape) for z in latents]
+            raise ValueError(
+                f"expected {len(self.input_dims)} latents (..., d_m), widths {self.input_dims}, got {shapes}"
+            )
+        return latents
+
+    def _project(self, latents: Sequence[Tensor]) -> list[Tensor]:
+        """A_m z_m + c_m for each modality, (..., R, O), or (..., R, 1) of shared factors."""
+        pairs = zip(self._checked(latents), self.projections, strict=True)
+        return [_upcast(layer(z)).unflatten(-1, self._split) for z, layer in pairs]
+
+    def _weights(self) -> Tensor:
+        """Masked weights, (R, 1), or Theta (R, O) of shared factors."""
+        weights = self.rank_weights if self.shared_factors else self.rank_weights[:, None]
+        return _upcast(weights * self.rank_mask[:, None])
+
+    def _rows(self, m: int) -> Tensor:
+        """[A_m, c_m], (R, O, d_m + 1); shared factors are repeated for each output."""
+        layer = self.projections[m]
+        rows = torch.cat([layer.weight, layer.bias[:, None]], dim=1).unflatten(0, self._split)
+        return rows.expand(self.rank, self.output_dim, -1)
+
+    def _two_factors(self, method: str) -> tuple[Tensor, Tensor]:
+        """A_1 (R, O, d_1) and A_2 (R, O, d_2), without the bias rows."""
+        if len(self.input_dims) != 2:
+            raise ValueError(f"{method} is defined for two modalities, this layer has {len(self.input_dims)}")
+        return self._rows(0)[..., :-1], self._rows(1)[..., :-1]
+
+
+def _upcast(x: Tensor) -> Tensor:
+    """float32 in place of half precision; float32 and float64 as they are."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _symmetric_roots(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """S^1/2 and the pseudo-inverse of it, float64 (d, d), from the eigenvectors of S (d, d)."""
+    values, vectors = torch.linalg.eigh(covariance.double())
+    # the rounding that matters is that of the dtype in which the covariance came
+    keep = values > values.max() * len(values) * torch.finfo(covariance.dtype).eps
+    root = torch.where(keep, values, 0).sqrt()
+    inverse_root = torch.where(keep, values, torch.inf).rsqrt()
+    return (vectors * root) @ vectors.mT, (vectors * inverse_root) @ vectors.mT
