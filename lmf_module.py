@@ -96,8 +96,6 @@ class LowRankMultimodalFusion(nn.Module):
         sizes = f"input_dims={self.input_dims}, output_dim={self.output_dim}, rank={self.rank}"
         return f"{sizes}, active_rank={self.active_rank}, shared_factors={self.shared_factors}"
 
-    # ---- the function --------------------------------------------------------------------------------------------
-
     def forward(self, latents: Sequence[Tensor]) -> Tensor:
         """Fuse the latents.
 
@@ -172,8 +170,6 @@ class LowRankMultimodalFusion(nn.Module):
                 coefficient = coefficient * p  # (..., R, O)
         return torch.einsum("...ro,rod->...od", coefficient, self._rows(m)[..., :-1])  # (..., O, d_m)
 
-    # ---- the weights ---------------------------------------------------------------------------------------------
-
     def full_tensor(self) -> Tensor:
         """The interaction tensor that the factors stand for; for small widths, it has O prod_m (d_m + 1) entries.
 
@@ -184,9 +180,8 @@ class LowRankMultimodalFusion(nn.Module):
         for m in range(len(self.input_dims)):
             operands += [self._rows(m), [0, 1, m + 2]]
         tensor = torch.einsum(*operands, [1, *range(2, len(self.input_dims) + 2)])  # (O, d_1 + 1, ..., d_M + 1)
-        corner = torch.zeros_like(tensor)
-        corner[(slice(None), *[-1] * len(self.input_dims))] = 1
-        return tensor + corner * self.bias.view(-1, *[1] * len(self.input_dims))
+        last_corner = [pad for d in reversed(self.input_dims) for pad in (d, 0)]
+        return tensor + F.pad(self.bias.view(-1, *[1] * len(self.input_dims)), last_corner)
 
     def rank_strength(self) -> Tensor:
         """Frobenius norm of each rank-1 term, |w_r| prod_m ||[A_m[r], c_m[r]]||.
@@ -263,8 +258,6 @@ class LowRankMultimodalFusion(nn.Module):
         dtype = self.bias.dtype
         directions = tuple(F.pad(x * sign, (0, 0, 0, pad)).to(dtype) for x in (p, q))
         return CanonicalFactors(F.pad(s * alive, (0, pad)).to(dtype), directions)
-
-    # ---- helpers -------------------------------------------------------------------------------------------------
 
     def _checked(self, latents: Sequence[Tensor]) -> Sequence[Tensor]:
         """The latents, if their number, widths and leading dimensions fit."""
