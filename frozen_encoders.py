@@ -1,0 +1,255 @@
+"""Frozen image and text encoders: pixels or texts in, one float32 vector each out.
+
+Which vector: ResNet-50, its global average pool (2048). A Hugging Face image model: its projected image embedding where
+it has one (CLIP, SigLIP), else its pooled output (ResNet, ConvNeXt, DINOv2), else the mean over its tokens (ViT, whose
+pooler most checkpoints lack). A Hugging Face text model: its projected text embedding where it has one (CLIP), else the
+mean over its tokens, or the first, [CLS].
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from corpus import InputError
+from encoder_weights import RANDOM_SEED, RESNET50_FILES, EncoderSource, find_encoder, resnet50_file
+from image_decoding import Preprocessing
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# the poolers of these are no part of any feature, and many checkpoints lack their weights
+POOLER_OPTIONAL = {"bert", "roberta", "xlm-roberta", "camembert", "mpnet", "vit", "deit"}
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """All the choices that change the value of a feature."""
+
+    image_encoder: str = "resnet50"
+    """resnet50, a file of its weights, or a Hugging Face model by name or folder; random:X draws weights from seed 0"""
+    image_weights: str = "IMAGENET1K_V1"
+    """torchvision's weights for resnet50: IMAGENET1K_V1 (as in the papers) or IMAGENET1K_V2"""
+    image_resize: str = "squash"
+    """squash keeps the whole picture, captions included; crop cuts the centre out, as ImageNet's evaluation does"""
+    image_size: int = 224
+    """side of the encoder's input in pixels; a Hugging Face model whose config names a size uses that one"""
+    text_encoder: str = "bert-base-uncased"
+    """a Hugging Face model by name or folder; random:X draws X's weights from seed 0"""
+    text_pooling: str = "mean"
+    """mean over the tokens, or cls: the first token"""
+
+    def check(self) -> None:
+        """Raise InputError naming the flag of the first choice that does not exist."""
+        choices = {
+            "image_weights": list(RESNET50_FILES),
+            "image_resize": ["squash", "crop"],
+            "text_pooling": ["mean", "cls"],
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise InputError(
+                    f"--{name.replace('_', '-')} {getattr(self, name)}: choose one of {', '.join(allowed)}"
+                )
+        if not 8 <= self.image_size <= 4096:
+            raise InputError(f"--image-size {self.image_size}: choose a size between 8 and 4096 pixels")
+
+
+def compute_dtype(device: str) -> str:
+    """Arithmetic of the encoders: part of a feature's identity, since it changes its value."""
+    return "bfloat16 autocast" if device.startswith("cuda") else "float32"
+
+
+def find_image_encoder(config: EncoderConfig) -> EncoderSource:
+    """Where the image encoder's weights are. Raises InputError with the remedy."""
+    return find_encoder(config.image_encoder, "--image-encoder", config.image_weights)
+
+
+def find_text_encoder(config: EncoderConfig) -> EncoderSource:
+    """Where the text encoder's weights are. Raises InputError with the remedy."""
+    return find_encoder(config.text_encoder, "--text-encoder")
+
+
+def image_identity(config: EncoderConfig, source: EncoderSource, device: str) -> dict[str, object]:
+    """Everything that changes an image vector's value."""
+    how = {"resize": config.image_resize, "size": config.image_size, "filter": "Pillow, antialiased"}
+    return {"encoder": source.identity, "preprocessing": how, "compute": compute_dtype(device), "version": 1}
+
+
+def text_identity(config: EncoderConfig, source: EncoderSource, device: str) -> dict[str, object]:
+    """Everything that changes a text vector's value."""
+    return {"encoder": source.identity, "pooling": config.text_pooling, "compute": compute_dtype(device), "version": 1}
+
+
+def image_preprocessing(config: EncoderConfig, source: EncoderSource) -> Preprocessing:
+    """How pictures are brought into the encoder's shape: its own size, mean, standard deviation and filter."""
+    if not source.is_folder:
+        shorter = 232 if config.image_weights == "IMAGENET1K_V2" else 256  # torchvision's, for an input of 224
+        resize = round(config.image_size * shorter / 224)
+        return Preprocessing(config.image_resize, config.image_size, resize, IMAGENET_MEAN, IMAGENET_STD)
+    from transformers import AutoConfig  # config.json may leave the size to the class's default
+
+    model_config = AutoConfig.from_pretrained(source.path)
+    size = getattr(getattr(model_config, "vision_config", model_config), "image_size", None) or config.image_size
+    size = size if isinstance(size, int) else size[0]
+    path = source.path / "preprocessor_config.json"
+    own = json.loads(path.read_bytes()) if path.is_file() else {}
+    mean, std = own.get("image_mean", IMAGENET_MEAN), own.get("image_std", IMAGENET_STD)
+    resample = own.get("resample", Preprocessing.resample)
+    return Preprocessing(config.image_resize, size, round(size * 256 / 224), tuple(mean), tuple(std), resample)
+
+
+class ImageEncoder:
+    """Frozen image tower: uint8 pixels (b, S, S, 3) -> float32 (b, d)."""
+
+    def __init__(self, config: EncoderConfig, source: EncoderSource, device: str) -> None:
+        self.device = device
+        how = image_preprocessing(config, source)
+        self.mean = torch.tensor(how.mean, device=device).view(3, 1, 1) * 255
+        self.std = torch.tensor(how.std, device=device).view(3, 1, 1) * 255
+        model = _hugging_face_model(source) if source.is_folder else _resnet50(source)
+        self.model = model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+
+    @torch.inference_mode()
+    def __call__(self, pixels: np.ndarray) -> Tensor:
+        """Encode one batch."""
+        # (b, S, S, 3) seen as (b, 3, S, S) is channels_last already
+        x = torch.from_numpy(pixels).to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+        x = (x.float() - self.mean) / self.std
+        with _autocast(self.device):
+            features = _image_features(self.model, x)
+        return features.float().cpu()
+
+
+class TextEncoder:
+    """Frozen text tower with its tokenizer: texts -> float32 (b, d)."""
+
+    def __init__(self, config: EncoderConfig, source: EncoderSource, device: str) -> None:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and forked decoders do not go together
+        from transformers import AutoTokenizer
+
+        self.device, self.pooling = device, config.text_pooling
+        self.tokenizer = AutoTokenizer.from_pretrained(source.path)
+        self.model = _hugging_face_model(source).eval().requires_grad_(False).to(device)
+        settings = getattr(self.model.config, "text_config", self.model.config)
+        positions = getattr(settings, "max_position_embeddings", 512)
+        if "roberta" in settings.model_type:  # its positions begin after the padding index
+            positions -= settings.pad_token_id + 1
+        self.max_length = min(self.tokenizer.model_max_length, positions)
+        self.pads_fully = "siglip" in settings.model_type  # it was trained on texts padded to the full length
+
+    def tokenize(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text, cut at the encoder's maximum."""
+        if not texts:
+            return []
+        return self.tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
+
+    @torch.inference_mode()
+    def __call__(self, tokens: list[list[int]]) -> Tensor:
+        """Encode one batch of token id lists."""
+        length = self.max_length if self.pads_fully else max(map(len, tokens))
+        ids = torch.full((len(tokens), length), self.tokenizer.pad_token_id or 0)
+        mask = torch.zeros_like(ids)
+        for row, row_ids in enumerate(tokens):
+            ids[row, : len(row_ids)] = torch.tensor(row_ids, dtype=torch.long)
+            mask[row, : len(row_ids)] = 1
+        ids, mask = ids.to(self.device), mask.to(self.device)
+        with _autocast(self.device):
+            features = _text_features(self.model, ids, mask, self.pooling)
+        return features.float().cpu()
+
+
+def _autocast(device: str) -> torch.autocast:
+    return torch.autocast(device.split(":")[0], torch.bfloat16, enabled=device.startswith("cuda"))
+
+
+def _image_features(model: nn.Module, x: Tensor) -> Tensor:
+    """One vector (b, d) per image, by the rule at the top of this file."""
+    if hasattr(model, "get_image_features"):
+        output = model.get_image_features(pixel_values=x)
+        return output if isinstance(output, Tensor) else output.pooler_output
+    if not hasattr(model, "config"):
+        return model(x)
+    output = model(pixel_values=x)
+    pooled = getattr(output, "pooler_output", None)
+    return output.last_hidden_state.mean(1) if pooled is None else pooled.flatten(1)
+
+
+def _text_features(model: nn.Module, ids: Tensor, mask: Tensor, pooling: str) -> Tensor:
+    """One vector (b, d) per text, by the rule at the top of this file; ids and mask (b, t)."""
+    if hasattr(model, "get_text_features"):
+        output = model.get_text_features(input_ids=ids, attention_mask=mask)
+        return output if isinstance(output, Tensor) else output.pooler_output
+    hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state  # (b, t, d)
+    if pooling == "cls":
+        return hidden[:, 0]
+    weight = mask.unsqueeze(-1).to(hidden.dtype)  # (b, t, 1)
+    return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)
+
+
+def _resnet50(source: EncoderSource) -> nn.Module:
+    """torchvision's ResNet-50 up to its pool: (b, 3, S, S) -> (b, 2048)."""
+    path = resnet50_file(source)
+    from torchvision.models import resnet50
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(RANDOM_SEED)
+        model = resnet50(weights=None)
+    if path is not None:
+        state = _read_weights(path, source)
+        try:
+            model.load_state_dict(
+                {key: value for key, value in state.items() if not key.startswith("fc.")}, strict=False
+            )
+            missing = [key for key in model.state_dict() if key not in state and not key.startswith("fc.")]
+        except RuntimeError:
+            missing = ["weights of the right shape"]
+        # checkpoints from before torch 0.4.1 do not count batches; nothing in eval mode does
+        missing = [key for key in missing if not key.endswith("num_batches_tracked")]
+        if missing:
+            raise InputError(f"{source.flag} {source.name}: not a ResNet-50 of torchvision, it lacks {missing[0]}")
+    model.fc = nn.Identity()
+    return model
+
+
+def _read_weights(path: Path, source: EncoderSource) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file ends in any of a dozen exceptions inside the two readers
+        raise InputError(f"{source.flag} {path}: is not a readable file of weights; fetch it again") from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise InputError(f"{source.flag} {path}: holds no plain state dict of tensors")
+    return state
+
+
+def _hugging_face_model(source: EncoderSource) -> nn.Module:
+    """A Hugging Face model in float32, with all its weights from disk or all seeded."""
+    from transformers import AutoConfig, AutoModel
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # weights that are missing or left over are judged below
+    logging.disable_progress_bar()
+    try:
+        config = AutoConfig.from_pretrained(source.path)
+        options = {"add_pooling_layer": False} if config.model_type in POOLER_OPTIONAL else {}
+        if source.is_random:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(RANDOM_SEED)
+                return AutoModel.from_config(config, dtype=torch.float32, **options)
+        model, report = AutoModel.from_pretrained(
+            source.path, dtype=torch.float32, local_files_only=True, output_loading_info=True, **options
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise InputError(
+            f"{source.flag} {source.name}: cannot be loaded ({' '.join(str(error).split())[:160]})"
+        ) from error
+    missing = sorted(map(str, report["missing_keys"])) + sorted(map(str, report.get("mismatched_keys", [])))
+    if missing:  # transformers would fill them with random numbers
+        raise InputError(f"{source.flag} {source.name}: its files lack {len(missing)} weights, {missing[0]} among them")
+    return model

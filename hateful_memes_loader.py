@@ -1,0 +1,276 @@
+"""Hateful Memes (Kiela et al., 2020) on disk -> frozen image and text vectors, split by split, cached.
+
+    corpus = load_hateful_memes(Path("data/train.jsonl"), None, EncoderConfig(), Path("cache"))
+    corpus.splits["train"].features["image"].shape  # (8500, 2048)
+
+Rows are keyed on `img`; everything a user can get wrong raises InputError with one line that names the remedy.
+"""
+
+import hashlib
+import json
+import random
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from corpus import Corpus, InputError, Split
+from encoder_weights import EncoderSource
+from feature_cache import FeatureCache
+from feature_extraction import encode_images, encode_texts
+from frozen_encoders import EncoderConfig, find_image_encoder, find_text_encoder, image_identity, text_identity
+from image_decoding import digest_images
+from meme_annotations import SELECTION_NAMES, Meme, find_annotations, read_annotations
+from torchrun_processes import Processes, current_processes
+
+KAGGLE_HANDLE = "parthplc/facebook-hateful-meme-dataset/versions/1"  # unpinned, it asks the network even when cached
+HOLDOUT_SHARE = 0.15
+LISTED = 5  # bad files that an error message names; it counts them all
+
+Rows = dict[str, list[Meme]]
+
+
+@dataclass(frozen=True)
+class _Images:
+    """What is known of the image files: path of each img, content digest of each good path, reason of each bad img."""
+
+    paths: dict[str, Path]
+    digests: dict[str, str]
+    bad: dict[str, str]
+
+
+def load_hateful_memes(
+    jsonl: Path,
+    img_dir: Path | None,
+    encoders: EncoderConfig,
+    cache_dir: Path,
+    *,
+    bad_images: Literal["error", "skip"] = "error",
+    device: str = "cpu",
+    workers: int | None = None,
+    progress: bool = True,
+) -> Corpus:
+    """Load every split beside `jsonl` (train.jsonl, or the folder with it) as image and text vectors.
+
+    `img_dir` holds the image files; None means the img folder beside the jsonl. `workers` decode images (None: by the
+    number of cores). Under torchrun every process must call it, after `join_processes`; all get the same corpus.
+    Raises InputError, in all processes alike.
+    """
+    processes = current_processes(str(device))
+    with processes.together():
+        encoders.check()
+        files = find_annotations(Path(jsonl))
+        notes: list[str] = []
+        rows: Rows = {}
+        for name, path in files.items():
+            rows[name], note = read_annotations(path)
+            notes += [note] if note else []
+        selection = next((name for name in SELECTION_NAMES if name in rows), "holdout")
+        _check_labels(rows, files, selection)
+        paths = _image_paths(rows, files["train"].parent, img_dir)
+    images = _digest(paths, processes)
+    with processes.together():
+        _refuse_or_drop(rows, images.bad, bad_images, files)
+        sources = {"image": find_image_encoder(encoders), "text": find_text_encoder(encoders)}
+        caches, provenance = _open_caches(encoders, sources, Path(cache_dir), str(device))
+    files_by_digest = {images.digests[img]: images.paths[img] for img in sorted(images.digests, reverse=True)}
+    undecodable = encode_images(
+        files_by_digest,
+        caches["image"],
+        encoders,
+        sources["image"],
+        processes,
+        workers=workers,
+        stop_at_bad=bad_images == "error",
+        progress=progress,
+    )
+    images.bad.update({img: undecodable[d] for img, d in images.digests.items() if d in undecodable})
+    _refuse_or_drop(rows, images.bad, bad_images, files)
+    if selection == "holdout":
+        notes.append(_hold_out(rows, images.digests, files["train"]))
+    _check_labels(rows, files, selection)
+    texts = {_text_digest(meme.text): meme.text for memes in rows.values() for meme in memes}
+    encode_texts(texts, caches["text"], encoders, sources["text"], processes, progress=progress)
+    notes += _overlap_notes(rows, images.digests)
+    if images.bad:
+        notes.append(f"{len(images.bad)} images could not be used; their rows are skipped (--bad-images skip)")
+    provenance |= {
+        "data_fingerprint": _data_fingerprint(rows, images.digests),
+        "rows": {name: len(memes) for name, memes in rows.items()},
+        "skipped": [{"img": img, "reason": reason} for img, reason in sorted(images.bad.items())],
+    }
+    splits = {name: _split(memes, images.digests, caches) for name, memes in rows.items()}
+    return Corpus("hateful_memes", "binary", splits, selection, notes, provenance)
+
+
+def download_hateful_memes() -> tuple[Path, Path]:
+    """Fetch the Kaggle copy (or find it where kagglehub keeps it): (train.jsonl, image folder).
+
+    Raises InputError with the remedy where it cannot be had.
+    """
+    remedy = "download it by hand from kaggle.com/datasets/parthplc/facebook-hateful-meme-dataset and set --jsonl"
+    try:
+        import kagglehub
+    except ImportError as error:
+        raise InputError(f"--download: needs kagglehub; pip install kagglehub, or {remedy}") from error
+    try:
+        folder = Path(kagglehub.dataset_download(KAGGLE_HANDLE))
+    except (OSError, ValueError, kagglehub.exceptions.DataCorruptionError) as error:  # HTTP errors are OSErrors
+        reason = " ".join(str(error).split())[:120]
+        raise InputError(f"--download: {KAGGLE_HANDLE} cannot be fetched ({reason}); {remedy} or REAL_PATH") from error
+    train = find_annotations(folder)["train"]
+    return train, train.parent / "img"
+
+
+def _check_labels(rows: Rows, files: dict[str, Path], selection: str) -> None:
+    """What is trained and selected upon must have labels, of both kinds."""
+    for name in ("train", selection):
+        labels = {meme.label for meme in rows.get(name, [])}
+        if not labels:
+            continue
+        path = files.get(name, files["train"])
+        if labels == {None}:
+            raise InputError(f"{path}: no row has a label; {name} needs them")
+        if len(labels) == 1:
+            raise InputError(f"{path}: all labels of {name} are {labels.pop()}; both 0 and 1 are needed")
+
+
+def _image_paths(rows: Rows, folder: Path, img_dir: Path | None) -> dict[str, Path]:
+    """Where each img lies: `img_dir` stands for the first part of `img`, unless it holds a folder of that name."""
+    imgs = {meme.img for memes in rows.values() for meme in memes}
+    if img_dir is None:
+        roots = {img.split("/")[0] for img in imgs if "/" in img}
+        if roots and not any((folder / root).is_dir() for root in roots):
+            raise InputError(f"{folder / min(roots)}: no such image folder; set --img-dir (or REAL_PATH) to it")
+        return {img: folder / img for img in imgs}
+    img_dir = Path(img_dir).expanduser()
+    if not img_dir.is_dir():
+        raise InputError(f"{img_dir}: no such image folder; set --img-dir (or REAL_PATH) to it")
+    paths = {}
+    for img in imgs:
+        head, _, rest = img.partition("/")
+        paths[img] = img_dir / (rest if rest and not (img_dir / head).is_dir() else img)
+    return paths
+
+
+def _digest(paths: dict[str, Path], processes: Processes) -> _Images:
+    """Content digests of all image files, hashed in equal parts by all processes."""
+    imgs = sorted(paths)
+    mine = processes.share(imgs)
+    digests, bad = digest_images([paths[img] for img in mine])
+    images = _Images(paths, {}, {})
+    for part in processes.gather(
+        ({img: digests.get(paths[img]) for img in mine}, {img: bad.get(paths[img]) for img in mine})
+    ):
+        images.digests.update({img: digest for img, digest in part[0].items() if digest})
+        images.bad.update({img: reason for img, reason in part[1].items() if reason})
+    return images
+
+
+def _refuse_or_drop(rows: Rows, bad: dict[str, str], bad_images: str, files: dict[str, Path]) -> None:
+    """With bad images: raise an InputError that counts them, or drop their rows from `rows` in place."""
+    if not bad:
+        return
+    if bad_images == "error":
+        named = ", ".join(f"{img} ({reason})" for img, reason in sorted(bad.items())[:LISTED])
+        more = f" and {len(bad) - LISTED} more" if len(bad) > LISTED else ""
+        total = len({meme.img for memes in rows.values() for meme in memes})
+        raise InputError(
+            f"{len(bad)} of {total} images cannot be used: {named}{more}; replace them or pass --bad-images skip"
+        )
+    for name in rows:
+        rows[name] = [meme for meme in rows[name] if meme.img not in bad]
+        if not rows[name]:
+            raise InputError(f"{files[name]}: no image of this split can be used, nothing is left; check --img-dir")
+
+
+def _open_caches(
+    config: EncoderConfig, sources: dict[str, EncoderSource], cache_dir: Path, device: str
+) -> tuple[dict[str, FeatureCache], dict[str, object]]:
+    """The caches of both encoders, and what is to be said of the encoders in a run's config.json."""
+    identities = {
+        "image": image_identity(config, sources["image"], device),
+        "text": text_identity(config, sources["text"], device),
+    }
+    caches = {kind: FeatureCache(cache_dir, kind, identity) for kind, identity in identities.items()}
+    encoders = {kind: {"name": sources[kind].name, **identity} for kind, identity in identities.items()}
+    return caches, {"encoders": encoders, "encoder_config": asdict(config)}
+
+
+def _hold_out(rows: Rows, digests: dict[str, str], train: Path) -> str:
+    """Move a seeded 15 % of train to a split `holdout`, in place; returns the note that goes with it.
+
+    Memes that share an image or a text stay on one side.
+    """
+    memes = rows["train"]
+    groups = _groups(memes, digests)
+    random.Random(0).shuffle(groups)
+    room = round(HOLDOUT_SHARE * len(memes))
+    held: set[str] = set()
+    for group in groups:
+        if len(held) + len(group) <= room:
+            held |= group
+    kept = [meme for meme in memes if meme.img not in held]
+    holdout = [meme for meme in memes if meme.img in held]
+    if len({meme.label for meme in kept}) < 2 or len({meme.label for meme in holdout}) < 2:
+        raise InputError(f"{train}: too few distinct memes to hold some out; put a dev.jsonl beside it")
+    others = {name: split for name, split in rows.items() if name != "train"}
+    rows.clear()
+    rows.update({"train": kept, "holdout": holdout} | others)
+    return (
+        f"no dev split: {len(holdout)} of {len(memes)} rows were cut from train as `holdout`; AUROC on such a slice is "
+        f"about .1 too high on this data set"
+    )
+
+
+def _groups(memes: list[Meme], digests: dict[str, str]) -> list[set[str]]:
+    """Connected components of memes (by img) that share an image's content or a text, in a fixed order."""
+    parent: dict[str, str] = {}
+
+    def root(node: str) -> str:
+        while parent.setdefault(node, node) != node:
+            parent[node] = parent[parent[node]]  # halve the path, so that long chains stay cheap
+            node = parent[node]
+        return node
+
+    for meme in memes:
+        parent[root("image " + digests[meme.img])] = root("text " + meme.text.strip().lower())
+    groups: dict[str, set[str]] = {}
+    for meme in sorted(memes, key=lambda meme: meme.img):
+        groups.setdefault(root("image " + digests[meme.img]), set()).add(meme.img)
+    return list(groups.values())
+
+
+def _text_digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _overlap_notes(rows: Rows, digests: dict[str, str]) -> list[str]:
+    """Memes (same picture, same text) that a later split shares with an earlier one."""
+    notes = []
+    content = {name: Counter((digests[meme.img], meme.text) for meme in memes) for name, memes in rows.items()}
+    names = list(rows)
+    for place, later in enumerate(names):
+        for earlier in names[:place]:
+            shared = sum(count for meme, count in content[later].items() if meme in content[earlier])
+            if shared:
+                notes.append(f"{shared} of {len(rows[later])} memes of {later} are also in {earlier}")
+    return notes
+
+
+def _data_fingerprint(rows: Rows, digests: dict[str, str]) -> str:
+    """SHA-256 of all splits: names, rows in order, and the content of their images."""
+    content = {
+        name: [(meme.img, meme.label, meme.text, digests[meme.img]) for meme in memes] for name, memes in rows.items()
+    }
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _split(memes: list[Meme], digests: dict[str, str], caches: dict[str, FeatureCache]) -> Split:
+    image = [caches["image"].vectors[digests[meme.img]] for meme in memes]
+    text = [caches["text"].vectors[_text_digest(meme.text)] for meme in memes]
+    labels = [meme.label for meme in memes]
+    target = None if None in labels else torch.tensor(labels, dtype=torch.float32)
+    return Split({"image": torch.stack(image), "text": torch.stack(text)}, target, [meme.img for meme in memes])
