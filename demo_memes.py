@@ -100,7 +100,7 @@ def draw_demo(folder: Path, seed: int = 0) -> Path:
 
 
 def draw_meme(picture: int, text: str, rng: random.Random) -> Image.Image:
-    """One RGB meme of SIZE: scene number `picture` with jittered colours and places, `text` drawn across the bottom."""
+    """One RGB meme of SIZE: scene number `picture` with jittered colours and places, `text` drawn over it."""
     top, bottom, ground, motif = list(PICTURES.values())[picture]
     width, height = SIZE
     jitter = [rng.randint(-18, 18) for _ in range(3)]
@@ -115,7 +115,7 @@ def draw_meme(picture: int, text: str, rng: random.Random) -> Image.Image:
             [(0, y), (width, y)], fill=tuple(int((1 - mix) * a + mix * b) for a, b in zip(top, bottom, strict=True))
         )
     _MOTIFS[motif](draw, rng, horizon)
-    _draw_caption(draw, text)
+    _draw_caption(draw, text, rng)
     return image
 
 
@@ -197,15 +197,20 @@ _MOTIFS = {
 }
 
 
-def _draw_caption(draw: ImageDraw.ImageDraw, text: str) -> None:
-    """White letters with a black rim, in two lines at the foot of the picture, as memes have them."""
+def _draw_caption(draw: ImageDraw.ImageDraw, text: str, rng: random.Random) -> None:
+    """White letters with a black rim, as memes have them, in two lines at the foot or at the head of the picture.
+
+    Size, place and line break vary, so that the width of a caption does not tell the image encoder which phrase it is.
+    """
     words = text.split()
-    half = (len(words) + 1) // 2
-    font = ImageFont.load_default(size=15)
-    for line, y in ((words[:half], SIZE[1] - 38), (words[half:], SIZE[1] - 20)):
-        draw.text(
-            (SIZE[0] / 2, y), " ".join(line), font=font, fill="white", stroke_width=1, stroke_fill="black", anchor="ma"
-        )
+    size = rng.randint(10, 15)
+    font = ImageFont.load_default(size=size)
+    cut = len(words) // 2 + rng.randint(-1, 1)
+    y = rng.choice([rng.randint(2, 10), SIZE[1] - 2 * size - rng.randint(8, 16)])
+    for line in (words[:cut], words[cut:]):
+        x = SIZE[0] / 2 + rng.randint(-8, 8)
+        draw.text((x, y), " ".join(line), font=font, fill="white", stroke_width=1, stroke_fill="black", anchor="ma")
+        y += size + 4
 
 
 def _write_bert_architecture(folder: Path) -> None:

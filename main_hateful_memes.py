@@ -1,0 +1,380 @@
+"""Train jWAE + LMF on Hateful Memes, beside its baselines, and report every score with its spread.
+
+python main_hateful_memes.py                      the embedded demo: drawn memes, no download
+python main_hateful_memes.py --jsonl hm/train.jsonl --img-dir hm/img      the real data set
+"""
+
+import contextlib
+import io
+import itertools
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+import tyro
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+
+import report
+from corpus import Corpus, InputError
+from demo_memes import draw_demo
+from frozen_encoders import EncoderConfig
+from fusion_model import FusionEnsemble, FusionModel
+from hateful_memes_loader import download_hateful_memes, load_hateful_memes
+from jwae_module import info_nce, margin_ranking, mmd_penalty, reconstruction_error
+from metrics import binary_scores
+from run_folder import MetricsLog, open_run, save_ensembles, write_predictions, write_results
+from torchrun_processes import Processes, current_processes, join_processes, leave_processes
+from training import Batch, Member, NonFiniteLoss, Schedule, Trained, train
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Your data: the train.jsonl of the Hateful Memes release (dev and test are found beside it) and its folder of images.
+# Left empty, the script trains on a demo that it draws itself. --jsonl and --img-dir override this.
+REAL_PATH = {"jsonl": "", "img_dir": ""}
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train jWAE + LMF on Hateful Memes. Without --jsonl, --download or an edited REAL_PATH: on an embedded demo."""
+
+    # ---- data
+    jsonl: Path | None = None
+    """train.jsonl of the release (overrides REAL_PATH); dev and test splits are found beside it"""
+    img_dir: Path | None = None
+    """folder of the images; default: where the jsonl's `img` paths lead"""
+    download: bool = False
+    """fetch the Kaggle copy of the data set (phase 1) with kagglehub, and train on it"""
+    bad_images: Literal["error", "skip"] = "error"
+    """what to do about images that cannot be read: stop and list them, or drop them and record which"""
+    cache_dir: Path = Path("cache")
+    """where features (and the demo) are kept between runs"""
+    workers: int | None = None
+    """processes that decode images; default: by the number of cores"""
+
+    # ---- frozen encoders (None: pretrained ResNet-50 and BERT; in the demo the same architectures with random weights)
+    image_encoder: str | None = None
+    """resnet50, a Hugging Face name, a local model folder or a ResNet-50 weights file; random:NAME draws the weights"""
+    image_weights: Literal["IMAGENET1K_V1", "IMAGENET1K_V2"] = "IMAGENET1K_V1"
+    """which of torchvision's ResNet-50 weights"""
+    image_resize: Literal["squash", "crop"] = "squash"
+    """squash the whole image to a square, or resize and cut the centre out (which cuts captions off)"""
+    image_size: int | None = None
+    """pixels on a side that the image encoder sees; default 224 (demo: 112)"""
+    text_encoder: str | None = None
+    """a Hugging Face name (default bert-base-uncased) or a local model folder; random:NAME draws the weights"""
+    text_pooling: Literal["mean", "cls"] = "mean"
+    """mean of the token vectors, or the vector of the CLS token"""
+
+    # ---- model
+    latent_dim: int = 32
+    """width L of the latents"""
+    hidden_dim: int = 128
+    """width of the encoders' and decoders' hidden layer"""
+    rank: int = 4
+    """number of rank-1 terms R; for one logit this is the CP rank of the interaction"""
+
+    # ---- objective: BCE + mmd * MMD^2 + reconstruction * squared error + alignment * pair alignment
+    mmd_weight: float = 0.1
+    """weight of the MMD to the Gaussian prior; 0 turns the prior off"""
+    reconstruction_weight: float = 0.1
+    """weight of the reconstruction error"""
+    alignment_weight: float = 0.0
+    """weight of the alignment of a meme's image and text latents"""
+    alignment: Literal["info_nce", "margin"] = "info_nce"
+    """which alignment: symmetric InfoNCE, or the margin ranking loss of the jWAE paper"""
+
+    # ---- training
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    """one member per seed; all are trained at once"""
+    epochs: int = 40
+    """at most; see --patience"""
+    patience: int = 10
+    """epochs without a better dev AUROC after which a member stops"""
+    batch_size: int = 64
+    """examples per step"""
+    learning_rate: float = 1e-3
+    """of Adam"""
+    weight_decay: float = 0.01
+    """decoupled, on weight matrices"""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes CUDA where there is one"""
+    compile: bool = False
+    """compile the training step (pays on long runs)"""
+
+    # ---- the run
+    name: str | None = None
+    """the run is kept in runs/NAME; default: demo or hateful_memes, with a number if that is taken"""
+    resume: bool = False
+    """go on with the run of that name where it was killed"""
+
+
+# ---- objective ---------------------------------------------------------------------------------------------------
+
+
+def objective(model, batch: Batch, alignment: str = "info_nce") -> dict[str, Tensor]:
+    """Loss terms of one model on one batch; their weighted sum is minimised.
+
+    batch.features holds (B, d_m) per modality, batch.target (B,) of 0 and 1.
+    """
+    output = model(batch.features)
+    terms = {
+        "bce": F.binary_cross_entropy_with_logits(output.logits.squeeze(-1), batch.target),
+        "mmd": torch.stack([mmd_penalty(z) for z in output.latents.values()]).mean(),
+        "reconstruction": reconstruction_error(output.standardised, output.reconstructions),
+    }
+    if len(output.latents) > 1:  # one modality alone has nothing to be aligned with
+        align = info_nce if alignment == "info_nce" else margin_ranking
+        terms["alignment"] = align(output.latents)
+    return terms
+
+
+def predict(model, features: dict[str, Tensor]) -> Tensor:
+    """Logits (N,) of one model."""
+    return model(features, reconstruct=False).logits.squeeze(-1)
+
+
+# ---- data --------------------------------------------------------------------------------------------------------
+
+
+def load(config: Config, processes: Processes) -> Corpus:
+    """The corpus that the flags and REAL_PATH ask for, as frozen features; every process of torchrun takes part."""
+    jsonl, img_dir = locate(config)
+    demo = jsonl is None and not config.download
+    with processes.together():  # one process fetches or draws, the others wait for it
+        if demo and processes.is_main:
+            report.print_demo_banner()
+            draw_demo(config.cache_dir / "demo_memes")
+        if config.download and processes.is_main:
+            jsonl, img_dir = download_hateful_memes()
+    jsonl, img_dir = processes.gather((jsonl, img_dir))[0]
+    if demo:
+        jsonl = config.cache_dir / "demo_memes" / "train.jsonl"
+    encoders = EncoderConfig(
+        image_encoder=config.image_encoder or ("random:resnet50" if demo else "resnet50"),
+        image_weights=config.image_weights,
+        image_resize=config.image_resize,
+        image_size=config.image_size or (112 if demo else 224),
+        text_encoder=config.text_encoder or (f"random:{jsonl.parent / 'bert'}" if demo else "bert-base-uncased"),
+        text_pooling=config.text_pooling,
+    )
+    options = {"bad_images": config.bad_images, "device": processes.device, "workers": config.workers}
+    corpus = load_hateful_memes(jsonl, img_dir, encoders, config.cache_dir, **options)
+    return replace(corpus, name="demo") if demo else corpus
+
+
+def locate(config: Config) -> tuple[Path | None, Path | None]:
+    """(jsonl, image folder) that the flags or else REAL_PATH name; (None, None) asks for the demo or the download."""
+    given = Path(REAL_PATH["jsonl"]) if REAL_PATH["jsonl"] else None, REAL_PATH["img_dir"]
+    jsonl = config.jsonl or (None if config.download else given[0])
+    img_dir = config.img_dir or (Path(given[1]) if given[1] and jsonl == given[0] else None)
+    if config.download and (config.jsonl or config.img_dir):
+        raise InputError("--download: brings its own files; leave --jsonl and --img-dir out")
+    if img_dir and jsonl is None:
+        raise InputError(
+            f"--img-dir {img_dir}: names images without captions; give --jsonl (or REAL_PATH['jsonl']) too"
+        )
+    return jsonl, img_dir
+
+
+# ---- models ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the score table: a model trained with every seed."""
+
+    label: str
+    modalities: tuple[str, ...]
+    fusion: Literal["lmf", "concatenation"] = "lmf"
+    active_rank: int | None = None
+
+
+def rows_of(config: Config) -> list[list[Row]]:
+    """What is trained; the rows of one inner list have one shape, and are trained in one stack."""
+    both = ("image", "text")
+    lmf = [Row(f"jWAE-LMF, rank {config.rank}", both, active_rank=config.rank)]
+    if config.rank > 1:
+        lmf.append(Row("jWAE-LMF, rank 1", both, active_rank=1))
+    return [
+        lmf,
+        [Row("concatenation + MLP", both, "concatenation")],
+        [Row("image only", both[:1])],
+        [Row("text only", both[1:])],
+    ]
+
+
+def train_rows(
+    config: Config, rows: list[Row], corpus: Corpus, folder: Path, log: MetricsLog, device: torch.device
+) -> tuple[list[FusionEnsemble], Trained]:
+    """Train every seed of every row of one shape at once; one ensemble per row."""
+    modalities, fusion = rows[0].modalities, rows[0].fusion
+    input_dims = {name: corpus.input_dims[name] for name in modalities}
+    shape = {
+        "input_dims": input_dims,
+        "latent_dim": config.latent_dim,
+        "hidden_dim": config.hidden_dim,
+        "rank": config.rank if len(modalities) > 1 else 1,  # one modality: an affine head, rank has no meaning
+        "fusion": fusion,
+    }
+    training, selection = (
+        replace(split, features={name: split.features[name] for name in modalities})
+        for split in (corpus.splits["train"], corpus.splits[corpus.selection])
+    )
+    fitted = FusionModel(**shape)
+    fitted.fit_standardisation(training.features)
+    standardisation = fitted.standardise.state_dict()
+
+    def build(member: Member) -> FusionModel:
+        model = FusionModel(**shape, active_rank=member.settings["active_rank"])
+        model.standardise.load_state_dict(standardisation)
+        return model
+
+    loss_weights = {"bce": 1.0, "mmd": config.mmd_weight, "reconstruction": config.reconstruction_weight}
+    if len(modalities) > 1:
+        loss_weights["alignment"] = config.alignment_weight
+    members = [
+        Member(seed, loss_weights, config.weight_decay, {"active_rank": row.active_rank})
+        for row in rows
+        for seed in config.seeds
+    ]
+    schedule = Schedule(config.epochs, config.batch_size, config.learning_rate, config.patience, config.compile)
+    with log.stack([row.label for row in rows], config.seeds, config.epochs) as on_epoch:
+        trained = train(
+            build,
+            members,
+            lambda model, batch: objective(model, batch, config.alignment),
+            predict,
+            training,
+            selection,
+            lambda logits, target: roc_auc_score(target, logits),
+            schedule,
+            device=device,
+            checkpoint=folder / "checkpoints" / f"{fusion}-{'-'.join(modalities)}.safetensors",
+            on_epoch=on_epoch,
+        )
+    ensembles = []
+    for i in range(0, len(members), len(config.seeds)):
+        ensemble = FusionEnsemble(**shape, members=len(config.seeds)).eval()
+        for empty, model in zip(ensemble.members, trained.models[i:], strict=False):
+            empty.load_state_dict(model.state_dict())
+        ensembles.append(ensemble)
+    return ensembles, trained
+
+
+# ---- the run -----------------------------------------------------------------------------------------------------
+
+
+def main(config: Config) -> None:
+    """Everything from files to report. Raises InputError for what the user can put right."""
+    check(config)
+    device = pick_device(config.device)
+
+    # ---- features, from the cache where they are there; under torchrun all processes extract, and one goes on
+    processes = join_processes(str(device))
+    corpus = load(config, processes)
+    leave_processes()
+    if not processes.is_main:
+        return
+
+    # ---- the run's folder
+    folder = open_run(config, corpus, device)
+    report.print_corpus(corpus, folder, device)
+
+    # ---- training: fusion and its baselines
+    ensembles: dict[str, FusionEnsemble] = {}
+    histories: dict[str, Trained] = {}
+    with MetricsLog(folder / "metrics.jsonl") as log:
+        for rows in rows_of(config):
+            trained_ensembles, trained = train_rows(config, rows, corpus, folder, log, device)
+            for row, ensemble in zip(rows, trained_ensembles, strict=True):
+                ensembles[row.label] = ensemble
+            histories[rows[0].label] = trained
+
+    # ---- scores on every labelled split
+    probabilities = {
+        label: {name: ensemble.predict_proba(split.features) for name, split in corpus.splits.items()}
+        for label, ensemble in ensembles.items()
+    }  # {row: {split: (S, N)}}
+    labelled = [name for name, split in corpus.splits.items() if split.target is not None and name != "train"]
+    scores = {
+        label: {name: binary_scores(p[name].numpy(), corpus.splits[name].target.numpy()) for name in labelled}
+        for label, p in probabilities.items()
+    }
+    report.print_scores(scores, corpus)
+
+    # ---- what the fusion has learned
+    main_row = next(iter(ensembles))
+    ranks = report.rank_report(ensembles[main_row], corpus.splits[corpus.selection].features)
+    report.print_ranks(ranks, corpus.selection)
+
+    # ---- everything to disk; results.json comes last and marks the run as complete
+    save_ensembles(folder, ensembles)
+    write_predictions(folder, corpus, probabilities[main_row], config.seeds)
+    report.draw(folder / "report.png", corpus, ensembles[main_row], histories[main_row], probabilities[main_row], ranks)
+    write_results(folder, scores, ranks, corpus)
+    print(
+        f"\nkept in {folder}/: report.png, results.json, metrics.jsonl, predictions_*.csv, "
+        "model.safetensors with config.json (FusionEnsemble.from_pretrained)"
+    )
+
+
+def check(config: Config) -> None:
+    """Raise InputError naming the first flag whose value makes no sense."""
+    at_least = {"latent_dim": 1, "hidden_dim": 1, "rank": 1, "epochs": 1, "patience": 1, "batch_size": 2, "workers": 0}
+    at_least |= {name: 0 for name in ("mmd_weight", "reconstruction_weight", "alignment_weight", "weight_decay")}
+    for name, least in at_least.items():
+        value = getattr(config, name)
+        if value is not None and not least <= value < float("inf"):  # also catches nan
+            raise InputError(f"--{name.replace('_', '-')} {value}: give a number from {least} up")
+    if not 0 < config.learning_rate < float("inf"):
+        raise InputError(f"--learning-rate {config.learning_rate}: give a number above 0, for instance 1e-3")
+    if not config.seeds or len(set(config.seeds)) < len(config.seeds) or min(config.seeds) < 0:
+        raise InputError(f"--seeds {' '.join(map(str, config.seeds))}: give different whole numbers from 0 up")
+    if config.image_size is not None and config.image_size < 32:
+        raise InputError(f"--image-size {config.image_size}: ResNet-50 needs at least 32 pixels on a side")
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that --device asks for."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: not available here; give cpu, cuda or auto") from error
+    return torch.device(name)
+
+
+def parse(arguments: list[str]) -> Config:
+    """Config from the command line; what cannot be parsed raises InputError with tyro's message on one line."""
+    stderr = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(stderr):
+            return tyro.cli(Config, args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+    # tyro draws a box: its title, the message, a rule, then hints
+    lines = [line.strip("│╭╰╮╯ ") for line in stderr.getvalue().splitlines()]
+    message = " ".join(itertools.takewhile(lambda line: line.strip("─"), lines[1:]))
+    raise InputError(f"{message.rstrip('.')}; --help lists what there is")
+
+
+def run(arguments: list[str]) -> int:
+    """The command line; returns the exit code: 0, 2 for bad input, 130 when interrupted."""
+    try:
+        main(parse(arguments))
+    except (InputError, NonFiniteLoss) as error:
+        current_processes().stop(error)
+    except KeyboardInterrupt:
+        print("interrupted; the same command with --resume goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))

@@ -1,0 +1,322 @@
+"""Train S members at once: one model and one batch in the objective, a stack of members in the step.
+
+A member is a seed plus whatever may differ without changing a shape: the weights of the loss terms, the weight decay,
+and what `build` makes of it (for instance a rank mask). Members with the same seed see the same batches in the same
+order, so differences between settings are paired; different seeds share nothing. The random numbers of an epoch are
+a function of (seed, epoch) alone: a resumed run needs no generator state, and no member depends on its companions.
+"""
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value, stack_module_state, vmap
+
+from atomic_files import write_safetensors
+from corpus import InputError, Split
+
+EVALUATION_CHUNK = 1024  # examples at a time: bounds the memory of S members' hidden layers
+
+
+class Batch(NamedTuple):
+    """B examples as the objective sees them."""
+
+    features: dict[str, Tensor]  # (B, d_m)
+    target: Tensor  # (B,) or (B, O)
+
+
+@dataclass(frozen=True)
+class Member:
+    """One training among S."""
+
+    seed: int
+    loss_weights: Mapping[str, float]
+    """weight of each term that the objective names; a term without a weight is an error"""
+    weight_decay: float = 0.0
+    """decoupled (AdamW), on weight matrices alone"""
+    settings: Mapping[str, float | int | str] = field(default_factory=dict)
+    """whatever `build` needs to know; part of the checkpoint's identity"""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What all members have in common."""
+
+    epochs: int = 40
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    patience: int = 10
+    """epochs without a better selection score after which a member stops"""
+    compile: bool = False
+    checkpoint_seconds: float = 10.0
+    """least time between two checkpoints; results do not depend on it"""
+
+
+@dataclass
+class Trained:
+    """S trained members, each at its best epoch."""
+
+    models: list[nn.Module]
+    best_epoch: list[int]
+    best_score: list[float]
+    history: list[dict]
+    """one record per epoch: {"epoch", "loss": {term: [S]}, "score": [S]}"""
+
+
+class NonFiniteLoss(RuntimeError):
+    """A loss term became NaN or infinite; the message names term, member and step."""
+
+
+ModelCall = Callable[..., NamedTuple]
+Objective = Callable[[ModelCall, Batch], dict[str, Tensor]]
+Predict = Callable[[ModelCall, dict[str, Tensor]], Tensor]
+
+
+def epoch_order(seed: int, epoch: int, examples: int) -> Tensor:
+    """Order (examples,) in which the members of `seed` see the training examples in `epoch`."""
+    return torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(examples))
+
+
+def build_members(build: Callable[[Member], nn.Module], members: list[Member]) -> list[nn.Module]:
+    """Models of all members, initial values drawn from each member's own seed; the caller's RNG is left as it was."""
+    models = []
+    for member in members:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(member.seed)
+            models.append(build(member))
+    return models
+
+
+def vectorized_step(skeleton: nn.Module, objective: Objective, compile: bool = False) -> Callable:
+    """Map the objective's gradient over S members.
+
+    Returns step(parameters (S, ...), buffers (S, ...), batch (S, B, ...), weights {term: (S,)}) ->
+    (gradients (S, ...), terms {term: (S,)}).
+    """
+
+    def loss(parameters: dict, buffers: dict, batch: Batch, weights: dict) -> tuple[Tensor, dict[str, Tensor]]:
+        terms = objective(lambda *args, **kw: functional_call(skeleton, (parameters, buffers), args, kw), batch)
+        return sum(weights[name] * value for name, value in terms.items()), terms
+
+    def step(parameters: dict, buffers: dict, batch: Batch, weights: dict) -> tuple[dict, dict[str, Tensor]]:
+        gradients, (_, terms) = vmap(grad_and_value(loss, has_aux=True))(parameters, buffers, batch, weights)
+        return gradients, terms
+
+    return torch.compile(step) if compile else step
+
+
+class _State:
+    """Parameters, optimiser and best values of S members; the part of a training that a checkpoint holds."""
+
+    def __init__(self, models: list[nn.Module], members: list[Member], schedule: Schedule, device: torch.device):
+        parameters, buffers = stack_module_state(models)
+        self.parameters = {k: v.detach().to(device).requires_grad_() for k, v in parameters.items()}  # (S, ...)
+        self.buffers = {k: v.to(device) for k, v in buffers.items()}  # (S, ...)
+        # elementwise, so one Adam over the stack is S independent Adams; `fused` has no per-tensor Python cost
+        self.optimizer = torch.optim.Adam(self.parameters.values(), lr=schedule.learning_rate, fused=True)
+        self.best = {k: v.detach().clone() for k, v in self.parameters.items()}
+        self.best_epoch = [-1] * len(members)
+        self.best_score = [-math.inf] * len(members)
+        self.history: list[dict] = []
+        self.finished = False
+        decay = torch.tensor([m.weight_decay for m in members], device=device)
+        self.keep = None if not decay.any() else 1 - schedule.learning_rate * decay  # (S,)
+
+    def apply(self, gradients: dict[str, Tensor]) -> None:
+        """One AdamW step of every member."""
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                if self.keep is not None and parameter.ndim > 2:  # (S, rows, columns): a weight matrix
+                    parameter.mul_(self.keep.view(-1, 1, 1))
+                parameter.grad = gradients[name]
+        self.optimizer.step()
+
+    def select(self, epoch: int, scores: list[float], patience: int) -> bool:
+        """Keep the parameters of members that have improved; True when every member has run out of patience."""
+        better = torch.zeros(len(scores), dtype=torch.bool)
+        for s, score in enumerate(scores):
+            # a member that has stopped stays stopped, whatever its companions still need
+            if epoch - self.best_epoch[s] <= patience and score > self.best_score[s]:
+                better[s], self.best_score[s], self.best_epoch[s] = True, score, epoch
+        for name, parameter in self.parameters.items():
+            self.best[name][better] = parameter.detach()[better]
+        return all(epoch - best >= patience for best in self.best_epoch)
+
+    def save(self, path: Path, identity: str) -> None:
+        tensors = {}
+        for name, parameter in self.parameters.items():
+            tensors[f"parameters/{name}"], tensors[f"best/{name}"] = parameter, self.best[name]
+            for key, value in self.optimizer.state[parameter].items():
+                tensors[f"{key}/{name}"] = value
+        progress = {
+            "identity": identity,
+            "finished": self.finished,
+            "best_epoch": self.best_epoch,
+            "best_score": self.best_score,
+            "history": self.history,
+        }
+        write_safetensors(path, tensors, {"progress": json.dumps(progress)})
+
+    def load(self, path: Path, identity: str) -> None:
+        """Go on from a checkpoint. Raises InputError where it is damaged or belongs to another training."""
+        try:
+            with safe_open(path, framework="pt", device=str(next(iter(self.parameters.values())).device)) as file:
+                progress = json.loads(file.metadata()["progress"])
+                if progress["identity"] != identity:
+                    raise InputError(f"{path}: belongs to a run with other settings; choose another --name")
+                with torch.no_grad():
+                    for name, parameter in self.parameters.items():
+                        parameter.copy_(file.get_tensor(f"parameters/{name}"))
+                        self.best[name].copy_(file.get_tensor(f"best/{name}"))
+                        self.optimizer.state[parameter] = {
+                            key: file.get_tensor(f"{key}/{name}") for key in ("step", "exp_avg", "exp_avg_sq")
+                        }
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise InputError(f"{path}: damaged checkpoint ({error}); delete it to train this model anew") from error
+        self.finished, self.history = progress["finished"], progress["history"]
+        self.best_epoch, self.best_score = progress["best_epoch"], progress["best_score"]
+
+
+def train(
+    build: Callable[[Member], nn.Module],
+    members: list[Member],
+    objective: Objective,
+    predict: Predict,
+    data: Split,
+    selection: Split,
+    score: Callable[[np.ndarray, np.ndarray], float],
+    schedule: Schedule,
+    *,
+    device: str | torch.device = "cpu",
+    checkpoint: Path | None = None,
+    on_epoch: Callable[[dict], None] | None = None,
+) -> Trained:
+    """Train all members at once and return each at the epoch that `score` likes best.
+
+    Args:
+        build: makes one member's model; called under that member's seed.
+        objective: (model, batch) -> named loss terms of ONE model on ONE batch; their weighted sum is minimised.
+        predict: (model, features) -> predictions (N,) or (N, O) of one model, for selection.
+        data, selection: the split trained on and the split selected on.
+        score: (predictions, target) -> float, larger is better.
+        checkpoint: file to save progress to, and to go on from where it exists.
+        on_epoch: called with each epoch's record; after a resume it gets the past epochs' records first.
+
+    On the CPU the result is a function of the arguments, bit for bit, also across a kill and a resume.
+    Raises NonFiniteLoss (the last good checkpoint stays), InputError for a checkpoint of other settings.
+    """
+    device = torch.device(device)
+    models = build_members(build, members)
+    state = _State(models, members, schedule, device)
+    identity = _identity(members, schedule, data, selection, models[0])
+    if checkpoint is not None and checkpoint.exists():
+        state.load(checkpoint, identity)
+    for record in state.history:
+        if on_epoch:
+            on_epoch(record)
+
+    skeleton = models[0].to(device)  # lends its forward; its own parameters are never read
+    step = vectorized_step(skeleton, objective, schedule.compile)
+    feed = _Feed(data, members, schedule.batch_size, device)
+    chunks = [
+        {name: x[i : i + EVALUATION_CHUNK].to(device) for name, x in selection.features.items()}
+        for i in range(0, len(selection), EVALUATION_CHUNK)
+    ]
+    target = selection.target.numpy()
+    saved_at = time.monotonic()
+    for epoch in range(len(state.history), 0 if state.finished else schedule.epochs):
+        losses = _train_epoch(epoch, state, step, feed, members)
+        predictions = _predict_members(skeleton, state, predict, chunks).numpy()  # (S, N) or (S, N, O)
+        scores = [float(score(p, target)) for p in predictions]
+        record = {"epoch": epoch, "loss": losses, "score": scores}
+        state.history.append(record)
+        out_of_patience = state.select(epoch, scores, schedule.patience)
+        state.finished = out_of_patience or epoch + 1 == schedule.epochs
+        if checkpoint is not None and (state.finished or time.monotonic() - saved_at >= schedule.checkpoint_seconds):
+            state.save(checkpoint, identity)
+            saved_at = time.monotonic()
+        if on_epoch:
+            on_epoch(record)
+        if state.finished:
+            break
+    return Trained(_load_best(models, state), state.best_epoch, state.best_score, state.history)
+
+
+class _Feed:
+    """The training examples on the device, and the batches that each member takes of them."""
+
+    def __init__(self, data: Split, members: list[Member], batch_size: int, device: torch.device) -> None:
+        self.features = {name: x.to(device) for name, x in data.features.items()}
+        self.target = data.target.to(device)
+        self.seeds = sorted({member.seed for member in members})
+        self.row = torch.tensor([self.seeds.index(member.seed) for member in members])  # (S,) into self.seeds
+        self.batch_size = min(batch_size, len(data))
+        self.steps = len(data) // self.batch_size  # a last, smaller batch is left out: all batches weigh the same
+
+    def batches(self, epoch: int) -> Iterator[Batch]:
+        """Batches with features (S, B, d_m) and target (S, B)."""
+        orders = torch.stack([epoch_order(seed, epoch, len(self.target)) for seed in self.seeds])
+        orders = orders[self.row].to(self.target.device)  # (S, N)
+        for k in range(self.steps):
+            rows = orders[:, k * self.batch_size : (k + 1) * self.batch_size]  # (S, B)
+            yield Batch({name: x[rows] for name, x in self.features.items()}, self.target[rows])
+
+
+def _train_epoch(epoch: int, state: _State, step: Callable, feed: _Feed, members: list[Member]) -> dict[str, list]:
+    """One pass over the data; the mean of each loss term, {term: [S]}."""
+    device = feed.target.device
+    names = list(members[0].loss_weights)
+    weights = {n: torch.tensor([float(m.loss_weights[n]) for m in members], device=device) for n in names}
+    history = []
+    for batch in feed.batches(epoch):
+        gradients, terms = step(state.parameters, state.buffers, batch, weights)
+        state.apply(gradients)
+        history.append(torch.stack([terms[name] for name in names]).detach())
+    values = torch.stack(history).cpu()  # (steps, terms, S); one transfer an epoch, so that a GPU is never waited for
+    bad = (~values.isfinite()).nonzero()
+    if len(bad):
+        k, t, s = bad[0].tolist()
+        raise NonFiniteLoss(
+            f"loss term '{names[t]}' of member {s} (seed {members[s].seed}) became {values[k, t, s].item()} at step "
+            f"{epoch * feed.steps + k} (epoch {epoch}); lower --learning-rate or that term's weight"
+        )
+    return {name: values[:, t].double().mean(0).tolist() for t, name in enumerate(names)}
+
+
+@torch.no_grad()
+def _predict_members(skeleton: nn.Module, state: _State, predict: Predict, chunks: list[dict]) -> Tensor:
+    """Predictions (S, N) or (S, N, O) of all members, on the CPU."""
+
+    def one(parameters: dict, buffers: dict, features: dict) -> Tensor:
+        return predict(lambda *args, **kw: functional_call(skeleton, (parameters, buffers), args, kw), features)
+
+    many = vmap(one, in_dims=(0, 0, None))
+    return torch.cat([many(state.parameters, state.buffers, features).cpu() for features in chunks], dim=1)
+
+
+def _load_best(models: list[nn.Module], state: _State) -> list[nn.Module]:
+    """Each member's best values in a module of its own, on the CPU."""
+    for s, model in enumerate(models):
+        model.cpu().load_state_dict({name: value[s].cpu() for name, value in (state.best | state.buffers).items()})
+    return models
+
+
+def _identity(members: list[Member], schedule: Schedule, data: Split, selection: Split, model: nn.Module) -> str:
+    """Digest of everything that the result depends on, so that a checkpoint cannot be continued as another run."""
+    settings = asdict(schedule)
+    del settings["checkpoint_seconds"]
+    shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
+    digest = hashlib.sha256(json.dumps([settings, [asdict(m) for m in members], shapes], sort_keys=True).encode())
+    for split in (data, selection):
+        for tensor in (*split.features.values(), split.target):
+            digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
