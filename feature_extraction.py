@@ -39,18 +39,20 @@ def encode_images(
     *,
     workers: int | None = None,
     stop_at_bad: bool = True,
+    only_check: bool = False,
     progress: bool = True,
 ) -> dict[str, str]:
     """Bring the vectors of all files (digest -> path) into `cache`; returns digest -> reason of the undecodable ones.
 
-    With `stop_at_bad` the first bad file ends the encoding; the rest is decoded only, so that all bad ones are known.
+    With `stop_at_bad` the first bad file ends the encoding, and with `only_check` it does not begin: files are decoded
+    all the same, so that all bad ones are known.
     """
     ordered = sorted(files)  # by content, so that the order of rows changes nothing
     pending = _pending_batches([(digest, digest) for digest in ordered], cache, processes)
     bad: dict[str, str] = {}
     with processes.together():
         mine = processes.share(pending)
-        if mine and not source.is_folder:
+        if mine and not only_check and not source.is_folder:
             resnet50_file(source)  # before the first picture is decoded: missing weights show at once
         if mine:
             how = image_preprocessing(config, source)
@@ -58,7 +60,7 @@ def encode_images(
             batches = ImageBatches([[files[digest] for digest, _ in batch] for batch in mine], wanted, how)
             decoded = _in_workers(batches, _worker_count(processes) if workers is None else workers)
             build = partial(ImageEncoder, config, source, processes.device)
-            jobs = _image_jobs(mine, decoded, build, bad, stop_at_bad)
+            jobs = _image_jobs(mine, decoded, build, bad, stop_at_bad, only_check)
             _run(jobs, cache, processes, _bar("images", mine, progress and processes.is_main))
     _share_vectors(set(files), cache, processes)
     return {digest: reason for part in processes.gather(bad) for digest, reason in part.items()}
@@ -125,14 +127,19 @@ def _in_workers(batches: ImageBatches, workers: int) -> DataLoader:
 
 
 def _image_jobs(
-    batches: list[list], decoded: DataLoader, build: Callable[[], ImageEncoder], bad: dict[str, str], stop_at_bad: bool
+    batches: list[list],
+    decoded: DataLoader,
+    build: Callable[[], ImageEncoder],
+    bad: dict[str, str],
+    stop_at_bad: bool,
+    only_check: bool,
 ) -> Iterator[Job]:
     """Encoder calls for the batches as they come decoded; bad files are entered in `bad`."""
     encoder: ImageEncoder | None = None
     for index, good, pixels, reasons in decoded:
         digests = [digest for digest, _ in batches[index]]
         bad |= {digests[place]: reason for place, reason in reasons.items()}
-        if pixels is None or (bad and stop_at_bad):
+        if pixels is None or only_check or (bad and stop_at_bad):
             yield [], torch.empty
             continue
         encoder = encoder or build()  # only now: files that never decode need no model

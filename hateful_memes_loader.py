@@ -72,7 +72,6 @@ def load_hateful_memes(
         paths = _image_paths(rows, files["train"].parent, img_dir)
     images = _digest(paths, processes)
     with processes.together():
-        _refuse_or_drop(rows, images.bad, bad_images, files)
         sources = {"image": find_image_encoder(encoders), "text": find_text_encoder(encoders)}
         caches, provenance = _open_caches(encoders, sources, Path(cache_dir), str(device))
     files_by_digest = {images.digests[img]: images.paths[img] for img in sorted(images.digests, reverse=True)}
@@ -84,6 +83,7 @@ def load_hateful_memes(
         processes,
         workers=workers,
         stop_at_bad=bad_images == "error",
+        only_check=bad_images == "error" and bool(images.bad),
         progress=progress,
     )
     images.bad.update({img: undecodable[d] for img, d in images.digests.items() if d in undecodable})
