@@ -203,13 +203,17 @@ def _draw_caption(draw: ImageDraw.ImageDraw, text: str, rng: random.Random) -> N
     Size, place and line break vary, so that the width of a caption does not tell the image encoder which phrase it is.
     """
     words = text.split()
+    cut = len(words) // 2 + rng.randint(-1, 1)
+    lines = " ".join(words[:cut]), " ".join(words[cut:])
     size = rng.randint(10, 15)
     font = ImageFont.load_default(size=size)
-    cut = len(words) // 2 + rng.randint(-1, 1)
+    while max(font.getlength(line) for line in lines) > SIZE[0] - 24:  # room for the rim and the shift
+        size -= 1
+        font = ImageFont.load_default(size=size)
     y = rng.choice([rng.randint(2, 10), SIZE[1] - 2 * size - rng.randint(8, 16)])
-    for line in (words[:cut], words[cut:]):
+    for line in lines:
         x = SIZE[0] / 2 + rng.randint(-8, 8)
-        draw.text((x, y), " ".join(line), font=font, fill="white", stroke_width=1, stroke_fill="black", anchor="ma")
+        draw.text((x, y), line, font=font, fill="white", stroke_width=1, stroke_fill="black", anchor="ma")
         y += size + 4
 
 

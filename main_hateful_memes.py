@@ -26,7 +26,15 @@ from fusion_model import FusionEnsemble, FusionModel
 from hateful_memes_loader import download_hateful_memes, load_hateful_memes
 from jwae_module import info_nce, margin_ranking, mmd_penalty, reconstruction_error
 from metrics import binary_scores
-from run_folder import MetricsLog, open_run, save_ensembles, write_predictions, write_results
+from run_folder import (
+    MetricsLog,
+    choose_folder,
+    is_complete,
+    open_run,
+    save_ensembles,
+    write_predictions,
+    write_results,
+)
 from torchrun_processes import Processes, current_processes, join_processes, leave_processes
 from training import Batch, Member, NonFiniteLoss, Schedule, Trained, train
 
@@ -272,6 +280,8 @@ def main(config: Config) -> None:
     """Everything from files to report. Raises InputError for what the user can put right."""
     check(config)
     device = pick_device(config.device)
+    is_demo = locate(config)[0] is None and not config.download
+    folder = choose_folder(config.name, "demo" if is_demo else "hateful_memes", config.resume)
 
     # ---- features, from the cache where they are there; under torchrun all processes extract, and one goes on
     processes = join_processes(str(device))
@@ -281,7 +291,10 @@ def main(config: Config) -> None:
         return
 
     # ---- the run's folder
-    folder = open_run(config, corpus, device)
+    open_run(folder, config, corpus, device)
+    if is_complete(folder):
+        print(f"{folder}: this run is complete; its scores are in {folder / 'results.json'}")
+        return
     report.print_corpus(corpus, folder, device)
 
     # ---- training: fusion and its baselines
@@ -299,7 +312,9 @@ def main(config: Config) -> None:
         label: {name: ensemble.predict_proba(split.features) for name, split in corpus.splits.items()}
         for label, ensemble in ensembles.items()
     }  # {row: {split: (S, N)}}
-    labelled = [name for name, split in corpus.splits.items() if split.target is not None and name != "train"]
+    labelled = [
+        n for n, s in corpus.splits.items() if n != "train" and s.target is not None and len(s.target.unique()) > 1
+    ]
     scores = {
         label: {name: binary_scores(p[name].numpy(), corpus.splits[name].target.numpy()) for name in labelled}
         for label, p in probabilities.items()

@@ -102,6 +102,8 @@ def print_corpus(corpus: Corpus, folder: Path, device: torch.device) -> None:
     """What is trained on, and whatever the reader of the scores must know."""
     for name, split in corpus.splits.items():
         positive = "unlabelled" if split.target is None else f"{split.target.mean():.0%} positive"
+        if split.target is not None and len(split.target.unique()) < 2:
+            positive += " (one class: not scored)"
         print(f"{name:12} {len(split):6} memes  {positive}")
     widths = ", ".join(f"{name} {width}" for name, width in corpus.input_dims.items())
     print(f"features: {widths}; training on {device}; run in {folder}/")
@@ -173,6 +175,7 @@ def draw(
     _draw_selection(axes[0, 1], trained, members, corpus.selection)
     _draw_ranks(axes[0, 2], ranks, corpus.selection)
     held_out = [n for n, s in corpus.splits.items() if s.target is not None and n not in ("train", corpus.selection)]
+    held_out = [n for n in held_out if len(corpus.splits[n].target.unique()) > 1]
     shown = held_out[0] if held_out else corpus.selection
     target, p = corpus.splits[shown].target.numpy(), probabilities[shown].numpy()
     selected = ", selected upon" if shown == corpus.selection else ""

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import json
 import platform
 import subprocess
@@ -27,61 +28,60 @@ FREE_SETTINGS = {"resume", "name", "workers", "jsonl", "img_dir", "download", "c
 MARK_OF_COMPLETION = "results.json"
 
 
-def open_run(config: object, corpus: Corpus, device: torch.device) -> Path:
-    """Make the folder of a new run, or find the one to resume.
+def choose_folder(name: str | None, default: str, resume: bool) -> Path:
+    """The folder of the run to begin, or of the run to resume; nothing is written yet.
 
-    `config` is a dataclass with `name` and `resume`. Raises InputError where the name is taken (without --resume),
-    where there is nothing to resume, and where the run to resume was begun with other settings or other data.
+    Raises InputError where the name is no folder name, is taken (without `resume`), or leads to no run (with it).
     """
-    settings = json.loads(json.dumps(asdict(config), default=str))
-    name = config.name
     if name is not None and (name in ("", ".", "..") or Path(name).name != name):
         raise InputError(f"--name {name!r}: give a plain folder name")
-    if config.resume:
-        return _resume(settings, name or _latest(corpus.name), corpus, device)
+    if RUNS.exists() and not RUNS.is_dir():
+        raise InputError(f"{RUNS}: is a file, and runs are kept in a folder of that name; move it away")
+    if resume:
+        begun = {path.parent.name: path.stat().st_mtime for path in RUNS.glob(f"{name or default + '*'}/run.json")}
+        if not begun:
+            raise InputError(f"--resume: there is no run {RUNS / (name or default)}; leave the flag out to begin it")
+        return RUNS / max(begun, key=begun.get)
     if name is None:
-        taken = (path.name for path in RUNS.glob("*"))
-        name = _first_free(corpus.name, set(taken))
-    folder = RUNS / name
-    if folder.exists():
-        raise InputError(f"{folder}: this run exists; choose another --name, or go on with it with --resume")
-    write_json(folder / "run.json", _description(settings, corpus, device))
-    return folder
+        numbered = (default if number == 1 else f"{default}-{number}" for number in itertools.count(1))
+        name = next(candidate for candidate in numbered if not (RUNS / candidate).exists())
+    if (RUNS / name).exists():
+        raise InputError(f"{RUNS / name}: this run exists; choose another --name, or go on with it with --resume")
+    return RUNS / name
 
 
-def _first_free(stem: str, taken: set[str]) -> str:
-    number = 1
-    while (name := stem if number == 1 else f"{stem}-{number}") in taken:
-        number += 1
-    return name
+def open_run(folder: Path, config: object, corpus: Corpus, device: torch.device) -> None:
+    """Begin the run with run.json, or (config.resume) see that it was begun with these settings and these data.
 
-
-def _latest(stem: str) -> str:
-    folders = [path.parent for path in RUNS.glob(f"{stem}*/run.json")]
-    if not folders:
-        raise InputError(f"--resume: there is no run {RUNS / stem} to go on with; leave the flag out, or give --name")
-    return max(folders, key=lambda folder: (folder / "run.json").stat().st_mtime).name
-
-
-def _resume(settings: dict, name: str, corpus: Corpus, device: torch.device) -> Path:
-    folder = RUNS / name
+    `config` is a dataclass. Raises InputError naming the first setting that differs.
+    """
+    settings = json.loads(json.dumps(asdict(config), default=str))
+    now = _description(settings, corpus, device)
+    if not config.resume:
+        write_json(folder / "run.json", now)
+        return
     try:
         begun = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"--resume: there is no run {folder}; leave the flag out to begin it") from None
-    except ValueError as error:
-        raise InputError(f"{folder / 'run.json'}: damaged ({error}); begin anew under another --name") from None
-    for key, value in settings.items():
-        if key not in FREE_SETTINGS and begun["settings"].get(key) != value:
-            raise InputError(
-                f"{folder}: was begun with --{key.replace('_', '-')} {begun['settings'].get(key)}, not {value}; "
-                "give the same settings to resume it, or another --name"
-            )
-    now = _description(settings, corpus, device)
-    for key in ("data", "device"):
-        if begun[key] != now[key]:
-            raise InputError(f"{folder}: was begun with another {key}; restore it to resume, or choose another --name")
-    return folder
+        differing = [key for key in settings if key not in FREE_SETTINGS and begun["settings"][key] != settings[key]]
+        other_data = begun["data"] != json.loads(json.dumps(now["data"]))
+        other_device = begun["device"] != now["device"]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{folder / 'run.json'}: damaged ({error!r}); begin anew under another --name") from None
+    if differing:
+        flag, key = f"--{differing[0].replace('_', '-')}", differing[0]
+        raise InputError(
+            f"{folder}: was begun with {flag} {begun['settings'][key]}, not {settings[key]}; "
+            "give the same settings to resume it, or another --name"
+        )
+    if other_data:
+        raise InputError(f"{folder}: was begun with another data set or encoder; restore it, or choose another --name")
+    if other_device:
+        raise InputError(f"{folder}: was begun on {begun['device']}; resume it there, or choose another --name")
+
+
+def is_complete(folder: Path) -> bool:
+    """True where the run has come to its end."""
+    return (folder / MARK_OF_COMPLETION).exists()
 
 
 def _description(settings: dict, corpus: Corpus, device: torch.device) -> dict:

@@ -1,0 +1,331 @@
+"""The main job as a user meets it: runs, resumes, refuses."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from sklearn.metrics import roc_auc_score
+from small_memes import write_bert, write_memes, write_rows
+
+import main_hateful_memes as script
+from fusion_model import FusionEnsemble
+from main_hateful_memes import Config, parse, run
+
+ROOT = Path(script.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def memes(tmp_path_factory) -> Path:
+    """A folder in the release's layout, a tiny BERT, and a cache that the first run fills for all."""
+    folder = tmp_path_factory.mktemp("memes")
+    write_bert(folder / "bert")
+    write_memes(folder, {"train": 48, "dev": 16, "test": 6, "dev_unseen": 12})
+    return folder
+
+
+def flags(memes: Path, **changes) -> list[str]:
+    values = {
+        "jsonl": memes / "train.jsonl",
+        "image-encoder": "random:resnet50",
+        "image-size": 32,
+        "text-encoder": f"random:{memes / 'bert'}",
+        "cache-dir": memes / "cache",
+        "latent-dim": 4,
+        "hidden-dim": 8,
+        "rank": 2,
+        "epochs": 3,
+        "batch-size": 16,
+        "device": "cpu",
+        "seeds": "0 1",
+        "name": "trial",
+    } | {key.replace("_", "-"): value for key, value in changes.items()}
+    return [part for key, value in values.items() if value is not None for part in (f"--{key}", *str(value).split())]
+
+
+def refused(capsys, arguments: list[str]) -> str:
+    """Run; expect exit code 2 and one line on stderr after the progress bars; return the line."""
+    with pytest.raises(SystemExit) as stop:
+        run(arguments)
+    assert stop.value.code == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert len(error) == 1 and error[0].startswith("error: "), error
+    return error[0]
+
+
+@pytest.fixture(scope="module")
+def finished(memes, tmp_path_factory) -> Path:
+    """The folder of one finished run."""
+    place = tmp_path_factory.mktemp("finished")
+    before = Path.cwd()
+    os.chdir(place)
+    try:
+        assert run(flags(memes)) == 0
+    finally:
+        os.chdir(before)
+    return place / "runs/trial"
+
+
+# ---- what a run leaves
+
+
+def test_run_leaves_its_files_and_no_checkpoint(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert names >= {"config.json", "run.json", "metrics.jsonl", "model.safetensors", "report.png", "results.json"}
+    assert names >= {f"predictions_{split}.csv" for split in ("train", "dev", "dev_unseen", "test")}
+    assert not any("checkpoint" in name or name.startswith(".") for name in names)
+    assert {p.name for p in (finished / "baselines").iterdir()} == {
+        "jWAE-LMF-rank-1", "concatenation-MLP", "image-only", "text-only",
+    }  # fmt: skip
+
+
+def test_config_says_versions_device_revision_encoders_and_data(finished):
+    config = json.loads((finished / "config.json").read_text())
+    assert config["input_dims"] == {"image": 2048, "text": 32}
+    said = config["run"]
+    assert (
+        said["versions"]["torch"] == torch.__version__.split("+")[0] or said["versions"]["torch"] == torch.__version__
+    )
+    assert said["device"] == "cpu"
+    assert "git_revision" in said
+    assert len(said["data"]["data_fingerprint"]) == 64
+    assert "random" in json.dumps(said["data"]["encoders"]["image"])
+    assert said["settings"]["epochs"] == 3
+
+
+def test_predictions_are_what_the_loaded_model_says_of_raw_features(finished, memes):
+    corpus = script.load(parse(flags(memes)), script.join_processes("cpu"))
+    model = FusionEnsemble.from_pretrained(finished)
+    for name, split in corpus.splits.items():
+        rows = list(csv.DictReader((finished / f"predictions_{name}.csv").open()))
+        assert [row["id"] for row in rows] == split.ids
+        expected = model.predict_proba(split.features).numpy()
+        for s in range(2):
+            assert np.array_equal(np.array([np.float32(row[f"seed_{s}"]) for row in rows]), expected[s])
+        labels = [row["label"] for row in rows]
+        assert set(labels) == ({""} if name == "test" else {"0", "1"})
+
+
+def test_results_are_the_scores_of_the_predictions(finished):
+    results = json.loads((finished / "results.json").read_text())
+    rows = list(csv.DictReader((finished / "predictions_dev_unseen.csv").open()))
+    target = [int(row["label"]) for row in rows]
+    aurocs = [roc_auc_score(target, [float(row[f"seed_{s}"]) for row in rows]) for s in range(2)]
+    score = results["scores"]["jWAE-LMF, rank 2"]["dev_unseen"]["auroc"]
+    assert score["members"] == pytest.approx(aurocs)
+    assert score["mean"] == pytest.approx(np.mean(aurocs))
+    assert results["selection"] == "dev"
+    assert "test" not in results["scores"]["image only"]
+
+
+def test_rank_and_part_shares_sum_to_one(finished):
+    ranks = json.loads((finished / "results.json").read_text())["ranks"]
+    np.testing.assert_allclose(np.sum(ranks["share"], axis=1), 1, atol=1e-9)
+    np.testing.assert_allclose(np.sum(list(ranks["part_share"].values()), axis=0), 1, atol=1e-9)
+    assert set(ranks["part_share"]) == {"image", "text", "image x text"}
+
+
+def test_metrics_hold_a_line_for_each_row_and_epoch(finished):
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert {line["row"] for line in lines} == {
+        "jWAE-LMF, rank 2", "jWAE-LMF, rank 1", "concatenation + MLP", "image only", "text only",
+    }  # fmt: skip
+    fusion = [line for line in lines if line["row"] == "jWAE-LMF, rank 2"]
+    assert [line["epoch"] for line in fusion] == [0, 1, 2]
+    assert all(len(line["dev_auroc"]) == 2 and len(line["loss"]["mmd"]) == 2 for line in fusion)
+
+
+def test_report_is_a_picture(finished):
+    with Image.open(finished / "report.png") as image:
+        image.load()
+        assert image.width > 1000
+        assert len(image.convert("RGB").getcolors(1 << 24)) > 100  # something is drawn
+
+
+def test_printed_tables_name_every_row_split_and_rank(memes, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run(flags(memes)) == 0
+    out = capsys.readouterr().out
+    for phrase in ("selected upon", "dev_unseen, n = 12", "image only", "text only", "concatenation + MLP", "+-", "["):
+        assert phrase in out
+    for phrase in ("canonical spectrum", "share of variance", "image x text together", "bias"):
+        assert phrase in out
+    assert "DEMO" not in out
+
+
+# ---- resume
+
+
+@pytest.mark.parametrize("lines", [1, 9])
+def test_run_killed_at_any_moment_resumes_to_the_same_bits(memes, finished, tmp_path, lines):
+    # the checkpoint interval is made 0, so that there is something to go on from this early
+    code = (
+        "import sys, training, main_hateful_memes as m;"
+        "m.Schedule = lambda *a: training.Schedule(*a, checkpoint_seconds=0.0);"
+        "sys.exit(m.run(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, *flags(memes)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=-3, stderr=-3) as process:
+        log = tmp_path / "runs/trial/metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while not (log.exists() and len(log.read_text().splitlines()) >= lines):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+    assert not (tmp_path / "runs/trial/results.json").exists()
+    again = subprocess.run([*command, "--resume"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    for name in ("metrics.jsonl", "predictions_test.csv", "results.json"):
+        assert (tmp_path / "runs/trial" / name).read_bytes() == (finished / name).read_bytes()
+    a, b = (load_file(folder / "model.safetensors") for folder in (tmp_path / "runs/trial", finished))
+    assert all(torch.equal(a[name], b[name]) for name in b)
+
+
+def test_resume_refuses_another_config_other_data_and_a_run_that_is_not_there(memes, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert "no run runs/trial" in refused(capsys, [*flags(memes), "--resume"])
+    assert run(flags(memes)) == 0
+    line = refused(capsys, [*flags(memes, rank=1), "--resume"])
+    assert "--rank 2, not 1" in line
+    other = tmp_path / "other"
+    write_memes(other, {"train": 40, "dev": 16})
+    assert "another data set" in refused(capsys, [*flags(memes, jsonl=other / "train.jsonl"), "--resume"])
+
+
+def test_resuming_a_finished_run_says_so_and_changes_nothing(memes, finished, monkeypatch, capsys):
+    monkeypatch.chdir(finished.parent.parent)
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
+    assert run([*flags(memes), "--resume"]) == 0
+    assert "complete" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
+
+
+def test_taken_name_is_refused_and_a_default_name_is_numbered(memes, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run(flags(memes, epochs=1, name=None)) == 0
+    assert run(flags(memes, epochs=1, name=None)) == 0
+    assert {p.name for p in (tmp_path / "runs").iterdir()} == {"hateful_memes", "hateful_memes-2"}
+    assert "this run exists" in refused(capsys, flags(memes, name="hateful_memes"))
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"rank": 0}, "--rank 0"),
+        ({"rank": "four"}, "--rank"),
+        ({"epochs": -1}, "--epochs"),
+        ({"batch_size": 1}, "--batch-size 1"),
+        ({"mmd_weight": "nan"}, "--mmd-weight nan"),
+        ({"learning_rate": 0}, "--learning-rate"),
+        ({"seeds": "1 1"}, "--seeds 1 1"),
+        ({"device": "cuda:99"}, "--device cuda:99"),
+        ({"device": "toaster"}, "--device toaster"),
+        ({"name": "a/b"}, "--name"),
+        ({"bad_images": "ignore"}, "--bad-images"),
+        ({"image_size": 8}, "--image-size 8"),
+        ({"jsonl": "nowhere/train.jsonl"}, "nowhere"),
+        ({"img_dir": "nowhere"}, "nowhere"),
+        ({"jsonl": None, "img_dir": "."}, "--img-dir"),
+    ],
+)
+def test_flag_that_makes_no_sense_is_one_line_and_nothing_is_written(
+    memes, tmp_path, monkeypatch, capsys, changes, expected
+):
+    monkeypatch.chdir(tmp_path)
+    assert expected in refused(capsys, flags(memes, **changes))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_flag_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert "--rnk" in refused(capsys, ["--rnk", "3"])
+
+
+def test_help_explains_every_flag(capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(["--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    for name in Config.__dataclass_fields__:
+        assert f"--{name.replace('_', '-')}" in out
+    assert "REAL_PATH" in out
+
+
+def test_bad_image_stops_the_run_before_its_folder_is_made(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_bert(tmp_path / "bert")
+    write_memes(tmp_path)
+    (tmp_path / "img/00003.png").write_bytes(b"not an image")
+    line = refused(capsys, flags(tmp_path))
+    assert "img/00003.png" in line and "--bad-images skip" in line
+    assert not (tmp_path / "runs").exists()
+    assert run(flags(tmp_path, bad_images="skip")) == 0
+    said = json.loads((tmp_path / "runs/trial/config.json").read_text())["run"]["data"]
+    assert [row["img"] for row in said["skipped"]] == ["img/00003.png"]
+    assert "img/00003.png" not in (tmp_path / "runs/trial/predictions_train.csv").read_text()
+
+
+def test_file_in_the_way_of_the_run_folder_is_named(memes, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").write_text("in the way")
+    assert "runs" in refused(capsys, flags(memes))
+
+
+def test_loss_that_explodes_is_one_line_and_the_run_can_be_inspected(memes, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    line = refused(capsys, flags(memes, learning_rate=1e12))
+    assert "loss term" in line and "member" in line and "step" in line
+    assert not (tmp_path / "runs/trial/results.json").exists()
+
+
+# ---- REAL_PATH and the modules
+
+
+def test_edited_real_path_is_trained_on_without_flags(memes, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(script.REAL_PATH, "jsonl", str(memes / "train.jsonl"))
+    monkeypatch.setitem(script.REAL_PATH, "img_dir", str(memes / "img"))
+    assert run(flags(memes, jsonl=None, epochs=1)) == 0
+    out = capsys.readouterr().out
+    assert "DEMO" not in out and "48 memes" in out
+
+
+def test_flags_override_real_path(monkeypatch):
+    monkeypatch.setitem(script.REAL_PATH, "jsonl", "real/train.jsonl")
+    monkeypatch.setitem(script.REAL_PATH, "img_dir", "real/img")
+    assert script.locate(Config()) == (Path("real/train.jsonl"), Path("real/img"))
+    assert script.locate(Config(jsonl=Path("mine.jsonl"))) == (Path("mine.jsonl"), None)
+    assert script.locate(Config(img_dir=Path("mine"))) == (Path("real/train.jsonl"), Path("mine"))
+    assert script.locate(Config(download=True)) == (None, None)
+
+
+def test_torchrun_gives_the_run_of_one_process(memes, finished, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(ROOT / "main_hateful_memes.py")]
+    arguments = flags(memes, cache_dir=tmp_path / "cache")
+    done = subprocess.run([*command, *arguments], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name in ("predictions_test.csv", "metrics.jsonl"):
+        assert (tmp_path / "runs/trial" / name).read_bytes() == (finished / name).read_bytes()
+
+
+def test_split_with_one_class_is_said_and_not_scored(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_bert(tmp_path / "bert")
+    write_memes(tmp_path, {"train": 32, "dev": 12, "test": 6})
+    rows = [json.loads(line) | {"label": 1} for line in (tmp_path / "test.jsonl").read_text().splitlines()]
+    write_rows(tmp_path / "test.jsonl", rows)
+    assert run(flags(tmp_path, epochs=1)) == 0
+    assert "one class" in capsys.readouterr().out

@@ -1,0 +1,234 @@
+"""The trainer: S members at once are S trainings, kill and resume change no bit."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
+from torch import nn
+
+from corpus import InputError, Split
+from fusion_model import FusionModel
+from main_hateful_memes import objective, predict
+from training import Batch, Member, NonFiniteLoss, Schedule, build_members, epoch_order, train, vectorized_step
+
+WEIGHTS = {"bce": 1.0, "mmd": 0.3, "reconstruction": 0.1, "alignment": 0.05}
+DIMS = {"image": 6, "text": 5}
+
+
+def split(examples: int, seed: int) -> Split:
+    """Two modalities whose product decides the label."""
+    rng = torch.Generator().manual_seed(seed)
+    features = {name: torch.randn(examples, d, generator=rng) for name, d in DIMS.items()}
+    target = (features["image"][:, 0] * features["text"][:, 0] > 0).float()
+    return Split(features, target, [str(i) for i in range(examples)])
+
+
+DATA, SELECTION = split(100, 0), split(60, 1)
+
+
+def build(member: Member) -> FusionModel:
+    model = FusionModel(DIMS, latent_dim=4, hidden_dim=8, rank=3, active_rank=member.settings.get("active_rank"))
+    model.fit_standardisation(DATA.features)
+    return model
+
+
+def run(members: list[Member], **options):
+    schedule = Schedule(**{"epochs": 3, "batch_size": 16, "checkpoint_seconds": 0.0} | options.pop("schedule", {}))
+    arguments = {"objective": objective, "predict": predict, "data": DATA, "selection": SELECTION} | options
+    return train(build, members, score=lambda p, y: roc_auc_score(y, p), schedule=schedule, **arguments)
+
+
+def weights_of(model: nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_stacked_training_equals_a_plain_loop_with_adamw():
+    member = Member(seed=3, loss_weights=WEIGHTS, weight_decay=0.1)
+    trained = run([Member(0, WEIGHTS), member], schedule={"epochs": 2, "patience": 9})
+    (model,) = build_members(build, [member])
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizer, best = torch.optim.AdamW(groups, lr=1e-3), (-1.0, None)
+    for epoch in range(2):
+        order = epoch_order(3, epoch, len(DATA))
+        for k in range(len(DATA) // 16):
+            rows = order[16 * k : 16 * k + 16]
+            batch = Batch({name: x[rows] for name, x in DATA.features.items()}, DATA.target[rows])
+            optimizer.zero_grad()
+            sum(WEIGHTS[name] * term for name, term in objective(model, batch).items()).backward()
+            optimizer.step()
+        auroc = roc_auc_score(SELECTION.target, predict(model, SELECTION.features).detach())
+        if auroc > best[0]:
+            best = (auroc, weights_of(model).clone())
+    assert trained.best_score[1] == pytest.approx(best[0])
+    torch.testing.assert_close(weights_of(trained.models[1]), best[1], rtol=1e-4, atol=1e-5)
+
+
+def test_a_member_does_not_depend_on_its_companions():
+    alone = run([Member(1, WEIGHTS)])
+    heavier = {**WEIGHTS, "mmd": 3.0}
+    together = run([Member(0, WEIGHTS), Member(1, WEIGHTS), Member(1, heavier), Member(2, WEIGHTS, 0.5)])
+    torch.testing.assert_close(weights_of(together.models[1]), weights_of(alone.models[0]), rtol=1e-4, atol=1e-5)
+    for a, b in zip(alone.history, together.history, strict=True):
+        assert b["loss"]["bce"][1] == pytest.approx(a["loss"]["bce"][0], abs=1e-5)
+
+
+def test_members_of_one_seed_share_initial_values_and_batches_and_other_seeds_share_nothing():
+    same, twin, other = build_members(build, [Member(5, WEIGHTS), Member(5, {**WEIGHTS, "mmd": 9}), Member(6, WEIGHTS)])
+    assert torch.equal(weights_of(same), weights_of(twin))
+    drawn = [p.ndim > 1 for p in same.parameters()]
+    for p, q, is_drawn in zip(same.parameters(), other.parameters(), drawn, strict=True):
+        assert not is_drawn or not torch.isclose(p, q).any()
+    assert not torch.equal(epoch_order(5, 0, 50), epoch_order(6, 0, 50))
+    assert not torch.equal(epoch_order(5, 0, 50), epoch_order(5, 1, 50))
+
+
+@given(st.integers(0, 2**31), st.integers(0, 500), st.integers(1, 300))
+@settings(max_examples=30, deadline=None)
+def test_an_epoch_visits_every_example_once(seed, epoch, examples):
+    assert sorted(epoch_order(seed, epoch, examples).tolist()) == list(range(examples))
+
+
+def test_building_leaves_the_callers_random_numbers_alone():
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    build_members(build, [Member(0, WEIGHTS)])
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_masked_member_is_trained_as_the_smaller_model():
+    masked = run([Member(0, WEIGHTS, settings={"active_rank": 1})]).models[0]
+    (initial,) = build_members(build, [Member(0, WEIGHTS, settings={"active_rank": 1})])
+    assert masked.fusion.rank_mask.tolist() == [1, 0, 0]
+    torch.testing.assert_close(masked.fusion.rank_weights[1:], initial.fusion.rank_weights[1:], rtol=0, atol=0)
+    assert not torch.equal(masked.fusion.rank_weights[:1], initial.fusion.rank_weights[:1])
+
+
+def test_same_arguments_give_the_same_bits():
+    a, b = run([Member(0, WEIGHTS), Member(1, WEIGHTS)]), run([Member(0, WEIGHTS), Member(1, WEIGHTS)])
+    assert a.history == b.history
+    assert all(torch.equal(weights_of(x), weights_of(y)) for x, y in zip(a.models, b.models, strict=True))
+
+
+class Killed(BaseException):
+    """Stands for a SIGKILL: nothing in the trainer may catch it."""
+
+
+@pytest.mark.parametrize("epoch", [0, 2, 4])
+def test_resume_is_bit_identical_wherever_the_run_was_stopped(tmp_path, epoch):
+    members = [Member(0, WEIGHTS, 0.01), Member(1, WEIGHTS)]
+    schedule = {"epochs": 6, "patience": 3}
+    whole = run(members, schedule=schedule)
+
+    def stop(record):
+        if record["epoch"] == epoch:
+            raise Killed
+
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    with pytest.raises(Killed):
+        run(members, schedule=schedule, checkpoint=checkpoint, on_epoch=stop)
+    seen = []
+    resumed = run(members, schedule=schedule, checkpoint=checkpoint, on_epoch=seen.append)
+    assert resumed.history == whole.history == seen
+    assert resumed.best_epoch == whole.best_epoch
+    assert all(torch.equal(weights_of(x), weights_of(y)) for x, y in zip(resumed.models, whole.models, strict=True))
+
+
+def test_finished_training_is_not_trained_again(tmp_path):
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    first = run([Member(0, WEIGHTS)], checkpoint=checkpoint)
+    written = checkpoint.stat().st_mtime_ns
+    second = run([Member(0, WEIGHTS)], checkpoint=checkpoint)
+    assert checkpoint.stat().st_mtime_ns == written
+    assert torch.equal(weights_of(first.models[0]), weights_of(second.models[0]))
+
+
+@pytest.mark.parametrize(
+    "change", [{"members": [Member(0, {**WEIGHTS, "mmd": 0.5})]}, {"data": split(100, 7)}, {"schedule": {"epochs": 4}}]
+)
+def test_checkpoint_of_another_training_is_refused(tmp_path, change):
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    run([Member(0, WEIGHTS)], checkpoint=checkpoint)
+    with pytest.raises(InputError, match="other settings"):
+        run(**{"members": [Member(0, WEIGHTS)], "checkpoint": checkpoint} | change)
+
+
+def test_damaged_checkpoint_is_named(tmp_path):
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    run([Member(0, WEIGHTS)], checkpoint=checkpoint)
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-100])
+    with pytest.raises(InputError, match=r"checkpoint\.safetensors: damaged"):
+        run([Member(0, WEIGHTS)], checkpoint=checkpoint)
+
+
+def test_patience_keeps_the_best_epoch_and_a_stopped_member_stays_stopped():
+    scores = iter(
+        [[0.5, 0.6], [0.9, 0.5], [0.8, 0.4], [0.7, 0.9], [0.95, 0.8], [0.99, 0.7], [0.1, 0.6], [0, 0], [0, 0]]
+    )
+    current = []
+
+    def score(predictions, target):
+        if not current:
+            current.extend(next(scores))
+        return current.pop(0)
+
+    schedule = Schedule(epochs=9, batch_size=16, patience=2)
+    members = [Member(0, WEIGHTS), Member(1, WEIGHTS)]
+    trained = train(build, members, objective, predict, DATA, SELECTION, score, schedule)
+    # member 0 peaks at epoch 1 and stops at 3: its later .95 and .99 do not count; member 1 stopped at 2, before .9
+    assert (trained.best_epoch, trained.best_score) == ([1, 0], [0.9, 0.6])
+    assert len(trained.history) == 4
+
+
+def test_loss_that_is_not_finite_names_term_member_and_step_and_keeps_the_checkpoint(tmp_path):
+    checkpoint = tmp_path / "checkpoint.safetensors"
+
+    def poisoned(model, batch):
+        terms = objective(model, batch)
+        # 100 examples, 6 steps an epoch; poison what example 7 does from the second epoch on
+        return terms | {"mmd": torch.where(calls["epoch"] == 1, torch.nan, 1.0) * terms["mmd"]}
+
+    calls = {"epoch": torch.tensor(0)}
+    good = None
+
+    def on_epoch(record):
+        nonlocal good
+        good = checkpoint.read_bytes()
+        calls["epoch"].add_(1)
+
+    with pytest.raises(NonFiniteLoss, match=r"'mmd' of member 0 \(seed 4\) became nan at step 6 \(epoch 1\)"):
+        run([Member(4, WEIGHTS)], objective=poisoned, checkpoint=checkpoint, on_epoch=on_epoch)
+    assert good is not None
+    assert checkpoint.read_bytes() == good
+
+
+def test_fewer_examples_than_a_batch_make_one_batch():
+    trained = run([Member(0, WEIGHTS)], schedule={"batch_size": 5000, "epochs": 1})
+    assert np.isfinite(trained.history[0]["loss"]["bce"]).all()
+
+
+def test_vectorized_gradients_equal_autograd_of_each_model():
+    models = [m.double() for m in build_members(build, [Member(s, WEIGHTS) for s in range(3)])]
+    features = {name: torch.randn(3, 16, d, dtype=torch.float64) for name, d in DIMS.items()}
+    target = (torch.rand(3, 16) > 0.5).double()
+    parameters, buffers = torch.func.stack_module_state(models)
+    weights = {name: torch.full((3,), w, dtype=torch.float64) for name, w in WEIGHTS.items()}
+    gradients, _ = vectorized_step(models[0], objective)(parameters, buffers, Batch(features, target), weights)
+    for s, model in enumerate(models):
+        batch = Batch({name: x[s] for name, x in features.items()}, target[s])
+        loss = sum(WEIGHTS[name] * term for name, term in objective(model, batch).items())
+        for (name, _), g in zip(
+            model.named_parameters(), torch.autograd.grad(loss, list(model.parameters())), strict=True
+        ):
+            torch.testing.assert_close(gradients[name][s], g, rtol=1e-9, atol=1e-11)
+
+
+def test_records_are_plain_json():
+    trained = run([Member(0, WEIGHTS)], schedule={"epochs": 1})
+    assert json.loads(json.dumps(trained.history)) == trained.history
