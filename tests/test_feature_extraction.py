@@ -80,7 +80,7 @@ def test_killed_run_goes_on_where_it_stopped(folder, monkeypatch):
         def encode_and_die(self, pixels):
             global batches
             batches += 1
-            if batches == 4:
+            if batches == 3:
                 os.kill(os.getpid(), signal.SIGKILL)
             return encode(self, pixels)
         frozen_encoders.ImageEncoder.__call__ = encode_and_die
@@ -98,7 +98,7 @@ def test_killed_run_goes_on_where_it_stopped(folder, monkeypatch):
         lambda self, pixels: encoded.append(len(pixels)) or encode(self, pixels),
     )
     resumed = _load(folder)
-    assert 0 < sum(encoded) < 35
+    assert 0 < sum(encoded) < 35  # some batches, but not those whose shards were there
     _assert_same_bits(_load(folder, "fresh"), resumed)
 
 
