@@ -14,6 +14,7 @@ What is identified, that is: on what must two layers that compute the same funct
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -111,9 +112,14 @@ class LowRankMultimodalFusion(nn.Module):
         """
         product, *others = self._project(latents)
         for p in others:
-            product = product * p  # (..., R, O)
-        # not a matmul, which autocast would take in half precision
-        return ((product * self._weights()).sum(-2) + self.bias).to(self.bias.dtype)
+            product = product * p  # (..., R * O), or (..., R) of shared factors
+        weights, bias = self._weights(), self.bias
+        with _no_autocast(product.device.type):  # it would round the product again
+            if self._split[1] == 1:
+                y = F.linear(product, weights.T, _upcast(bias))  # (..., R) (R, O) -> (..., O)
+            else:
+                y = (product.unflatten(-1, self._split) * weights).sum(-2) + bias  # (..., R, O) -> (..., O)
+        return y.to(bias.dtype)
 
     def rank_terms(self, latents: Sequence[Tensor]) -> Tensor:
         """Split the output into the R weighted products; their sum over R, plus the bias, is the output.
@@ -125,7 +131,7 @@ class LowRankMultimodalFusion(nn.Module):
         """
         terms = self._weights()  # (R, O), or (R, 1) for own factors
         for p in self._project(latents):
-            terms = terms * p  # (..., R, O)
+            terms = terms * p.unflatten(-1, self._split)  # (..., R, O)
         return terms
 
     def subset_terms(self, latents: Sequence[Tensor]) -> dict[tuple[int, ...], Tensor]:
@@ -139,7 +145,7 @@ class LowRankMultimodalFusion(nn.Module):
             2^M tensors (..., O) keyed by ascending modality indices, small subsets first; () holds what no latent
             moves, b + sum_r w_r prod_m c_m[r].
         """
-        latents = self._checked(latents)
+        self._check(latents)
         partial = {(): self._weights()}
         for m, (z, layer) in enumerate(zip(latents, self.projections, strict=True)):
             linear = _upcast(F.linear(z, layer.weight)).unflatten(-1, self._split)  # (..., R, O)
@@ -164,10 +170,10 @@ class LowRankMultimodalFusion(nn.Module):
         if not 0 <= m < len(self.input_dims):
             raise IndexError(f"modality {m} of a layer with {len(self.input_dims)} modalities")
         projected = self._project(latents)
-        coefficient = self._weights().expand(*projected[0].shape[:-2], self.rank, self.output_dim)
+        coefficient = self._weights().expand(*latents[m].shape[:-1], self.rank, self.output_dim)
         for n, p in enumerate(projected):
             if n != m:
-                coefficient = coefficient * p  # (..., R, O)
+                coefficient = coefficient * p.unflatten(-1, self._split)  # (..., R, O)
         return torch.einsum("...ro,rod->...od", coefficient, self._rows(m)[..., :-1])  # (..., O, d_m)
 
     def full_tensor(self) -> Tensor:
@@ -259,25 +265,21 @@ class LowRankMultimodalFusion(nn.Module):
         directions = tuple(F.pad(x * sign, (0, 0, 0, pad)).to(dtype) for x in (p, q))
         return CanonicalFactors(F.pad(s * alive, (0, pad)).to(dtype), directions)
 
-    def _checked(self, latents: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The latents, if their number, widths and leading dimensions fit."""
+    def _project(self, latents: Sequence[Tensor]) -> list[Tensor]:
+        """A_m z_m + c_m of each modality, (..., R * O), or (..., R) of shared factors; checks the shapes."""
+        self._check(latents)
+        return [_upcast(layer(z)) for z, layer in zip(latents, self.projections, strict=True)]
+
+    def _check(self, latents: Sequence[Tensor]) -> None:
         if isinstance(latents, Tensor):  # would iterate over its rows
             raise ValueError(f"latents must be a sequence of tensors, got one tensor of shape {tuple(latents.shape)}")
-        fits = len(latents) == len(self.input_dims) and all(
-            z.shape[-1:] == (d,) and z.shape[:-1] == latents[0].shape[:-1]
-            for z, d in zip(latents, self.input_dims, strict=True)
-        )
-        if not fits:
-            shapes = [tuple(z.shape) for z in latents]
+        shapes = [z.shape for z in latents]
+        leading = shapes[0][:-1] if shapes else ()
+        if shapes != [(*leading, d) for d in self.input_dims]:
+            found = [tuple(shape) for shape in shapes]
             raise ValueError(
-                f"expected {len(self.input_dims)} latents (..., d_m), widths {self.input_dims}, got {shapes}"
+                f"expected {len(self.input_dims)} latents (..., d_m), widths {self.input_dims}, got {found}"
             )
-        return latents
-
-    def _project(self, latents: Sequence[Tensor]) -> list[Tensor]:
-        """A_m z_m + c_m for each modality, (..., R, O), or (..., R, 1) of shared factors."""
-        pairs = zip(self._checked(latents), self.projections, strict=True)
-        return [_upcast(layer(z)).unflatten(-1, self._split) for z, layer in pairs]
 
     def _weights(self) -> Tensor:
         """Masked weights, (R, 1), or Theta (R, O) of shared factors."""
@@ -300,6 +302,12 @@ class LowRankMultimodalFusion(nn.Module):
 def _upcast(x: Tensor) -> Tensor:
     """float32 in place of half precision; float32 and float64 as they are."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _no_autocast(device_type: str) -> AbstractContextManager:
+    """Autocast off, on devices that have it (the meta device has not)."""
+    available = torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if available else nullcontext()
 
 
 def _symmetric_roots(covariance: Tensor) -> tuple[Tensor, Tensor]:

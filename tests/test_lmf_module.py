@@ -406,15 +406,16 @@ def test_canonical_factors_of_a_float32_layer_stay_float32():
 # ---- precision -------------------------------------------------------------------------------------------------------
 
 
-def test_product_is_float32_under_autocast():
+@pytest.mark.parametrize(("outputs", "shared"), [(1, False), (2, False), (2, True)])
+def test_product_is_float32_under_autocast(outputs, shared):
     torch.manual_seed(0)
-    layer = LowRankMultimodalFusion((16, 16, 16), 2, 3)
+    layer = LowRankMultimodalFusion((16, 16, 16), outputs, 3, shared_factors=shared)
     latents = [torch.randn(32, 16) for _ in range(3)]
     projected = [
-        F.linear(z.bfloat16(), p.weight.bfloat16(), p.bias.bfloat16()).float().unflatten(-1, (3, 2))
+        F.linear(z.bfloat16(), p.weight.bfloat16(), p.bias.bfloat16()).float().unflatten(-1, (3, -1))
         for z, p in zip(latents, layer.projections, strict=True)
     ]
-    expected = (math.prod(projected) * layer.rank_weights[:, None]).sum(-2) + layer.bias
+    expected = (math.prod(projected) * layer.rank_weights.reshape(3, -1)).sum(-2) + layer.bias
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = layer(latents)
     assert found.dtype == torch.float32
