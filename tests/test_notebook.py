@@ -1,0 +1,62 @@
+"""The notebook runs as committed and shows what its text says."""
+
+import json
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOK = ROOT / "notebooks" / "lmf_tour.ipynb"
+
+
+def execute(notebook: nbformat.NotebookNode, folder: Path) -> None:
+    NotebookClient(
+        notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+    ).execute()
+
+
+@pytest.fixture
+def notebook(monkeypatch: pytest.MonkeyPatch) -> nbformat.NotebookNode:
+    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # on a busy machine spinning threads cost more than they bring
+    return nbformat.read(NOTEBOOK, as_version=4)
+
+
+def figures(notebook: nbformat.NotebookNode) -> int:
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    return sum("image/png" in output.get("data", {}) for output in outputs)
+
+
+def test_notebook_shows_what_its_text_says(notebook):
+    execute(notebook, NOTEBOOK.parent)
+    assert figures(notebook) == 3
+    summary = json.loads(notebook.cells[-1].outputs[0].text)
+    by_rank = dict(zip(summary["ranks"], summary["r_squared"], strict=True))
+    # each of the four planted terms needs a rank; the fifth and sixth bring nothing
+    assert by_rank[1] < by_rank[2] - 0.05 < by_rank[3] - 0.1 < by_rank[4] - 0.1
+    assert by_rank[4] > summary["ceiling"] - 0.03
+    assert max(by_rank[5], by_rank[6]) < summary["ceiling"]
+    assert summary["spectrum"][:3] == pytest.approx(summary["planted"], abs=0.12)
+    assert max(summary["spectrum"][3:]) < 0.2
+    assert min(summary["alignment"]) > 0.95
+    # the same function: other raw factors
+    assert summary["strength_change"] > 0.3
+
+
+def test_notebook_finds_the_modules_from_the_repository_root(notebook):
+    imports = next(k for k, cell in enumerate(notebook.cells) if cell.cell_type == "code")
+    notebook.cells = [
+        *notebook.cells[: imports + 1],
+        nbformat.v4.new_code_cell("print(LowRankMultimodalFusion((2, 3)))"),
+    ]
+    execute(notebook, ROOT)
+    assert "input_dims=(2, 3)" in notebook.cells[-1].outputs[0].text
+
+
+def test_committed_notebook_is_small_and_names_no_machine():
+    text = NOTEBOOK.read_text()
+    assert len(text) < 300_000
+    assert figures(nbformat.read(NOTEBOOK, as_version=4)) == 3
+    assert not any(path in text for path in ("/home/", "/tmp/", "/root/", "/work/"))
