@@ -6,11 +6,14 @@ pooler most checkpoints lack). A Hugging Face text model: its projected text emb
 mean over its tokens, or the first, [CLS].
 """
 
+import contextlib
 import itertools
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,6 +23,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from corpus import InputError
 from encoder_weights import RANDOM_SEED, RESNET50_FILES, EncoderSource, find_encoder, resnet50_file
 from image_decoding import Preprocessing
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig  # imported late elsewhere: a warm cache needs no transformers
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # the poolers of these are no part of any feature, and many checkpoints lack their weights
@@ -88,12 +94,11 @@ def text_identity(config: EncoderConfig, source: EncoderSource, device: str) -> 
 def image_preprocessing(config: EncoderConfig, source: EncoderSource) -> Preprocessing:
     """How pictures are brought into the encoder's shape: its own size, mean, standard deviation and filter."""
     if not source.is_folder:
-        shorter = 232 if config.image_weights == "IMAGENET1K_V2" else 256  # torchvision's, for an input of 224
+        # torchvision's, for an input of 224; by the weights and not by the flag, which other weights leave unused
+        shorter = 232 if source.identity.get("weights") == "IMAGENET1K_V2" else 256
         resize = round(config.image_size * shorter / 224)
         return Preprocessing(config.image_resize, config.image_size, resize, IMAGENET_MEAN, IMAGENET_STD)
-    from transformers import AutoConfig  # config.json may leave the size to the class's default
-
-    model_config = AutoConfig.from_pretrained(source.path)
+    model_config = _model_config(source)  # not config.json itself, which may leave the size to the class's default
     size = getattr(getattr(model_config, "vision_config", model_config), "image_size", None) or config.image_size
     size = size if isinstance(size, int) else size[0]
     path = source.path / "preprocessor_config.json"
@@ -113,6 +118,8 @@ class ImageEncoder:
         self.std = torch.tensor(how.std, device=device).view(3, 1, 1) * 255
         model = _hugging_face_model(source) if source.is_folder else _resnet50(source)
         self.model = model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+        with _refuse(source, "does not encode images"):  # one blank picture tells
+            self(np.zeros((1, how.size, how.size, 3), np.uint8))
 
     @torch.inference_mode()
     def __call__(self, pixels: np.ndarray) -> Tensor:
@@ -133,7 +140,8 @@ class TextEncoder:
         from transformers import AutoTokenizer
 
         self.device, self.pooling = device, config.text_pooling
-        self.tokenizer = AutoTokenizer.from_pretrained(source.path)
+        with _refuse(source, "its tokenizer cannot be loaded"):
+            self.tokenizer = AutoTokenizer.from_pretrained(source.path)
         self.model = _hugging_face_model(source).eval().requires_grad_(False).to(device)
         settings = getattr(self.model.config, "text_config", self.model.config)
         positions = getattr(settings, "max_position_embeddings", 512)
@@ -141,6 +149,8 @@ class TextEncoder:
             positions -= settings.pad_token_id + 1
         self.max_length = min(self.tokenizer.model_max_length, positions)
         self.pads_fully = "siglip" in settings.model_type  # it was trained on texts padded to the full length
+        with _refuse(source, "does not encode texts"):  # one empty text tells
+            self(self.tokenize([""]))
 
     def tokenize(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text, cut at the encoder's maximum."""
@@ -243,27 +253,39 @@ def _read_weights(path: Path, source: EncoderSource) -> dict[str, Tensor]:
     return state
 
 
+@contextlib.contextmanager
+def _refuse(source: EncoderSource, what: str) -> Iterator[None]:
+    """Whatever a library says of a folder that is not what it should be, as one line that names the flag."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise InputError(f"{source.flag} {source.name}: {what} ({reason})") from error
+
+
+def _model_config(source: EncoderSource) -> "PreTrainedConfig":
+    from transformers import AutoConfig
+
+    with _refuse(source, "its config.json cannot be used"):
+        return AutoConfig.from_pretrained(source.path)
+
+
 def _hugging_face_model(source: EncoderSource) -> nn.Module:
     """A Hugging Face model in float32, with all its weights from disk or all seeded."""
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoModel
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # weights that are missing or left over are judged below
     logging.disable_progress_bar()
-    try:
-        config = AutoConfig.from_pretrained(source.path)
-        options = {"add_pooling_layer": False} if config.model_type in POOLER_OPTIONAL else {}
+    config = _model_config(source)
+    options = {"add_pooling_layer": False} if config.model_type in POOLER_OPTIONAL else {}
+    with _refuse(source, "cannot be loaded"):
         if source.is_random:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(RANDOM_SEED)
                 return AutoModel.from_config(config, dtype=torch.float32, **options)
-        model, report = AutoModel.from_pretrained(
-            source.path, dtype=torch.float32, local_files_only=True, output_loading_info=True, **options
-        )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise InputError(
-            f"{source.flag} {source.name}: cannot be loaded ({' '.join(str(error).split())[:160]})"
-        ) from error
+        options |= {"dtype": torch.float32, "local_files_only": True, "output_loading_info": True}
+        model, report = AutoModel.from_pretrained(source.path, **options)
     missing = sorted(map(str, report["missing_keys"])) + sorted(map(str, report.get("mismatched_keys", [])))
     if missing:  # transformers would fill them with random numbers
         raise InputError(f"{source.flag} {source.name}: its files lack {len(missing)} weights, {missing[0]} among them")

@@ -62,7 +62,7 @@ class Processes:
 
     def stop(self, error: InputError) -> NoReturn:
         """End all processes with code 2 and one line on stderr, printed by the main process."""
-        if self.is_main:
+        if int(os.environ.get("RANK", "0")) == 0:  # not `is_main`: before they have joined, all think they are
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:
             time.sleep(1)  # torchrun ends all processes as soon as one has failed: let the main one print first

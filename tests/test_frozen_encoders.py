@@ -276,6 +276,16 @@ def test_identity_follows_content_and_not_place(tmp_path):
     assert text_identity(config, find_text_encoder(config), "cpu") != identities[0]
 
 
+def test_weights_flag_that_is_unused_changes_no_input(resnet50_weights):
+    """Else two different inputs would share one cache."""
+    for name in (str(resnet50_weights), "random:resnet50"):
+        inputs = set()
+        for weights in ("IMAGENET1K_V1", "IMAGENET1K_V2"):
+            config = EncoderConfig(image_encoder=name, image_weights=weights, image_resize="crop")
+            inputs.add(image_preprocessing(config, find_image_encoder(config)))
+        assert len(inputs) == 1
+
+
 def test_every_choice_and_the_arithmetic_are_part_of_the_identity():
     def identity(device: str = "cpu", **choices: object) -> str:
         config = EncoderConfig(**choices)
