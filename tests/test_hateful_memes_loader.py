@@ -153,47 +153,48 @@ def test_identical_rows_are_dropped_and_counted(tmp_path, load):
 
 
 def _row(**changes: object) -> str:
-    row = {"img": "img/00000.png", "label": 1, "text": "x"} | changes
+    row = {"img": "img/99999.png", "label": 1, "text": "x"} | changes
     return json.dumps({key: value for key, value in row.items() if value != "absent"})
 
 
-BAD_LINES = {
-    "not JSON": '{"img": ',
-    "deep": "[" * 100_000,
-    "not an object": "[1, 2]",
-    "no img": _row(img="absent"),
-    "no text": _row(text="absent"),
-    "img is int": _row(img=5),
-    "text is null": _row(text=None),
-    "text is list": _row(text=["a"]),
-    "label 2": _row(label=2),
-    "label true": _row(label=True),
-    "label string": _row(label="1"),
-    "label float": _row(label=1.0),
-    "label null": _row(label=None),
-    "label NaN": _row(label=float("nan")),
-    "absolute": _row(img="/etc/passwd"),
-    "absolute on Windows": _row(img="C:\\img\\1.png"),
-    "leaves": _row(img="../secret.png"),
-    "leaves inside": _row(img="img/../../secret.png"),
-    "leaves with backslashes": _row(img="img\\..\\..\\secret.png"),
-    "no name": _row(img=""),
-    "folder": _row(img="img/.."),
-    "NUL": _row(img="img/\0.png"),
-    "lone surrogate in img": _row(img="img/\ud800.png"),
-    "another text": _row(img="img/00000.png", label=0, text="quite another text"),
-    "unlabelled among labelled": _row(img="img/77777.png", label="absent"),
+BAD_LINES = {  # what is wrong: (line, what the message says of it)
+    "not JSON": ('{"img": ', "is not JSON"),
+    "deep": ("[" * 100_000, "is not JSON"),
+    "not an object": ("[1, 2]", "is list, not an object"),
+    "no img": (_row(img="absent"), "key 'img' is missing"),
+    "no text": (_row(text="absent"), "key 'text' is missing"),
+    "img is int": (_row(img=5), "key 'img' is 5, not a string"),
+    "text is null": (_row(text=None), "key 'text' is null, not a string"),
+    "text is list": (_row(text=["a"]), "key 'text' is [\"a\"], not a string"),
+    "label 2": (_row(label=2), "label is 2;"),
+    "label true": (_row(label=True), "label is true;"),
+    "label string": (_row(label="1"), 'label is "1";'),
+    "label float": (_row(label=1.0), "label is 1.0;"),
+    "label null": (_row(label=None), "label is null;"),
+    "label NaN": (_row(label=float("nan")), "label is NaN;"),
+    "absolute": (_row(img="/etc/passwd"), "outside the image folder"),
+    "absolute on Windows": (_row(img="C:\\img\\1.png"), "outside the image folder"),
+    "leaves": (_row(img="../secret.png"), "outside the image folder"),
+    "leaves inside": (_row(img="img/../../secret.png"), "outside the image folder"),
+    "leaves with backslashes": (_row(img="img\\..\\..\\secret.png"), "outside the image folder"),
+    "no name": (_row(img=""), "no file name"),
+    "folder": (_row(img="img/.."), "no file name"),
+    "NUL": (_row(img="img/\0.png"), "no file name"),
+    "lone surrogate in img": (_row(img="img/\ud800.png"), "no file name"),
+    "another text": (_row(img="img/00000.png", label=0, text="quite another"), "has another text or label than in"),
+    "unlabelled among labelled": (_row(label="absent"), "has no label though other rows"),
 }
 
 
-@pytest.mark.parametrize("line", BAD_LINES.values(), ids=BAD_LINES.keys())
-def test_bad_line_is_named_with_file_and_number(tmp_path, load, line):
+@pytest.mark.parametrize(("line", "said"), BAD_LINES.values(), ids=BAD_LINES.keys())
+def test_bad_line_is_named_with_file_and_number(tmp_path, load, line, said):
     jsonl = write_memes(tmp_path)
     jsonl.write_text(jsonl.read_text() + line + "\n")
     with pytest.raises(InputError) as raised:
         load(jsonl)
-    assert str(raised.value).startswith(f"{jsonl}:23: ") and "\n" not in str(raised.value)
-    assert len(str(raised.value)) < 400 + len(str(jsonl))
+    message = str(raised.value)
+    assert message.startswith(f"{jsonl}:23: ") and said in message and "\n" not in message
+    assert len(message) < 400 + 2 * len(str(jsonl))
 
 
 def test_line_that_is_not_utf_8_is_named(tmp_path, load):
