@@ -86,14 +86,14 @@ class Config:
     """number of rank-1 terms R; for one logit this is the CP rank of the interaction"""
 
     # ---- objective: BCE + mmd * MMD^2 + reconstruction * squared error + alignment * pair alignment
-    mmd_weight: float = 0.1
+    mmd_weight: float = 1.0
     """weight of the MMD to the Gaussian prior; 0 turns the prior off"""
     reconstruction_weight: float = 0.1
     """weight of the reconstruction error"""
-    alignment_weight: float = 0.0
+    alignment_weight: float = 0.1
     """weight of the alignment of a meme's image and text latents"""
-    alignment: Literal["info_nce", "margin"] = "info_nce"
-    """which alignment: symmetric InfoNCE, or the margin ranking loss of the jWAE paper"""
+    alignment: Literal["margin", "info_nce"] = "margin"
+    """which alignment: the margin ranking loss of the jWAE paper, or symmetric InfoNCE"""
 
     # ---- training
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
@@ -123,7 +123,7 @@ class Config:
 # ---- objective ---------------------------------------------------------------------------------------------------
 
 
-def objective(model, batch: Batch, alignment: str = "info_nce") -> dict[str, Tensor]:
+def objective(model, batch: Batch, alignment: str = "margin") -> dict[str, Tensor]:
     """Loss terms of one model on one batch; their weighted sum is minimised.
 
     batch.features holds (B, d_m) per modality, batch.target (B,) of 0 and 1.

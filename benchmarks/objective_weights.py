@@ -1,0 +1,160 @@
+"""What the weights of the objective do: the score on held-out data, and how near the latents come to the prior.
+
+    python -m benchmarks.objective_weights
+    python -m benchmarks.objective_weights --mustard sarcasm_data.json --mustard-folds folds.json --text-encoder FOLDER
+
+One term's weight is varied at a time, from the defaults. Every setting and seed of a table is one member of one stack,
+and members of one seed share initial values and batches, so that differences between settings are paired. No test
+split takes part: the demo is scored on its dev split, MUStARD (utterance against context, Castro et al. 2019) by an
+inner five-fold cross-validation of the training part of its first released fold.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import StratifiedKFold
+from torch import Tensor
+
+from corpus import Split
+from feature_cache import FeatureCache
+from feature_extraction import encode_texts
+from frozen_encoders import EncoderConfig, find_text_encoder, text_identity
+from fusion_model import FusionModel
+from hateful_memes_loader import _text_digest
+from jwae_module import margin_ranking
+from main_hateful_memes import Config, load, objective, predict
+from torchrun_processes import Processes
+from training import Batch, Member, Schedule, train
+
+DEFAULT = {
+    "bce": 1.0,
+    "mmd": Config.mmd_weight,
+    "reconstruction": Config.reconstruction_weight,
+    "alignment": 0.0,  # InfoNCE
+    "margin": Config.alignment_weight,
+}
+CHANGES = [
+    *({"mmd": weight} for weight in (0.0, 0.1, 1.0, 10.0)),
+    *({"reconstruction": weight} for weight in (0.0, 0.1, 1.0)),
+    *({"margin": weight} for weight in (0.0, 0.1, 1.0)),
+    *({"margin": 0.0, "alignment": weight} for weight in (0.01, 0.1)),
+]
+
+
+def settings() -> list[dict[str, float]]:
+    """The defaults first, then every single change of them."""
+    changed = [DEFAULT | change for change in CHANGES]
+    return [DEFAULT, *(s for s in changed if s != DEFAULT)]
+
+
+def objective_with_margin(model, batch: Batch) -> dict[str, Tensor]:
+    """The main script's terms, with the margin ranking loss beside InfoNCE."""
+    latents = {}
+
+    def spy(*args, **options):
+        output = model(*args, **options)
+        latents.update(output.latents)
+        return output
+
+    return objective(spy, batch, "info_nce") | {"margin": margin_ranking(latents)}
+
+
+@torch.inference_mode()
+def distance_from_prior(model: FusionModel, features: dict[str, Tensor]) -> tuple[float, float]:
+    """Mean over modalities and coordinates of |mean|, and of |std - 1|, of held-out latents: 0 and 0 under N(0, I)."""
+    latents = torch.cat(list(model.encode(features).values()), dim=1)
+    return latents.mean(0).abs().mean().item(), (latents.std(0) - 1).abs().mean().item()
+
+
+def measure(train_split: Split, held_out: Split, seeds: int, epochs: int) -> np.ndarray:
+    """(settings, seeds, 3): AUROC at the best epoch, |mean| and |std - 1| there."""
+    dims = {name: x.shape[1] for name, x in train_split.features.items()}
+
+    def build(_: Member) -> FusionModel:
+        model = FusionModel(dims, Config.latent_dim, Config.hidden_dim, Config.rank)
+        model.fit_standardisation(train_split.features)
+        return model
+
+    members = [Member(seed, weights, Config.weight_decay) for weights in settings() for seed in range(seeds)]
+    schedule = Schedule(epochs, Config.batch_size, Config.learning_rate, patience=epochs)
+    score = lambda logits, target: roc_auc_score(target, logits)  # noqa: E731
+    trained = train(build, members, objective_with_margin, predict, train_split, held_out, score, schedule)
+    rows = [
+        (best, *distance_from_prior(model, held_out.features))
+        for best, model in zip(trained.best_score, trained.models, strict=True)
+    ]
+    return np.array(rows).reshape(len(settings()), seeds, 3)
+
+
+def mustard(annotations: Path, folds: Path, encoder: str, cache_dir: Path) -> Split:
+    """Training part of the first fold: vectors of the utterance and of its context, target sarcasm."""
+    rows, ids = json.loads(annotations.read_text()), json.loads(folds.read_text())[0]["train"]
+    texts = {
+        "utterance": [rows[key]["utterance"] for key in ids],
+        "context": [" ".join(rows[key]["context"]) for key in ids],
+    }
+    config = EncoderConfig(text_encoder=encoder)
+    source = find_text_encoder(config)
+    cache = FeatureCache(cache_dir, "text", text_identity(config, source, "cpu"))
+    encode_texts({_text_digest(t): t for group in texts.values() for t in group}, cache, config, source, Processes())
+    features = {name: torch.stack([cache.vectors[_text_digest(t)] for t in group]) for name, group in texts.items()}
+    return Split(features, torch.tensor([float(rows[key]["sarcasm"]) for key in ids]), ids)
+
+
+def take(split: Split, rows: np.ndarray) -> Split:
+    """The examples `rows` of a split."""
+    index = torch.from_numpy(rows)
+    features = {name: x[index] for name, x in split.features.items()}
+    return Split(features, split.target[index], [split.ids[i] for i in rows])
+
+
+def print_table(title: str, results: np.ndarray) -> None:
+    """results (settings, runs, 3); differences of AUROC are paired with the default over runs."""
+    print(f"\n{title}")
+    print("  mmd reconstr.  InfoNCE  margin            AUROC     minus default   |mean|  |std-1|")
+    for weights, runs in zip(settings(), results, strict=True):
+        difference = runs[:, 0] - results[0, :, 0]
+        print(
+            f"{weights['mmd']:5g} {weights['reconstruction']:9g} {weights['alignment']:8g} {weights['margin']:7g}   "
+            f"{runs[:, 0].mean():.3f} +- {runs[:, 0].std(ddof=1):.3f} "
+            f"{difference.mean():+8.3f} +- {difference.std(ddof=1):.3f}   "
+            f"{runs[:, 1].mean():6.2f} {runs[:, 2].mean():8.2f}"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--cache-dir", type=Path, default=Config.cache_dir)
+    parser.add_argument("--mustard", type=Path, help="sarcasm_data.json as released")
+    parser.add_argument("--mustard-folds", type=Path, help="the five released folds, as JSON")
+    parser.add_argument("--text-encoder", help="for MUStARD: a local folder or a Hugging Face name")
+    options = parser.parse_args()
+    print(f"torch {torch.__version__}, CPU, {torch.get_num_threads()} threads; first row: the defaults")
+
+    corpus = load(Config(cache_dir=options.cache_dir), Processes())
+    start = time.perf_counter()
+    results = measure(corpus.splits["train"], corpus.splits["dev"], options.seeds, options.epochs)
+    seconds = time.perf_counter() - start
+    print_table(f"demo, dev, n = 192, {options.seeds} seeds, {options.epochs} epochs ({seconds:.0f} s)", results)
+
+    if options.mustard:
+        split = mustard(options.mustard, options.mustard_folds, options.text_encoder, options.cache_dir)
+        folds = StratifiedKFold(5, shuffle=True, random_state=0).split(np.zeros(len(split)), split.target)
+        start = time.perf_counter()
+        results = np.concatenate(
+            [measure(take(split, a), take(split, b), options.seeds, options.epochs) for a, b in folds], axis=1
+        )
+        seconds = time.perf_counter() - start
+        title = f"MUStARD, inner 5-fold of fold 0's training part, n = {len(split)}, {options.seeds} seeds"
+        print_table(f"{title}, {options.epochs} epochs ({seconds:.0f} s)", results)
+
+
+if __name__ == "__main__":
+    main()
