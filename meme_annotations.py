@@ -53,7 +53,8 @@ def read_annotations(path: Path) -> tuple[list[Meme], str | None]:
     """Rows of one file and, where identical rows were dropped, a note that counts them.
 
     Raises InputError naming file and line: not UTF-8, not JSON, a key missing or of the wrong type, a label other than
-    0 or 1, an `img` that is absolute or leaves the folder, one `img` with two texts or labels, labels on some rows only.
+    0 or 1, an `img` that is absolute or leaves the folder, one `img` with two texts or labels, labels on some rows
+    only.
     """
     try:
         lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")  # some editors write a byte order mark

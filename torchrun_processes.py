@@ -66,6 +66,7 @@ class Processes:
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:
             time.sleep(1)  # torchrun ends all processes as soon as one has failed: let the main one print first
+        leave_processes()  # gloo's threads abort the process where the interpreter ends under them
         sys.exit(2)
 
 
