@@ -176,15 +176,16 @@ def load(config: Config, processes: Processes) -> Corpus:
 
 def locate(config: Config) -> tuple[Path | None, Path | None]:
     """(jsonl, image folder) that the flags or else REAL_PATH name; (None, None) asks for the demo or the download."""
-    given = Path(REAL_PATH["jsonl"]) if REAL_PATH["jsonl"] else None, REAL_PATH["img_dir"]
-    jsonl = config.jsonl or (None if config.download else given[0])
-    img_dir = config.img_dir or (Path(given[1]) if given[1] and jsonl == given[0] else None)
-    if config.download and (config.jsonl or config.img_dir):
-        raise InputError("--download: brings its own files; leave --jsonl and --img-dir out")
-    if img_dir and jsonl is None:
-        raise InputError(
-            f"--img-dir {img_dir}: names images without captions; give --jsonl (or REAL_PATH['jsonl']) too"
-        )
+    if config.download:
+        if config.jsonl or config.img_dir:
+            raise InputError("--download: brings its own files; leave --jsonl and --img-dir out")
+        return None, None
+    if config.jsonl:
+        return config.jsonl, config.img_dir
+    jsonl, img_dir = (Path(REAL_PATH[key]) if REAL_PATH[key] else None for key in ("jsonl", "img_dir"))
+    img_dir = config.img_dir or img_dir
+    if img_dir and not jsonl:
+        raise InputError(f"--img-dir {img_dir}: images without captions; give --jsonl (or REAL_PATH['jsonl']) too")
     return jsonl, img_dir
 
 

@@ -236,6 +236,7 @@ def train(
     for epoch in range(len(state.history), 0 if state.finished else schedule.epochs):
         losses = _train_epoch(epoch, state, step, feed, members)
         predictions = _predict_members(skeleton, state, predict, chunks).numpy()  # (S, N) or (S, N, O)
+        _check_predictions(predictions, members, epoch)
         scores = [float(score(p, target)) for p in predictions]
         record = {"epoch": epoch, "loss": losses, "score": scores}
         state.history.append(record)
@@ -290,6 +291,16 @@ def _train_epoch(epoch: int, state: _State, step: Callable, feed: _Feed, members
             f"{epoch * feed.steps + k} (epoch {epoch}); lower --learning-rate or that term's weight"
         )
     return {name: values[:, t].double().mean(0).tolist() for t, name in enumerate(names)}
+
+
+def _check_predictions(predictions: np.ndarray, members: list[Member], epoch: int) -> None:
+    """The epoch's last step may spoil parameters that no loss has seen yet."""
+    for s, (member, prediction) in enumerate(zip(members, predictions, strict=True)):
+        if not np.isfinite(prediction).all():
+            raise NonFiniteLoss(
+                f"loss term unknown: the predictions of member {s} (seed {member.seed}) are not finite after the last "
+                f"step of epoch {epoch}; lower --learning-rate"
+            )
 
 
 @torch.no_grad()

@@ -123,7 +123,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize("epoch", [0, 2, 4])
 def test_resume_is_bit_identical_wherever_the_run_was_stopped(tmp_path, epoch):
     members = [Member(0, WEIGHTS, 0.01), Member(1, WEIGHTS)]
-    schedule = {"epochs": 6, "patience": 3}
+    schedule = {"epochs": 6, "patience": 9}
     whole = run(members, schedule=schedule)
 
     def stop(record):
@@ -206,6 +206,14 @@ def test_loss_that_is_not_finite_names_term_member_and_step_and_keeps_the_checkp
         run([Member(4, WEIGHTS)], objective=poisoned, checkpoint=checkpoint, on_epoch=on_epoch)
     assert good is not None
     assert checkpoint.read_bytes() == good
+
+
+def test_predictions_that_are_not_finite_stop_the_run():
+    def spoilt(model, features):
+        return predict(model, features) * torch.nan
+
+    with pytest.raises(NonFiniteLoss, match=r"predictions of member 0 \(seed 8\)"):
+        run([Member(8, WEIGHTS)], predict=spoilt)
 
 
 def test_fewer_examples_than_a_batch_make_one_batch():
