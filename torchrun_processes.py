@@ -66,7 +66,10 @@ class Processes:
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:
             time.sleep(1)  # torchrun ends all processes as soon as one has failed: let the main one print first
-        leave_processes()  # gloo's threads abort the process where the interpreter ends under them
+        if dist.is_available() and dist.is_initialized():
+            # gloo's threads now and then abort a process whose interpreter is taken down under them (code -6, not 2)
+            sys.stdout.flush()
+            os._exit(2)
         sys.exit(2)
 
 
