@@ -156,7 +156,7 @@ def info_nce(latents: Mapping[str, Tensor], temperature: float = 0.07) -> Tensor
         ValueError: latents that are not (B, L) alike.
     """
     losses = []
-    for similarities in _pair_similarities(latents):
+    for similarities, _ in _pair_similarities(latents):
         logits = similarities / temperature  # (B, B)
         partner = torch.arange(len(logits), device=logits.device)
         losses += [F.cross_entropy(logits, partner), F.cross_entropy(logits.T, partner)]
@@ -182,9 +182,10 @@ def margin_ranking(latents: Mapping[str, Tensor], margin: float = 0.2) -> Tensor
         ValueError: latents that are not (B, L) alike.
     """
     losses = []
-    for similarities in _pair_similarities(latents):
-        matched = similarities.diagonal()
-        hinges = (margin - matched[:, None] + similarities).relu() + (margin - matched + similarities).relu()  # (B, B)
+    for similarities, matched in _pair_similarities(latents):
+        hinges = _positive_part(margin - matched[:, None] + similarities) + _positive_part(
+            margin - matched + similarities
+        )
         losses.append(_off_diagonal_mean(hinges) / 2)
     return _mean(losses, latents)
 
@@ -211,14 +212,25 @@ def _products(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    """|a_i - b_j|^2 of rows (A, L) and (B, L) -> (A, B)."""
-    return (a.square().sum(-1)[:, None] + b.square().sum(-1) - 2 * _products(a, b)).clamp(min=0)
+    """|a_i - b_j|^2 of rows (A, L) and (B, L) -> (A, B); rounding may leave a 0 negative, which no kernel minds."""
+    return a.square().sum(-1)[:, None] + b.square().sum(-1) - 2 * _products(a, b)
+
+
+def _positive_part(x: Tensor) -> Tensor:
+    """max(x, 0), without the boolean mask of relu's gradient: compiled, storing it costs more than all else here."""
+    return (x + x.abs()) / 2
+
+
+@torch.compiler.assume_constant_result
+def _off_diagonal_mask(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """1 - I, as a constant of a compiled graph."""
+    return 1 - torch.eye(size, dtype=dtype, device=device)
 
 
 def _off_diagonal_mean(matrix: Tensor) -> Tensor:
     """Mean of a (B, B) matrix without its diagonal; 0 for B = 1."""
     size = len(matrix)
-    mask = 1 - torch.eye(size, dtype=matrix.dtype, device=matrix.device)
+    mask = _off_diagonal_mask(size, matrix.dtype, matrix.device)
     return (matrix * mask).sum() / max(size * (size - 1), 1)
 
 
@@ -246,14 +258,15 @@ def _sampled_imq(z: Tensor, prior: Tensor, scales: Sequence[float]) -> Tensor:
     return total / len(scales)
 
 
-def _pair_similarities(latents: Mapping[str, Tensor]) -> Iterator[Tensor]:
-    """Cosine similarities (B, B) of every pair of modalities."""
+def _pair_similarities(latents: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Cosine similarities of every pair of modalities: of all rows (B, B), and of the partners (B,)."""
     shapes = {name: tuple(z.shape) for name, z in latents.items()}
     if len(set(shapes.values())) != 1 or len(next(iter(shapes.values()))) != 2:
         raise ValueError(f"paired latents must share one shape (B, L), got {shapes}")
     unit = [F.normalize(_upcast(z), dim=-1) for z in latents.values()]
     for a, b in combinations(unit, 2):
-        yield _products(a, b)
+        # the partners anew: a diagonal read is not vectorised, and its kernel took a fifth of a compiled training step
+        yield _products(a, b), (a * b).sum(-1)
 
 
 def _mean(losses: list[Tensor], latents: Mapping[str, Tensor]) -> Tensor:

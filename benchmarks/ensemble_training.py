@@ -21,12 +21,12 @@ from main_hateful_memes import objective
 from training import Batch, Member, Schedule, _State, build_members, vectorized_step
 
 WIDTHS = {"text": 100, "audio": 73, "video": 100}
-LATENT, HIDDEN, RANK, BATCH = 32, 128, 4, 64
+LATENT, RANK, BATCH = 32, 4, 64
 WEIGHTS = {"bce": 1.0, "mmd": 1.0, "reconstruction": 0.1, "alignment": 0.1}
 
 
-def build(_: Member) -> FusionModel:
-    return FusionModel(WIDTHS, LATENT, HIDDEN, RANK)
+def build(member: Member) -> FusionModel:
+    return FusionModel(WIDTHS, LATENT, member.settings["hidden"], RANK)
 
 
 def batch_of(members: int | None) -> Batch:
@@ -36,9 +36,9 @@ def batch_of(members: int | None) -> Batch:
     return Batch(features, (torch.rand(*lead, BATCH) > 0.5).float())
 
 
-def plain_loop(fused: bool) -> Callable[[], None]:
+def plain_loop(hidden: int, fused: bool) -> Callable[[], None]:
     """One step of one model, as one would write it; `fused` is the optimiser's fast option."""
-    model = build(Member(0, WEIGHTS))
+    model = build(Member(0, WEIGHTS, settings={"hidden": hidden}))
     optimizer = torch.optim.AdamW(model.parameters(), fused=fused)
     batch = batch_of(None)
 
@@ -50,9 +50,9 @@ def plain_loop(fused: bool) -> Callable[[], None]:
     return step
 
 
-def stacked(members: int, compile: bool) -> Callable[[], None]:
+def stacked(hidden: int, members: int, compile: bool) -> Callable[[], None]:
     """One step of `members` models at once, as `training.train` takes it."""
-    group = [Member(seed, WEIGHTS, weight_decay=0.01) for seed in range(members)]
+    group = [Member(seed, WEIGHTS, 0.01, {"hidden": hidden}) for seed in range(members)]
     models = build_members(build, group)
     state = _State(models, group, Schedule(), torch.device("cpu"))
     gradients_of = vectorized_step(models[0], objective, compile)
@@ -66,9 +66,9 @@ def stacked(members: int, compile: bool) -> Callable[[], None]:
     return step
 
 
-def floor_seconds() -> tuple[float, float]:
+def floor_seconds(hidden: int) -> tuple[float, float]:
     """Floor per member and step: (FLOPs / measured matmul rate, bytes that Adam must move / measured copy rate)."""
-    model: nn.Module = build(Member(0, WEIGHTS))
+    model: nn.Module = build(Member(0, WEIGHTS, settings={"hidden": hidden}))
     weights = sum(p.numel() for p in model.parameters())
     flops = 3 * 2 * BATCH * weights  # forward, and two products of the same size backward
     moved = 4 * weights * 8  # read parameter, gradient, two moments; write parameter, gradient, two moments
@@ -90,34 +90,38 @@ def _timed(step: Callable[[], object], repeats: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 4, 16, 64], help="members at once")
+    parser.add_argument("--hidden", type=int, nargs="+", default=[32, 128], help="hidden widths of the encoders")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    print(f"torch {torch.__version__}, {platform.machine()}, {options.threads} threads, {options.rounds} rounds, CPU")
+    for hidden in options.hidden:
+        measure(hidden, options.sizes, options.rounds)
 
-    sides = {("plain loop", 1): plain_loop(False), ("plain loop, fused AdamW", 1): plain_loop(True)}
-    for members in options.sizes:
-        sides["stacked", members] = stacked(members, compile=False)
-        sides["stacked, compiled", members] = stacked(members, compile=True)
+
+def measure(hidden: int, sizes: list[int], rounds: int) -> None:
+    """Time every side and print the table of one hidden width."""
+    sides = {("plain loop", 1): plain_loop(hidden, False), ("plain loop, fused AdamW", 1): plain_loop(hidden, True)}
+    for members in sizes:
+        sides["stacked", members] = stacked(hidden, members, compile=False)
+        sides["stacked, compiled", members] = stacked(hidden, members, compile=True)
     for step in sides.values():  # compile, allocate, warm up
         for _ in range(3):
             step()
-    rounds = []
-    for _ in range(options.rounds):
-        # about as much work per side: 64 plain steps against one stacked step of 64 members
-        rounds.append([_timed(step, max(2, 64 // members)) / members for (_, members), step in sides.items()])
-    times = np.array(rounds)  # (rounds, sides)
+    # about as much work per side: 64 plain steps against one stacked step of 64 members
+    times = np.array(
+        [[_timed(step, max(3, 64 // members)) / members for (_, members), step in sides.items()] for _ in range(rounds)]
+    )  # (rounds, sides)
 
-    floors = floor_seconds()
-    print(f"torch {torch.__version__}, {platform.machine()}, {options.threads} threads, {options.rounds} rounds, CPU")
-    print(f"widths {tuple(WIDTHS.values())} -> {LATENT}, hidden {HIDDEN}, rank {RANK}, batch {BATCH}, float32")
+    floors = floor_seconds(hidden)
+    print(f"\nwidths {tuple(WIDTHS.values())} -> {hidden} -> {LATENT}, rank {RANK}, batch {BATCH}, float32")
     print(f"{'':24} {'S':>4} {'ms / member / step':>20} {'times faster than the plain loop':>34} {'x floor':>8}")
-    floor = max(floors)
     for i, (name, members) in enumerate(sides):
         ratio = times[:, 0] / times[:, i]
         spread = f"{np.median(ratio):.1f} [{ratio.min():.1f}, {ratio.max():.1f}]"
         median = np.median(times[:, i])
-        print(f"{name:24} {members:4} {1e3 * median:20.3f} {spread:>34} {median / floor:8.1f}")
+        print(f"{name:24} {members:4} {1e3 * median:20.3f} {spread:>34} {median / max(floors):8.1f}")
     print(
         f"floor per member and step: {1e3 * floors[0]:.3f} ms of arithmetic, {1e3 * floors[1]:.3f} ms of Adam's memory"
     )
