@@ -35,7 +35,7 @@ from run_folder import (
     write_predictions,
     write_results,
 )
-from torchrun_processes import Processes, current_processes, join_processes, leave_processes
+from torchrun_processes import Processes, current_processes, end_process, join_processes, leave_processes
 from training import Batch, Member, NonFiniteLoss, Schedule, Trained, train
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -393,4 +393,4 @@ def run(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:]))
+    end_process(run(sys.argv[1:]))

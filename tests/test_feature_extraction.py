@@ -159,7 +159,7 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 def test_two_processes_give_the_bits_of_one(folder):
     """With one cache folder for both, and with one each, as on nodes that share none."""
     body = """
-    from torchrun_processes import join_processes, leave_processes
+    from torchrun_processes import end_process, join_processes, leave_processes
     from safetensors.torch import save_file
     processes = join_processes()
     for cache in ("shared", f"own{processes.rank}"):
@@ -168,6 +168,7 @@ def test_two_processes_give_the_bits_of_one(folder):
                     for modality, x in split.features.items()}
         save_file(features, folder / f"{cache}-{processes.rank}.safetensors")
     leave_processes()
+    end_process(0)
     """
     alone = _load(folder, "alone")
     run = _python(folder, body, *TORCHRUN)
