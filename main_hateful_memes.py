@@ -98,9 +98,9 @@ class Config:
     # ---- training
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """one member per seed; all are trained at once"""
-    epochs: int = 40
+    epochs: int = 30
     """at most; see --patience"""
-    patience: int = 10
+    patience: int = 6
     """epochs without a better dev AUROC after which a member stops"""
     batch_size: int = 64
     """examples per step"""

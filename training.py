@@ -121,21 +121,27 @@ class _State:
         parameters, buffers = stack_module_state(models)
         self.parameters = {k: v.detach().to(device).requires_grad_() for k, v in parameters.items()}  # (S, ...)
         self.buffers = {k: v.to(device) for k, v in buffers.items()}  # (S, ...)
-        # elementwise, so one Adam over the stack is S independent Adams; `fused` has no per-tensor Python cost
-        self.optimizer = torch.optim.Adam(self.parameters.values(), lr=schedule.learning_rate, fused=True)
+        decay = torch.tensor([m.weight_decay for m in members], device=device)  # (S,)
+        # a decay that all members share rides along in the optimiser's kernel; others need a pass of their own
+        is_shared = bool((decay == decay[0]).all())
+        shared = decay[0].item() if is_shared else 0.0
+        self.keep = None if is_shared else 1 - schedule.learning_rate * decay
+        matrices = [p for p in self.parameters.values() if p.ndim > 2]  # (S, rows, columns)
+        others = [p for p in self.parameters.values() if p.ndim <= 2]
+        groups = [{"params": matrices, "weight_decay": shared}, {"params": others, "weight_decay": 0.0}]
+        # elementwise, so one AdamW over the stack is S independent ones; `fused` has no per-tensor Python cost
+        self.optimizer = torch.optim.AdamW(groups, lr=schedule.learning_rate, fused=True)
         self.best = {k: v.detach().clone() for k, v in self.parameters.items()}
         self.best_epoch = [-1] * len(members)
         self.best_score = [-math.inf] * len(members)
         self.history: list[dict] = []
         self.finished = False
-        decay = torch.tensor([m.weight_decay for m in members], device=device)
-        self.keep = None if not decay.any() else 1 - schedule.learning_rate * decay  # (S,)
 
     def apply(self, gradients: dict[str, Tensor]) -> None:
         """One AdamW step of every member."""
         with torch.no_grad():
             for name, parameter in self.parameters.items():
-                if self.keep is not None and parameter.ndim > 2:  # (S, rows, columns): a weight matrix
+                if self.keep is not None and parameter.ndim > 2:
                     parameter.mul_(self.keep.view(-1, 1, 1))
                 parameter.grad = gradients[name]
         self.optimizer.step()

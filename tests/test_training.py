@@ -46,9 +46,10 @@ def weights_of(model: nn.Module) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-def test_stacked_training_equals_a_plain_loop_with_adamw():
+@pytest.mark.parametrize("decay_of_companion", [0.0, 0.1])
+def test_stacked_training_equals_a_plain_loop_with_adamw(decay_of_companion):
     member = Member(seed=3, loss_weights=WEIGHTS, weight_decay=0.1)
-    trained = run([Member(0, WEIGHTS), member], schedule={"epochs": 2, "patience": 9})
+    trained = run([Member(0, WEIGHTS, decay_of_companion), member], schedule={"epochs": 2, "patience": 9})
     (model,) = build_members(build, [member])
     matrices = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim < 2]
