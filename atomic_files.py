@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -23,8 +24,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         with temporary.open("rb+") as handle:
             os.fsync(handle.fileno())
         temporary.replace(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error}); choose a folder with room") from error
+    except (OSError, SafetensorError) as error:  # safetensors wraps the system's errors in its own
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"{path}: cannot be written ({reason}); choose a folder that can be written and has room"
+        ) from error
     finally:
         if temporary.exists():
             temporary.unlink()

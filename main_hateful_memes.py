@@ -7,6 +7,8 @@ python main_hateful_memes.py --jsonl hm/train.jsonl --img-dir hm/img      the re
 import contextlib
 import io
 import itertools
+import os
+import shutil
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -350,6 +352,11 @@ def check(config: Config) -> None:
         raise InputError(f"--learning-rate {config.learning_rate}: give a number above 0, for instance 1e-3")
     if not config.seeds or len(set(config.seeds)) < len(config.seeds) or min(config.seeds) < 0:
         raise InputError(f"--seeds {' '.join(map(str, config.seeds))}: give different whole numbers from 0 up")
+    compiler = os.environ.get("CXX", "g++")
+    if config.compile and shutil.which(compiler) is None:
+        raise InputError(
+            f"--compile: needs a C++ compiler, and {compiler} is not found; install it, or leave the flag out"
+        )
     if config.image_size is not None and config.image_size < 32:
         raise InputError(f"--image-size {config.image_size}: ResNet-50 needs at least 32 pixels on a side")
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import roc_curve
 from torch import Tensor
@@ -195,8 +196,9 @@ def _draw_losses(axis, trained: Trained, members: int) -> None:
         axis.fill_between(epochs, values.min(1), values.max(1), color=color, alpha=0.2, linewidth=0)
     axis.set_yscale("symlog", linthresh=1e-3)
     axis.axhline(0, color="black", linewidth=0.5)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set(title="training loss terms, unweighted (band: all seeds)", xlabel="epoch")
-    axis.legend(frameon=False)
+    axis.legend(frameon=False, loc="center right")
 
 
 def _draw_selection(axis, trained: Trained, members: int, selection: str) -> None:
@@ -206,6 +208,7 @@ def _draw_selection(axis, trained: Trained, members: int, selection: str) -> Non
         axis.plot(epochs, scores[:, s], color=BLUE, alpha=0.45, linewidth=1, label="one seed" if s == 0 else None)
         axis.plot(trained.best_epoch[s] + 1, trained.best_score[s], "o", color=ORANGE, label="kept" if s == 0 else None)
     axis.axhline(0.5, color=GREY, linestyle=":", label="chance")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set(title=f"AUROC on {selection} (the split selected upon)", xlabel="epoch", ylabel="AUROC")
     axis.legend(frameon=False, loc="lower right")
 
@@ -222,7 +225,7 @@ def _draw_ranks(axis, ranks: RankReport, selection: str) -> None:
     axis.axhline(0, color="black", linewidth=0.6)
     axis.set_xticks(x, [str(r + 1) for r in x])
     top = max(axis.get_ylim()[1], 0.01)
-    axis.set(title=f"rank factors on {selection} (bars: mean, whiskers: std over seeds)", xlabel="rank")
+    axis.set(title=f"rank factors on {selection} (mean and std over seeds)", xlabel="rank")
     axis.set_ylim(top=1.3 * top)
     axis.legend(frameon=False, loc="upper right")
 

@@ -5,15 +5,18 @@ import io
 import itertools
 import json
 import platform
+import re
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TextIO
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -170,12 +173,17 @@ def save_ensembles(folder: Path, ensembles: Mapping[str, FusionEnsemble]) -> Non
     """
     run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     for i, (label, ensemble) in enumerate(ensembles.items()):
-        place = (
-            folder if i == 0 else folder / "baselines" / label.replace(" + ", "-").replace(", ", "-").replace(" ", "-")
-        )
-        ensemble.save_pretrained(place)
-        arguments = json.loads((place / "config.json").read_text(encoding="utf-8"))
-        write_json(place / "config.json", {**arguments, "row": label, "run": run})
+        place = folder if i == 0 else folder / "baselines" / re.sub(r"[^\w-]+", "-", label)
+        try:
+            with TemporaryDirectory(prefix=".saving-", dir=folder) as unfinished:
+                ensemble.save_pretrained(unfinished)
+                config = Path(unfinished, "config.json")
+                write_json(config, {**json.loads(config.read_text(encoding="utf-8")), "row": label, "run": run})
+                place.mkdir(parents=True, exist_ok=True)
+                for path in Path(unfinished).iterdir():
+                    path.replace(place / path.name)
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{place}: cannot be written ({error}); make room, then --resume") from error
 
 
 def write_predictions(folder: Path, corpus: Corpus, probabilities: Mapping[str, Tensor], seeds: Sequence[int]) -> None:

@@ -119,7 +119,8 @@ class _State:
 
     def __init__(self, models: list[nn.Module], members: list[Member], schedule: Schedule, device: torch.device):
         parameters, buffers = stack_module_state(models)
-        self.parameters = {k: v.detach().to(device).requires_grad_() for k, v in parameters.items()}  # (S, ...)
+        # detached: with requires_grad, autograd would record the step's own backward pass for a second one
+        self.parameters = {k: v.detach().to(device) for k, v in parameters.items()}  # (S, ...)
         self.buffers = {k: v.to(device) for k, v in buffers.items()}  # (S, ...)
         decay = torch.tensor([m.weight_decay for m in members], device=device)  # (S,)
         # a decay that all members share rides along in the optimiser's kernel; others need a pass of their own

@@ -249,6 +249,12 @@ def test_flag_that_makes_no_sense_is_one_line_and_nothing_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_compile_without_a_compiler_is_one_line(memes, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "no-such-compiler" in refused(capsys, [*flags(memes), "--compile"])
+
+
 def test_unknown_flag_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert "--rnk" in refused(capsys, ["--rnk", "3"])
