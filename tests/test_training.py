@@ -1,6 +1,7 @@
 """The trainer: S members at once are S trainings, kill and resume change no bit."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -241,3 +242,11 @@ def test_vectorized_gradients_equal_autograd_of_each_model():
 def test_records_are_plain_json():
     trained = run([Member(0, WEIGHTS)], schedule={"epochs": 1})
     assert json.loads(json.dumps(trained.history)) == trained.history
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compilation needs a C++ compiler")
+def test_compiled_training_is_the_same_up_to_rounding():
+    members = [Member(0, WEIGHTS, 0.1), Member(1, WEIGHTS)]
+    plain, compiled = (run(members, schedule={"epochs": 1, "compile": c}) for c in (False, True))
+    for a, b in zip(plain.models, compiled.models, strict=True):
+        torch.testing.assert_close(weights_of(a), weights_of(b), rtol=1e-3, atol=1e-5)
