@@ -198,7 +198,7 @@ def _draw_losses(axis, trained: Trained, members: int) -> None:
     axis.axhline(0, color="black", linewidth=0.5)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set(title="training loss terms, unweighted (band: all seeds)", xlabel="epoch")
-    axis.legend(frameon=False, loc="center right")
+    axis.legend(frameon=False, loc="lower left", ncols=2)
 
 
 def _draw_selection(axis, trained: Trained, members: int, selection: str) -> None:
