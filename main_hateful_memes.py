@@ -4,9 +4,6 @@ python main_hateful_memes.py                      the embedded demo: drawn memes
 python main_hateful_memes.py --jsonl hm/train.jsonl --img-dir hm/img      the real data set
 """
 
-import contextlib
-import io
-import itertools
 import os
 import shutil
 import sys
@@ -16,11 +13,11 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-import tyro
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 import report
+from command_line import pick_device, run_command
 from corpus import Corpus, InputError
 from demo_memes import draw_demo
 from frozen_encoders import EncoderConfig
@@ -37,8 +34,8 @@ from run_folder import (
     write_predictions,
     write_results,
 )
-from torchrun_processes import Processes, current_processes, end_process, join_processes, leave_processes
-from training import Batch, Member, NonFiniteLoss, Schedule, Trained, train
+from torchrun_processes import Processes, end_process, join_processes, leave_processes
+from training import Batch, Member, Schedule, Trained, train
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Your data: the train.jsonl of the Hateful Memes release (dev and test are found beside it) and its folder of images.
@@ -361,42 +358,9 @@ def check(config: Config) -> None:
         raise InputError(f"--image-size {config.image_size}: ResNet-50 needs at least 32 pixels on a side")
 
 
-def pick_device(name: str) -> torch.device:
-    """The device that --device asks for."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name}: not available here; give cpu, cuda or auto") from error
-    return torch.device(name)
-
-
-def parse(arguments: list[str]) -> Config:
-    """Config from the command line; what cannot be parsed raises InputError with tyro's message on one line."""
-    stderr = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(stderr):
-            return tyro.cli(Config, args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-    # tyro draws a box: its title, the message, a rule, then hints
-    lines = [line.strip("│╭╰╮╯ ") for line in stderr.getvalue().splitlines()]
-    message = " ".join(itertools.takewhile(lambda line: line.strip("─"), lines[1:]))
-    raise InputError(f"{message.rstrip('.')}; --help lists what there is")
-
-
 def run(arguments: list[str]) -> int:
-    """The command line; returns the exit code: 0, 2 for bad input, 130 when interrupted."""
-    try:
-        main(parse(arguments))
-    except (InputError, NonFiniteLoss) as error:
-        current_processes().stop(error)
-    except KeyboardInterrupt:
-        print("interrupted; the same command with --resume goes on", file=sys.stderr)
-        return 130
-    return 0
+    """The command line; returns the exit code."""
+    return run_command(main, Config, arguments)
 
 
 if __name__ == "__main__":

@@ -104,7 +104,8 @@ def current_processes(device: str = "cpu") -> Processes:
 
 
 def leave_processes() -> None:
-    """Take leave of the group, after the last work that is shared."""
+    """Take leave of the group, after the last work that is shared, and of torchrun's limit of one thread each."""
     if dist.is_available() and dist.is_initialized():
         dist.barrier()  # none may close its connections while another still listens
         dist.destroy_process_group()
+        torch.set_num_threads(Processes().cores)

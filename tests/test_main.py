@@ -18,8 +18,9 @@ from sklearn.metrics import roc_auc_score
 from small_memes import write_bert, write_memes, write_rows
 
 import main_hateful_memes as script
+from command_line import parse
 from fusion_model import FusionEnsemble
-from main_hateful_memes import Config, parse, run
+from main_hateful_memes import Config, run
 
 ROOT = Path(script.__file__).parent
 
@@ -103,7 +104,7 @@ def test_config_says_versions_device_revision_encoders_and_data(finished):
 
 
 def test_predictions_are_what_the_loaded_model_says_of_raw_features(finished, memes):
-    corpus = script.load(parse(flags(memes)), script.join_processes("cpu"))
+    corpus = script.load(parse(Config, flags(memes)), script.join_processes("cpu"))
     model = FusionEnsemble.from_pretrained(finished)
     for name, split in corpus.splits.items():
         rows = list(csv.DictReader((finished / f"predictions_{name}.csv").open()))
