@@ -34,6 +34,8 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
+        if torch.device(name).type not in ("cpu", "cuda"):
+            raise RuntimeError("not a device that this project is written for")
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: not available here; give cpu, cuda or auto") from error

@@ -70,6 +70,8 @@ def draw_demo(folder: Path, seed: int = 0) -> Path:
     manifest = folder / "demo.json"
     if manifest.exists() and json.loads(manifest.read_text(encoding="utf-8")).get("recipe") == recipe:
         return folder / "train.jsonl"
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: is a file, and the demo is drawn into a folder of that name; move it away")
     if folder.exists() and any(folder.iterdir()) and not (folder / "demo.lock").exists() and not manifest.exists():
         raise InputError(f"{folder}: exists and is not a demo folder; move it away or choose another --cache-dir")
     write_text(folder / "demo.lock", "a drawing that has begun\n")
@@ -95,7 +97,7 @@ def draw_demo(folder: Path, seed: int = 0) -> Path:
 
     _write_bert_architecture(folder / "bert")
     write_json(manifest, {"recipe": recipe, "pictures": list(PICTURES), "phrases": list(PHRASES), "memes": truth})
-    (folder / "demo.lock").unlink()
+    (folder / "demo.lock").unlink(missing_ok=True)
     return folder / "train.jsonl"
 
 

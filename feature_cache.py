@@ -14,6 +14,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from atomic_files import write_atomically, write_json
+from corpus import InputError
 
 SHARD_ITEMS = 512
 SHARD_SECONDS = 20.0  # what a killed run can lose
@@ -58,13 +59,21 @@ class FeatureCache:
         shard = load(content)
         digests = shard["digests"].numpy()  # uint8 (n, 32)
         for digest, vector in zip(digests, shard["features"], strict=True):
-            self.vectors.setdefault(digest.tobytes().hex(), vector)
+            # a clone: a row that is a view drags its whole shard along wherever it is sent
+            self.vectors.setdefault(digest.tobytes().hex(), vector.clone())
 
     def add(self, digests: list[str], features: Tensor) -> None:
-        """Take up encoded items, features (n, d); a shard is written every few hundred items or seconds."""
+        """Take up encoded items, features (n, d); a shard is written every few hundred items or seconds.
+
+        Raises InputError where a feature is not finite: such an encoder is of no use, and must not fill the cache.
+        """
+        if not features.isfinite().all():
+            raise InputError(
+                f"{self.folder / 'encoder.json'}: this encoder gives features that are not finite; use another"
+            )
         for digest, vector in zip(digests, features.float().cpu(), strict=True):
             if digest not in self.vectors:
-                self.vectors[digest] = self._pending[digest] = vector
+                self.vectors[digest] = self._pending[digest] = vector.clone()
         if len(self._pending) >= SHARD_ITEMS or time.monotonic() - self._flushed_at > SHARD_SECONDS:
             self.flush()
 

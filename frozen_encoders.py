@@ -168,6 +168,8 @@ class TextEncoder:
             ids[row, : len(row_ids)] = torch.tensor(row_ids, dtype=torch.long)
             mask[row, : len(row_ids)] = 1
         ids, mask = ids.to(self.device), mask.to(self.device)
+        if self.pads_fully:  # and it attends to its padding: no mask
+            mask = torch.ones_like(mask)
         with _autocast(self.device):
             features = _text_features(self.model, ids, mask, self.pooling)
         return features.float().cpu()

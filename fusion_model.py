@@ -71,7 +71,7 @@ class FusionModel(nn.Module):
     """One member: standardisation, jWAE, and a head over the latents.
 
     Args:
-        input_dims: width d_m of each modality, in the order in which the head takes them. With one modality the LMF
+        input_dims: width d_m of each modality; the head takes them in alphabetical order. With one modality the LMF
             head is an affine map of its latent: that is the one-modality baseline.
         latent_dim: L, the width of every latent.
         hidden_dim: width of the encoders' and decoders' hidden layer (and of the concatenation head's).
@@ -92,6 +92,8 @@ class FusionModel(nn.Module):
         active_rank: int | None = None,
     ) -> None:
         super().__init__()
+        # config.json is written with sorted keys: any other order would not survive saving and loading
+        input_dims = dict(sorted(input_dims.items()))
         self.modalities = tuple(input_dims)
         self.standardise = nn.ModuleDict({name: Standardise(dim) for name, dim in input_dims.items()})
         self.jwae = JWAE(input_dims, latent_dim, hidden_dim)

@@ -27,7 +27,7 @@ from torchrun_processes import Processes, current_processes
 
 KAGGLE_HANDLE = "parthplc/facebook-hateful-meme-dataset/versions/1"  # unpinned, it asks the network even when cached
 HOLDOUT_SHARE = 0.15
-LISTED = 5  # bad files that an error message names; it counts them all
+LISTED = 100  # bad files that an error message names; it counts them all
 
 Rows = dict[str, list[Meme]]
 

@@ -48,6 +48,8 @@ def decode_rgb(path: Path) -> Image.Image:
     with _bombs_are_errors(), Image.open(path) as image:
         image.load()  # the whole file, so that a truncation shows here and not as a grey band
         image = ImageOps.exif_transpose(image)
+        if image.mode == "F" or (image.mode == "I" and np.asarray(image).max(initial=0) > 65535):
+            raise ValueError("its numbers have no agreed black and white")
         if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion clips at 255 instead of scaling
             grey = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
             image = Image.fromarray(grey.astype(np.uint8))

@@ -181,7 +181,7 @@ def locate(config: Config) -> tuple[Path | None, Path | None]:
         return None, None
     if config.jsonl:
         return config.jsonl, config.img_dir
-    jsonl, img_dir = (Path(REAL_PATH[key]) if REAL_PATH[key] else None for key in ("jsonl", "img_dir"))
+    jsonl, img_dir = (Path(REAL_PATH[k]).expanduser() if REAL_PATH.get(k) else None for k in ("jsonl", "img_dir"))
     img_dir = config.img_dir or img_dir
     if img_dir and not jsonl:
         raise InputError(f"--img-dir {img_dir}: images without captions; give --jsonl (or REAL_PATH['jsonl']) too")
@@ -347,8 +347,12 @@ def check(config: Config) -> None:
             raise InputError(f"--{name.replace('_', '-')} {value}: give a number from {least} up")
     if not 0 < config.learning_rate < float("inf"):
         raise InputError(f"--learning-rate {config.learning_rate}: give a number above 0, for instance 1e-3")
-    if not config.seeds or len(set(config.seeds)) < len(config.seeds) or min(config.seeds) < 0:
-        raise InputError(f"--seeds {' '.join(map(str, config.seeds))}: give different whole numbers from 0 up")
+    if (
+        not config.seeds
+        or len(set(config.seeds)) < len(config.seeds)
+        or not 0 <= min(config.seeds) <= max(config.seeds) < 2**63
+    ):
+        raise InputError(f"--seeds {' '.join(map(str, config.seeds))}: give different whole numbers from 0 to 2^63 - 1")
     compiler = os.environ.get("CXX", "g++")
     if config.compile and shutil.which(compiler) is None:
         raise InputError(

@@ -115,11 +115,13 @@ def print_corpus(corpus: Corpus, folder: Path, device: torch.device) -> None:
 def print_scores(scores: Mapping[str, Mapping[str, Mapping[str, Score]]], corpus: Corpus) -> None:
     """Scores {row: {split: {score: Score}}} as a fixed-width table."""
     some = next(iter(next(iter(scores.values())).values()))["auroc"]
-    print(f"\nmean +- std over {len(some.members)} seeds [95 % bootstrap interval over examples, of the mean]")
+    print(f"\nmean +- std over {len(some.members)} seed(s) [95 % bootstrap interval over examples, of the mean]")
     width = max(map(len, scores))
     for name in next(iter(scores.values())):
         n = len(corpus.splits[name])
-        mark = "  (selected upon: optimistic)" if name == corpus.selection else ""
+        shared = len(set(corpus.splits[name].ids) & set(corpus.splits[corpus.selection].ids))
+        mark = f"  ({shared} of them also in {corpus.selection}, which is selected upon)" if shared else ""
+        mark = "  (selected upon: optimistic)" if name == corpus.selection else mark
         print(f"\n{name}, n = {n}{mark}")
         print(f"{'':{width}}" + "".join(f"  {score:^26}" for score in BINARY_SCORES))
         for label, by_split in scores.items():
@@ -177,7 +179,8 @@ def draw(
     _draw_ranks(axes[0, 2], ranks, corpus.selection)
     held_out = [n for n, s in corpus.splits.items() if s.target is not None and n not in ("train", corpus.selection)]
     held_out = [n for n in held_out if len(corpus.splits[n].target.unique()) > 1]
-    shown = held_out[0] if held_out else corpus.selection
+    # dev_unseen shares most of its memes with dev_seen, which is selected on: a test split first
+    shown = min(held_out, key=lambda n: not n.startswith("test"), default=corpus.selection)
     target, p = corpus.splits[shown].target.numpy(), probabilities[shown].numpy()
     selected = ", selected upon" if shown == corpus.selection else ""
     _draw_roc(axes[1, 0], target, p, f"{shown}, n = {len(target)}{selected}")

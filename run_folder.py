@@ -6,6 +6,7 @@ import itertools
 import json
 import platform
 import re
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,12 +37,14 @@ def choose_folder(name: str | None, default: str, resume: bool) -> Path:
 
     Raises InputError where the name is no folder name, is taken (without `resume`), or leads to no run (with it).
     """
-    if name is not None and (name in ("", ".", "..") or Path(name).name != name):
-        raise InputError(f"--name {name!r}: give a plain folder name")
+    if name is not None and (name in ("", ".", "..") or Path(name).name != name or len(name.encode()) > 100):
+        raise InputError(f"--name {name[:100]!r}: give a plain folder name of at most 100 characters")
     if RUNS.exists() and not RUNS.is_dir():
         raise InputError(f"{RUNS}: is a file, and runs are kept in a folder of that name; move it away")
     if resume:
-        begun = {path.parent.name: path.stat().st_mtime for path in RUNS.glob(f"{name or default + '*'}/run.json")}
+        wanted = re.compile(re.escape(name) if name else rf"{re.escape(default)}(-\d+)?")
+        found = (path for path in RUNS.glob("*/run.json") if wanted.fullmatch(path.parent.name))
+        begun = {path.parent.name: path.stat().st_mtime for path in found}
         if not begun:
             raise InputError(f"--resume: there is no run {RUNS / (name or default)}; leave the flag out to begin it")
         return RUNS / max(begun, key=begun.get)
@@ -61,6 +64,12 @@ def open_run(folder: Path, config: object, corpus: Corpus, device: torch.device)
     settings = json.loads(json.dumps(asdict(config), default=str))
     now = _description(settings, corpus, device)
     if not config.resume:
+        try:
+            folder.mkdir(parents=True)  # exclusive: of two runs begun at once under one name, one must stop
+        except FileExistsError:
+            raise InputError(f"{folder}: another run has just taken this name; choose another --name") from None
+        except OSError as error:
+            raise InputError(f"{folder}: cannot be made ({error.strerror}); run where you may write") from error
         write_json(folder / "run.json", now)
         return
     try:
@@ -204,9 +213,8 @@ def write_results(folder: Path, scores: Mapping, ranks: object, corpus: Corpus) 
     """results.json, the last file of a run, and with it the end of the checkpoints, which only a resume needs."""
     value = {"selection": corpus.selection, "scores": scores, "ranks": ranks}
     write_json(folder / MARK_OF_COMPLETION, json.loads(json.dumps(value, default=_plain)))
-    for checkpoint in (folder / "checkpoints").glob("*"):
-        checkpoint.unlink()
-    (folder / "checkpoints").rmdir()
+    for leftover in (folder / "checkpoints", *folder.glob(".*")):  # hidden: what a kill left unfinished
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
 def _plain(value: object) -> object:

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import feature_cache
+from corpus import InputError
 from feature_cache import FeatureCache, fingerprint
 
 IDENTITY = {"encoder": {"model": "some"}, "compute": "float32"}
@@ -84,3 +85,20 @@ def test_first_value_of_an_item_stays(tmp_path):
 def test_no_partial_file_is_left(tmp_path):
     cache = _filled(tmp_path)
     assert all(path.suffix in {".safetensors", ".json"} for path in cache.folder.iterdir())
+
+
+def test_vectors_travel_alone_and_not_with_their_shard(tmp_path):
+    digests = [f"{number:064x}" for number in range(100)]
+    features = torch.randn(100, 64)
+    cache = FeatureCache(tmp_path, "image", {"a": 1})
+    cache.add(digests, features)
+    cache.flush()
+    for vectors in (cache.vectors, FeatureCache(tmp_path, "image", {"a": 1}).vectors):
+        assert all(vector.untyped_storage().nbytes() == 64 * 4 for vector in vectors.values())
+
+
+def test_features_that_are_not_finite_do_not_fill_the_cache(tmp_path):
+    cache = FeatureCache(tmp_path, "image", {"a": 1})
+    with pytest.raises(InputError, match="not finite"):
+        cache.add(["0" * 64], torch.tensor([[1.0, float("nan")]]))
+    assert "0" * 64 not in cache

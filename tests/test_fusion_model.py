@@ -6,6 +6,7 @@ import torch
 from fusion_model import FusionEnsemble, FusionModel, Standardise
 
 DIMS = {"image": 7, "text": 5}
+UNSORTED = {"text": 5, "audio": 4, "video": 6}  # config.json is written with sorted keys
 
 
 def features(examples: int = 9, scale: float = 1.0) -> dict[str, torch.Tensor]:
@@ -45,6 +46,14 @@ def test_saved_ensemble_repeats_its_predictions_exactly(tmp_path, fusion, modali
     x = {name: features()[name] for name in modalities}
     assert torch.equal(again(x), ensemble(x))
     assert again(x).shape == (3, 9, 1)
+
+
+@pytest.mark.parametrize("fusion", ["lmf", "concatenation"])
+def test_saved_ensemble_keeps_its_modalities_apart_in_any_order(tmp_path, fusion):
+    ensemble = FusionEnsemble(UNSORTED, members=1, latent_dim=4, fusion=fusion)
+    ensemble.save_pretrained(tmp_path)
+    x = {name: torch.randn(9, d) for name, d in UNSORTED.items()}
+    assert torch.equal(FusionEnsemble.from_pretrained(tmp_path)(x), ensemble(x))
 
 
 def test_saved_mask_is_loaded_with_the_weights(tmp_path):

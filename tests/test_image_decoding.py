@@ -180,3 +180,11 @@ def test_bad_file_leaves_the_batch_without_a_place(tmp_path):
     np.testing.assert_array_equal(pixels, preprocess(PLAIN, SQUASH)[None])
     # where nothing that is still wanted decodes, nothing needs an encoder
     assert ImageBatches([[cut, good]], [[True, False]], SQUASH)[0][2] is None
+
+
+@pytest.mark.parametrize("numbers", [np.float32([[0.1, 0.9]]), np.int32([[0, 10_000_000]])])
+def test_numbers_without_an_agreed_black_and_white_are_refused(tmp_path, numbers):
+    path = tmp_path / "measured.tiff"
+    Image.fromarray(numbers).save(path)
+    with pytest.raises(ValueError, match="no agreed black and white"):
+        decode_rgb(path)

@@ -19,6 +19,7 @@ from small_memes import write_bert, write_memes, write_rows
 
 import main_hateful_memes as script
 from command_line import parse
+from corpus import InputError
 from fusion_model import FusionEnsemble
 from main_hateful_memes import Config, run
 
@@ -128,6 +129,18 @@ def test_results_are_the_scores_of_the_predictions(finished):
     assert "test" not in results["scores"]["image only"]
 
 
+def test_probability_is_the_mean_over_seeds(finished):
+    for row in csv.DictReader((finished / "predictions_test.csv").open()):
+        assert float(row["probability"]) == pytest.approx((float(row["seed_0"]) + float(row["seed_1"])) / 2, abs=1e-6)
+
+
+def test_standardisation_is_that_of_train_alone(finished, memes):
+    corpus = script.load(parse(Config, flags(memes)), script.join_processes("cpu"))
+    for member in FusionEnsemble.from_pretrained(finished).members:
+        for name, x in corpus.splits["train"].features.items():
+            torch.testing.assert_close(member.standardise[name].mean, x.mean(0), rtol=1e-4, atol=1e-6)
+
+
 def test_rank_and_part_shares_sum_to_one(finished):
     ranks = json.loads((finished / "results.json").read_text())["ranks"]
     np.testing.assert_allclose(np.sum(ranks["share"], axis=1), 1, atol=1e-9)
@@ -219,6 +232,16 @@ def test_taken_name_is_refused_and_a_default_name_is_numbered(memes, tmp_path, m
     assert "this run exists" in refused(capsys, flags(memes, name="hateful_memes"))
 
 
+def test_two_runs_begun_at_once_do_not_share_a_folder(memes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = parse(Config, flags(memes))
+    corpus = script.load(config, script.join_processes("cpu"))
+    folders = [script.choose_folder("same", "demo", False) for _ in range(2)]
+    script.open_run(folders[0], config, corpus, torch.device("cpu"))
+    with pytest.raises(InputError, match="another run has just taken this name"):
+        script.open_run(folders[1], config, corpus, torch.device("cpu"))
+
+
 # ---- bad input
 
 
@@ -235,6 +258,9 @@ def test_taken_name_is_refused_and_a_default_name_is_numbered(memes, tmp_path, m
         ({"device": "cuda:99"}, "--device cuda:99"),
         ({"device": "toaster"}, "--device toaster"),
         ({"name": "a/b"}, "--name"),
+        ({"name": "n" * 300}, "--name"),
+        ({"seeds": 99999999999999999999}, "--seeds"),
+        ({"device": "meta"}, "--device meta"),
         ({"bad_images": "ignore"}, "--bad-images"),
         ({"image_size": 8}, "--image-size 8"),
         ({"jsonl": "nowhere/train.jsonl"}, "nowhere"),

@@ -64,6 +64,20 @@ def test_interval_of_auroc_covers_the_truth_about_95_times_in_100():
     assert 178 <= covered <= 199
 
 
+def test_interval_is_that_of_the_members_mean():
+    rng = np.random.default_rng(2)
+    target = rng.integers(0, 2, 200)
+    good, bad = target + rng.normal(size=200) / 4, rng.normal(size=200)
+    together = binary_scores(1 / (1 + np.exp(-np.array([good, bad]))), target)
+    counts = bootstrap_counts(200)
+    for name, by_hand in (
+        ("auroc", (weighted_auroc(good, target, counts) + weighted_auroc(bad, target, counts)) / 2),
+        ("accuracy", counts @ (((good >= 0) == target) * 1.0 + ((bad >= 0) == target)) / 400),
+    ):
+        expected = np.percentile(by_hand, [2.5, 97.5])
+        np.testing.assert_allclose([together[name].low, together[name].high], expected, atol=1e-9)
+
+
 def test_one_member_has_no_spread_over_seeds():
     assert binary_scores(np.array([[0.2, 0.8]]), np.array([0, 1]))["auroc"].std is None
 

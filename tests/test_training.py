@@ -193,7 +193,7 @@ def test_loss_that_is_not_finite_names_term_member_and_step_and_keeps_the_checkp
 
     def poisoned(model, batch):
         terms = objective(model, batch)
-        # 100 examples, 6 steps an epoch; poison what example 7 does from the second epoch on
+        # 100 examples, 6 steps an epoch: from the second epoch on
         return terms | {"mmd": torch.where(calls["epoch"] == 1, torch.nan, 1.0) * terms["mmd"]}
 
     calls = {"epoch": torch.tensor(0)}
@@ -208,6 +208,12 @@ def test_loss_that_is_not_finite_names_term_member_and_step_and_keeps_the_checkp
         run([Member(4, WEIGHTS)], objective=poisoned, checkpoint=checkpoint, on_epoch=on_epoch)
     assert good is not None
     assert checkpoint.read_bytes() == good
+
+
+def test_exploding_member_is_named_among_its_companions():
+    members = [Member(3, WEIGHTS), Member(5, {**WEIGHTS, "mmd": float("inf")}), Member(7, WEIGHTS)]
+    with pytest.raises(NonFiniteLoss, match=r"of member 1 \(seed 5\)"):
+        run(members)
 
 
 def test_predictions_that_are_not_finite_stop_the_run():

@@ -1,0 +1,59 @@
+"""The account of the rank factors against direct formulas."""
+
+import numpy as np
+import pytest
+import torch
+
+from fusion_model import FusionEnsemble
+from report import rank_report
+
+
+@pytest.fixture
+def ensemble() -> FusionEnsemble:
+    torch.manual_seed(0)
+    return FusionEnsemble({"image": 6, "text": 5}, members=2, latent_dim=4, hidden_dim=8, rank=3).eval()
+
+
+@pytest.fixture
+def features() -> dict[str, torch.Tensor]:
+    # far from centred: the account must not depend on the latents' origin
+    return {"image": torch.randn(300, 6) + 2, "text": torch.randn(300, 5) - 1}
+
+
+def test_parts_are_what_replacing_a_latent_by_its_mean_takes_away(ensemble, features):
+    report = rank_report(ensemble, features)
+    for s, member in enumerate(ensemble.members):
+        z = [member.encode(features)[name].detach() for name in ("image", "text")]
+        mean = [x.mean(0).expand_as(x) for x in z]
+        y = [[member.fusion([a, b]).detach().squeeze(-1) for b in (z[1], mean[1])] for a in (z[0], mean[0])]
+        logit, constant = y[0][0], y[1][1]
+        parts = {"image": y[0][1] - constant, "text": y[1][0] - constant}
+        parts["image x text"] = logit - parts["image"] - parts["text"] - constant
+        for name, part in parts.items():
+            expected = np.cov(part.numpy(), logit.numpy())[0, 1] / logit.var().item()
+            assert report.part_share[name][s] == pytest.approx(expected, abs=1e-4)
+        assert report.bias[s] == pytest.approx(constant[0].item(), abs=1e-5)
+
+
+def test_columns_are_the_layers_own_in_order_of_share(ensemble, features):
+    report = rank_report(ensemble, features)
+    for s, member in enumerate(ensemble.members):
+        z = [member.encode(features)[name].detach() for name in ("image", "text")]
+        terms = member.fusion.rank_terms(z).detach().squeeze(-1).numpy()  # (N, R)
+        logit = member.fusion(z).detach().squeeze(-1).numpy()
+        share = np.array([np.cov(term, logit)[0, 1] for term in terms.T]) / logit.var(ddof=1)
+        order = np.argsort(-share)
+        np.testing.assert_allclose(report.share[s], share[order], atol=1e-4)
+        np.testing.assert_allclose(report.weight[s], member.fusion.rank_weights.detach().numpy()[order], atol=1e-6)
+        strength = member.fusion.rank_strength().detach().squeeze(-1).numpy()
+        np.testing.assert_allclose(report.strength[s], strength[order], atol=1e-5)
+
+
+def test_spectrum_is_the_std_of_the_interactions_canonical_components(ensemble, features):
+    report = rank_report(ensemble, features)
+    for s, member in enumerate(ensemble.members):
+        z = [member.encode(features)[name].detach().double().numpy() for name in ("image", "text")]
+        roots = [np.linalg.cholesky(np.cov(x.T)) for x in z]
+        b = member.fusion.bilinear_map().detach().double().squeeze(0).numpy()
+        expected = np.linalg.svd(roots[0].T @ b @ roots[1], compute_uv=False)[:3]
+        np.testing.assert_allclose(report.spectrum[s], expected, rtol=1e-4)
