@@ -24,7 +24,7 @@ def run_command(main: Callable[[Config], None], config_class: type[Config], argu
     except (InputError, NonFiniteLoss) as error:
         current_processes().stop(error)
     except KeyboardInterrupt:
-        print("interrupted; the same command with --resume goes on", file=sys.stderr)
+        print("interrupted; what is encoded is kept, and a run that has begun goes on with --resume", file=sys.stderr)
         return 130
     return 0
 

@@ -74,7 +74,7 @@ def find_encoder(name: str, flag: str, image_weights: str | None = None) -> Enco
     if path.is_dir():
         return EncoderSource(name, flag, path, _folder_identity(path, name, flag, is_random))
     if path.is_absolute() or bare[:1] in {".", "~"} or path.suffix in WEIGHT_SUFFIXES or bare.count("/") > 1:
-        raise InputError(f"{flag} {name}: no such file or folder")
+        raise InputError(f"{flag} {name}: no such file or folder; give a path that exists, or a model's name")
     return _find_on_hub(name, bare, flag, is_random)
 
 

@@ -6,6 +6,8 @@ nor the number of processes.
 """
 
 import contextlib
+import ctypes
+import signal
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -108,6 +110,12 @@ def _as_it_is(batch: object) -> object:
     return batch
 
 
+def _die_with_parent(_: int) -> None:
+    """Else a worker whose parent is killed waits for ever to hand its batch over (PR_SET_PDEATHSIG of Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
 def _in_workers(batches: ImageBatches, workers: int) -> DataLoader:
     """Decode in worker processes, ahead of the encoder.
 
@@ -122,6 +130,7 @@ def _in_workers(batches: ImageBatches, workers: int) -> DataLoader:
         num_workers=workers,
         collate_fn=_as_it_is,
         multiprocessing_context=context,
+        worker_init_fn=_die_with_parent,
         prefetch_factor=2 if workers else None,
     )
 

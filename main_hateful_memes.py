@@ -27,6 +27,7 @@ from jwae_module import info_nce, margin_ranking, mmd_penalty, reconstruction_er
 from metrics import binary_scores
 from run_folder import (
     MetricsLog,
+    check_resumable,
     choose_folder,
     is_complete,
     open_run,
@@ -184,7 +185,8 @@ def locate(config: Config) -> tuple[Path | None, Path | None]:
     jsonl, img_dir = (Path(REAL_PATH[k]).expanduser() if REAL_PATH.get(k) else None for k in ("jsonl", "img_dir"))
     img_dir = config.img_dir or img_dir
     if img_dir and not jsonl:
-        raise InputError(f"--img-dir {img_dir}: images without captions; give --jsonl (or REAL_PATH['jsonl']) too")
+        where = "--img-dir" if config.img_dir else "REAL_PATH['img_dir']"
+        raise InputError(f"{where} {img_dir}: images without captions; give --jsonl (or REAL_PATH['jsonl']) too")
     return jsonl, img_dir
 
 
@@ -282,6 +284,8 @@ def main(config: Config) -> None:
     device = pick_device(config.device)
     is_demo = locate(config)[0] is None and not config.download
     folder = choose_folder(config.name, "demo" if is_demo else "hateful_memes", config.resume)
+    if config.resume:
+        check_resumable(folder, config)  # before hours of extraction, not after
 
     # ---- features, from the cache where they are there; under torchrun all processes extract, and one goes on
     processes = join_processes(str(device))

@@ -57,12 +57,11 @@ def choose_folder(name: str | None, default: str, resume: bool) -> Path:
 
 
 def open_run(folder: Path, config: object, corpus: Corpus, device: torch.device) -> None:
-    """Begin the run with run.json, or (config.resume) see that it was begun with these settings and these data.
+    """Begin the run with run.json, or (config.resume) see that it was begun with these data on this device.
 
-    `config` is a dataclass. Raises InputError naming the first setting that differs.
+    `config` is a dataclass. Raises InputError.
     """
-    settings = json.loads(json.dumps(asdict(config), default=str))
-    now = _description(settings, corpus, device)
+    now = _description(_settings(config), corpus, device)
     if not config.resume:
         try:
             folder.mkdir(parents=True)  # exclusive: of two runs begun at once under one name, one must stop
@@ -72,23 +71,37 @@ def open_run(folder: Path, config: object, corpus: Corpus, device: torch.device)
             raise InputError(f"{folder}: cannot be made ({error.strerror}); run where you may write") from error
         write_json(folder / "run.json", now)
         return
-    try:
-        begun = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        differing = [key for key in settings if key not in FREE_SETTINGS and begun["settings"][key] != settings[key]]
-        other_data = begun["data"] != json.loads(json.dumps(now["data"]))
-        other_device = begun["device"] != now["device"]
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{folder / 'run.json'}: damaged ({error!r}); begin anew under another --name") from None
-    if differing:
-        flag, key = f"--{differing[0].replace('_', '-')}", differing[0]
-        raise InputError(
-            f"{folder}: was begun with {flag} {begun['settings'][key]}, not {settings[key]}; "
-            "give the same settings to resume it, or another --name"
-        )
+    begun = _begun(folder)
+    other_data = begun["data"] != json.loads(json.dumps(now["data"]))
+    other_device = begun["device"] != now["device"]
     if other_data:
         raise InputError(f"{folder}: was begun with another data set or encoder; restore it, or choose another --name")
     if other_device:
         raise InputError(f"{folder}: was begun on {begun['device']}; resume it there, or choose another --name")
+
+
+def check_resumable(folder: Path, config: object) -> None:
+    """Raise InputError naming the first setting that differs from those of the run to resume; needs no data."""
+    begun, settings = _begun(folder)["settings"], _settings(config)
+    for key in settings:
+        if key not in FREE_SETTINGS and begun.get(key) != settings[key]:
+            raise InputError(
+                f"{folder}: was begun with --{key.replace('_', '-')} {begun.get(key)}, not {settings[key]}; "
+                "give the same settings to resume it, or another --name"
+            )
+
+
+def _settings(config: object) -> dict:
+    return json.loads(json.dumps(asdict(config), default=str))
+
+
+def _begun(folder: Path) -> dict:
+    """run.json of a run that was begun."""
+    try:
+        begun = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        return {key: begun[key] for key in ("settings", "data", "device")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder / 'run.json'}: damaged ({error!r}); begin anew under another --name") from None
 
 
 def is_complete(folder: Path) -> bool:
