@@ -25,6 +25,11 @@ def fingerprint(identity: dict[str, object]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def text_digest(text: str) -> str:
+    """What a text is cached under: 64 hexadecimal digits of its content."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 class FeatureCache:
     """Vectors of one encoder: digest (64 hexadecimal digits) -> float32 (d,).
 

@@ -18,7 +18,7 @@ import torch
 
 from corpus import Corpus, InputError, Split
 from encoder_weights import EncoderSource
-from feature_cache import FeatureCache
+from feature_cache import FeatureCache, text_digest
 from feature_extraction import encode_images, encode_texts
 from frozen_encoders import EncoderConfig, find_image_encoder, find_text_encoder, image_identity, text_identity
 from image_decoding import digest_images
@@ -91,7 +91,7 @@ def load_hateful_memes(
     if selection == "holdout":
         notes.append(_hold_out(rows, images.digests, files["train"]))
     _check_labels(rows, files, selection)
-    texts = {_text_digest(meme.text): meme.text for memes in rows.values() for meme in memes}
+    texts = {text_digest(meme.text): meme.text for memes in rows.values() for meme in memes}
     encode_texts(texts, caches["text"], encoders, sources["text"], processes, progress=progress)
     notes += _overlap_notes(rows, images.digests)
     if images.bad:
@@ -243,10 +243,6 @@ def _groups(memes: list[Meme], digests: dict[str, str]) -> list[set[str]]:
     return list(groups.values())
 
 
-def _text_digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def _overlap_notes(rows: Rows, digests: dict[str, str]) -> list[str]:
     """Memes (same picture, same text) that a later split shares with an earlier one."""
     notes = []
@@ -270,7 +266,7 @@ def _data_fingerprint(rows: Rows, digests: dict[str, str]) -> str:
 
 def _split(memes: list[Meme], digests: dict[str, str], caches: dict[str, FeatureCache]) -> Split:
     image = [caches["image"].vectors[digests[meme.img]] for meme in memes]
-    text = [caches["text"].vectors[_text_digest(meme.text)] for meme in memes]
+    text = [caches["text"].vectors[text_digest(meme.text)] for meme in memes]
     labels = [meme.label for meme in memes]
     target = None if None in labels else torch.tensor(labels, dtype=torch.float32)
     return Split({"image": torch.stack(image), "text": torch.stack(text)}, target, [meme.img for meme in memes])

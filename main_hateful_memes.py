@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
@@ -21,19 +20,18 @@ from command_line import pick_device, run_command
 from corpus import Corpus, InputError
 from demo_memes import draw_demo
 from frozen_encoders import EncoderConfig
-from fusion_model import FusionEnsemble, FusionModel
+from fusion_model import FusionEnsemble, FusionModel, loss_terms
 from hateful_memes_loader import download_hateful_memes, load_hateful_memes
-from jwae_module import info_nce, margin_ranking, mmd_penalty, reconstruction_error
 from metrics import binary_scores
 from run_folder import (
     MetricsLog,
     check_resumable,
     choose_folder,
+    close_run,
     is_complete,
     open_run,
     save_ensembles,
     write_predictions,
-    write_results,
 )
 from torchrun_processes import Processes, end_process, join_processes, leave_processes
 from training import Batch, Member, Schedule, Trained, train
@@ -124,25 +122,16 @@ class Config:
 
 
 def objective(model, batch: Batch, alignment: str = "margin") -> dict[str, Tensor]:
-    """Loss terms of one model on one batch; their weighted sum is minimised.
+    """Loss terms of one model on one batch: bce, mmd, reconstruction, alignment. Their weighted sum is minimised.
 
     batch.features holds (B, d_m) per modality, batch.target (B,) of 0 and 1.
     """
-    output = model(batch.features)
-    terms = {
-        "bce": F.binary_cross_entropy_with_logits(output.logits.squeeze(-1), batch.target),
-        "mmd": torch.stack([mmd_penalty(z) for z in output.latents.values()]).mean(),
-        "reconstruction": reconstruction_error(output.standardised, output.reconstructions),
-    }
-    if len(output.latents) > 1:  # one modality alone has nothing to be aligned with
-        align = info_nce if alignment == "info_nce" else margin_ranking
-        terms["alignment"] = align(output.latents)
-    return terms
+    return loss_terms(model(batch.features, present=batch.present), batch.target, "binary", alignment)
 
 
 def predict(model, features: dict[str, Tensor]) -> Tensor:
     """Logits (N,) of one model."""
-    return model(features, reconstruct=False).logits.squeeze(-1)
+    return model(features, reconstruct=False).prediction.squeeze(-1)
 
 
 # ---- data --------------------------------------------------------------------------------------------------------
@@ -295,7 +284,7 @@ def main(config: Config) -> None:
         return
 
     # ---- the run's folder
-    open_run(folder, config, corpus, device)
+    open_run(folder, config, corpus.description, device)
     if is_complete(folder):
         print(f"{folder}: this run is complete; its scores are in {folder / 'results.json'}")
         return
@@ -334,7 +323,7 @@ def main(config: Config) -> None:
     save_ensembles(folder, ensembles)
     write_predictions(folder, corpus, probabilities[main_row], config.seeds)
     report.draw(folder / "report.png", corpus, ensembles[main_row], histories[main_row], probabilities[main_row], ranks)
-    write_results(folder, scores, ranks, corpus)
+    close_run(folder, {"selection": corpus.selection, "scores": scores, "ranks": ranks})
     print(
         f"\nkept in {folder}/: report.png, results.json, metrics.jsonl, predictions_*.csv, "
         "model.safetensors with config.json (FusionEnsemble.from_pretrained)"

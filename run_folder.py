@@ -28,7 +28,19 @@ from fusion_model import FusionEnsemble
 RUNS = Path("runs")
 PACKAGES = ("torch", "torchvision", "transformers", "numpy", "scikit-learn", "safetensors")
 # settings that do not change a result, and so need not agree when a run is resumed
-FREE_SETTINGS = {"resume", "name", "workers", "jsonl", "img_dir", "download", "cache_dir"}
+FREE_SETTINGS = {
+    "resume",
+    "name",
+    "workers",
+    "jsonl",
+    "img_dir",
+    "download",
+    "cache_dir",
+    "data",
+    "folds",
+    "audio",
+    "visual",
+}
 MARK_OF_COMPLETION = "results.json"
 
 
@@ -56,12 +68,12 @@ def choose_folder(name: str | None, default: str, resume: bool) -> Path:
     return RUNS / name
 
 
-def open_run(folder: Path, config: object, corpus: Corpus, device: torch.device) -> None:
+def open_run(folder: Path, config: object, data: Mapping[str, object], device: torch.device) -> None:
     """Begin the run with run.json, or (config.resume) see that it was begun with these data on this device.
 
-    `config` is a dataclass. Raises InputError.
+    `config` is a dataclass, `data` the description of a corpus. Raises InputError.
     """
-    now = _description(_settings(config), corpus, device)
+    now = _description(_settings(config), data, device)
     if not config.resume:
         try:
             folder.mkdir(parents=True)  # exclusive: of two runs begun at once under one name, one must stop
@@ -109,17 +121,11 @@ def is_complete(folder: Path) -> bool:
     return (folder / MARK_OF_COMPLETION).exists()
 
 
-def _description(settings: dict, corpus: Corpus, device: torch.device) -> dict:
+def _description(settings: dict, data: Mapping[str, object], device: torch.device) -> dict:
     """Settings, data and machine, as they stand in run.json and config.json."""
     return {
         "settings": settings,
-        "data": {
-            "name": corpus.name,
-            "selection": corpus.selection,
-            "examples": {name: len(split) for name, split in corpus.splits.items()},
-            "notes": corpus.notes,
-            **corpus.provenance,
-        },
+        "data": data,
         "device": str(device) if device.type == "cpu" else torch.cuda.get_device_name(device),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "git_revision": _git_revision(),
@@ -222,10 +228,9 @@ def write_predictions(folder: Path, corpus: Corpus, probabilities: Mapping[str, 
         write_text(folder / f"predictions_{name}.csv", text.getvalue())
 
 
-def write_results(folder: Path, scores: Mapping, ranks: object, corpus: Corpus) -> None:
+def close_run(folder: Path, results: Mapping[str, object]) -> None:
     """results.json, the last file of a run, and with it the end of the checkpoints, which only a resume needs."""
-    value = {"selection": corpus.selection, "scores": scores, "ranks": ranks}
-    write_json(folder / MARK_OF_COMPLETION, json.loads(json.dumps(value, default=_plain)))
+    write_json(folder / MARK_OF_COMPLETION, json.loads(json.dumps(results, default=_plain)))
     for leftover in (folder / "checkpoints", *folder.glob(".*")):  # hidden: what a kill left unfinished
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 

@@ -1,19 +1,21 @@
 """Train S members at once: one model and one batch in the objective, a stack of members in the step.
 
 A member is a seed plus whatever may differ without changing a shape: the weights of the loss terms, the weight decay,
-and what `build` makes of it (for instance a rank mask). Members with the same seed see the same batches in the same
-order, so differences between settings are paired; different seeds share nothing. The random numbers of an epoch are
-a function of (seed, epoch) alone: a resumed run needs no generator state, and no member depends on its companions.
+the fold of the data, the rates at which modalities are dropped, and what `build` makes of it (for instance a rank
+mask). Members with the same seed see the same batches in the same order, so differences between settings are paired;
+different seeds share nothing. The random numbers of an epoch are a function of (seed, epoch) alone: a resumed run
+needs no generator state, and no member depends on its companions.
 """
 
 import hashlib
+import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +34,14 @@ class Batch(NamedTuple):
 
     features: dict[str, Tensor]  # (B, d_m)
     target: Tensor  # (B,) or (B, O)
+    present: dict[str, Tensor] = {}  # noqa: RUF012 (B,) of 1 and 0 where modalities are dropped; empty where none is
+
+
+class Fold(NamedTuple):
+    """Which examples a member trains on and is selected on; long (n,)."""
+
+    train: Tensor  # rows of `data`; in every fold as many batches as the smallest fold has
+    selection: Tensor  # rows of `selection`
 
 
 @dataclass(frozen=True)
@@ -45,6 +55,10 @@ class Member:
     """decoupled (AdamW), on weight matrices alone"""
     settings: Mapping[str, float | int | str] = field(default_factory=dict)
     """whatever `build` needs to know; part of the checkpoint's identity"""
+    dropout: Mapping[str, float] = field(default_factory=dict)
+    """rate at which each modality is hidden in training, independently; a modality that is not named is always seen"""
+    fold: int = 0
+    """which of the folds it is trained on"""
 
 
 @dataclass(frozen=True)
@@ -56,6 +70,8 @@ class Schedule:
     learning_rate: float = 1e-3
     patience: int = 10
     """epochs without a better selection score after which a member stops"""
+    keep: Literal["best", "last"] = "best"
+    """the epoch whose parameters are returned: the best by the selection score, or the last (nothing stops early)"""
     compile: bool = False
     checkpoint_seconds: float = 10.0
     """least time between two checkpoints; results do not depend on it"""
@@ -63,7 +79,7 @@ class Schedule:
 
 @dataclass
 class Trained:
-    """S trained members, each at its best epoch."""
+    """S trained members, each at the epoch that the schedule keeps; `best_*` tell which epoch scored best."""
 
     models: list[nn.Module]
     best_epoch: list[int]
@@ -84,6 +100,14 @@ Predict = Callable[[ModelCall, dict[str, Tensor]], Tensor]
 def epoch_order(seed: int, epoch: int, examples: int) -> Tensor:
     """Order (examples,) in which the members of `seed` see the training examples in `epoch`."""
     return torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(examples))
+
+
+def epoch_uniforms(seed: int, epoch: int, examples: int, modalities: int) -> Tensor:
+    """Uniform numbers (examples, modalities) of `seed` and `epoch`: a modality of rate p is hidden where they are < p.
+
+    All rates share them, so what is hidden at a low rate is hidden at every higher one too.
+    """
+    return torch.from_numpy(np.random.default_rng([seed, epoch, 1]).random((examples, modalities), dtype=np.float32))
 
 
 def build_members(build: Callable[[Member], nn.Module], members: list[Member]) -> list[nn.Module]:
@@ -147,21 +171,28 @@ class _State:
                 parameter.grad = gradients[name]
         self.optimizer.step()
 
-    def select(self, epoch: int, scores: list[float], patience: int) -> bool:
+    def select(self, epoch: int, scores: list[float], schedule: Schedule) -> bool:
         """Keep the parameters of members that have improved; True when every member has run out of patience."""
         better = torch.zeros(len(scores), dtype=torch.bool)
+        keeps_last = schedule.keep == "last"
         for s, score in enumerate(scores):
             # a member that has stopped stays stopped, whatever its companions still need
-            if epoch - self.best_epoch[s] <= patience and score > self.best_score[s]:
+            in_time = keeps_last or epoch - self.best_epoch[s] <= schedule.patience
+            if in_time and score > self.best_score[s]:
                 better[s], self.best_score[s], self.best_epoch[s] = True, score, epoch
+        if keeps_last:
+            self.best = self.parameters
+            return False
         for name, parameter in self.parameters.items():
             self.best[name][better] = parameter.detach()[better]
-        return all(epoch - best >= patience for best in self.best_epoch)
+        return all(epoch - best >= schedule.patience for best in self.best_epoch)
 
     def save(self, path: Path, identity: str) -> None:
         tensors = {}
         for name, parameter in self.parameters.items():
-            tensors[f"parameters/{name}"], tensors[f"best/{name}"] = parameter, self.best[name]
+            tensors[f"parameters/{name}"] = parameter
+            if self.best is not self.parameters:
+                tensors[f"best/{name}"] = self.best[name]
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"{key}/{name}"] = value
         progress = {
@@ -183,7 +214,8 @@ class _State:
                 with torch.no_grad():
                     for name, parameter in self.parameters.items():
                         parameter.copy_(file.get_tensor(f"parameters/{name}"))
-                        self.best[name].copy_(file.get_tensor(f"best/{name}"))
+                        if f"best/{name}" in file.keys():
+                            self.best[name].copy_(file.get_tensor(f"best/{name}"))
                         self.optimizer.state[parameter] = {
                             key: file.get_tensor(f"{key}/{name}") for key in ("step", "exp_avg", "exp_avg_sq")
                         }
@@ -203,11 +235,12 @@ def train(
     score: Callable[[np.ndarray, np.ndarray], float],
     schedule: Schedule,
     *,
+    folds: Sequence[Fold] | None = None,
     device: str | torch.device = "cpu",
     checkpoint: Path | None = None,
     on_epoch: Callable[[dict], None] | None = None,
 ) -> Trained:
-    """Train all members at once and return each at the epoch that `score` likes best.
+    """Train all members at once and return each at the epoch that `score` likes best, or at the last.
 
     Args:
         build: makes one member's model; called under that member's seed.
@@ -215,6 +248,7 @@ def train(
         predict: (model, features) -> predictions (N,) or (N, O) of one model, for selection.
         data, selection: the split trained on and the split selected on.
         score: (predictions, target) -> float, larger is better.
+        folds: rows of `data` and `selection` for each `Member.fold`; default: one fold, all rows.
         checkpoint: file to save progress to, and to go on from where it exists.
         on_epoch: called with each epoch's record; after a resume it gets the past epochs' records first.
 
@@ -224,7 +258,8 @@ def train(
     device = torch.device(device)
     models = build_members(build, members)
     state = _State(models, members, schedule, device)
-    identity = _identity(members, schedule, data, selection, models[0])
+    folds = folds or [Fold(torch.arange(len(data)), torch.arange(len(selection)))]
+    identity = _identity(members, schedule, data, selection, folds, models[0])
     if checkpoint is not None and checkpoint.exists():
         state.load(checkpoint, identity)
     for record in state.history:
@@ -233,21 +268,15 @@ def train(
 
     skeleton = models[0].to(device)  # lends its forward; its own parameters are never read
     step = vectorized_step(skeleton, objective, schedule.compile)
-    feed = _Feed(data, members, schedule.batch_size, device)
-    chunks = [
-        {name: x[i : i + EVALUATION_CHUNK].to(device) for name, x in selection.features.items()}
-        for i in range(0, len(selection), EVALUATION_CHUNK)
-    ]
-    target = selection.target.numpy()
+    feed = _Feed(data, members, folds, schedule.batch_size, device)
+    judge = _Selection(selection, members, folds, predict, score, device)
     saved_at = time.monotonic()
     for epoch in range(len(state.history), 0 if state.finished else schedule.epochs):
         losses = _train_epoch(epoch, state, step, feed, members)
-        predictions = _predict_members(skeleton, state, predict, chunks).numpy()  # (S, N) or (S, N, O)
-        _check_predictions(predictions, members, epoch)
-        scores = [float(score(p, target)) for p in predictions]
+        scores = judge.scores(skeleton, state, epoch)
         record = {"epoch": epoch, "loss": losses, "score": scores}
         state.history.append(record)
-        out_of_patience = state.select(epoch, scores, schedule.patience)
+        out_of_patience = state.select(epoch, scores, schedule)
         state.finished = out_of_patience or epoch + 1 == schedule.epochs
         if checkpoint is not None and (state.finished or time.monotonic() - saved_at >= schedule.checkpoint_seconds):
             state.save(checkpoint, identity)
@@ -262,21 +291,83 @@ def train(
 class _Feed:
     """The training examples on the device, and the batches that each member takes of them."""
 
-    def __init__(self, data: Split, members: list[Member], batch_size: int, device: torch.device) -> None:
+    def __init__(
+        self, data: Split, members: list[Member], folds: Sequence[Fold], batch_size: int, device: torch.device
+    ) -> None:
         self.features = {name: x.to(device) for name, x in data.features.items()}
         self.target = data.target.to(device)
-        self.seeds = sorted({member.seed for member in members})
-        self.row = torch.tensor([self.seeds.index(member.seed) for member in members])  # (S,) into self.seeds
-        self.batch_size = min(batch_size, len(data))
-        self.steps = len(data) // self.batch_size  # a last, smaller batch is left out: all batches weigh the same
+        # members of one seed and fold share their batches
+        keys = sorted({(member.seed, member.fold) for member in members})
+        self.orders = [(seed, folds[fold].train) for seed, fold in keys]
+        self.row = torch.tensor([keys.index((member.seed, member.fold)) for member in members])  # (S,) into orders
+        smallest = min(len(rows) for _, rows in self.orders)
+        self.batch_size = min(batch_size, smallest)
+        self.steps = smallest // self.batch_size  # a last, smaller batch is left out: all batches weigh the same
+        unknown = {name for member in members for name in member.dropout} - set(self.features)
+        if unknown:
+            raise ValueError(f"dropout of {sorted(unknown)}: the data have modalities {list(self.features)}")
+        self.rates = {
+            name: torch.tensor([float(member.dropout.get(name, 0)) for member in members], device=device)
+            for name in self.features
+            if any(member.dropout.get(name, 0) for member in members)
+        }  # (S,) of every modality that some member drops
 
     def batches(self, epoch: int) -> Iterator[Batch]:
-        """Batches with features (S, B, d_m) and target (S, B)."""
-        orders = torch.stack([epoch_order(seed, epoch, len(self.target)) for seed in self.seeds])
-        orders = orders[self.row].to(self.target.device)  # (S, N)
+        """Batches with features (S, B, d_m), target (S, B) and, if a modality is dropped, present (S, B)."""
+        device, seen = self.target.device, self.steps * self.batch_size
+        orders = torch.stack([rows[epoch_order(seed, epoch, len(rows))[:seen]] for seed, rows in self.orders])
+        orders = orders[self.row].to(device)  # (S, n)
+        if self.rates:
+            names = list(self.features)
+            uniforms = torch.stack([epoch_uniforms(seed, epoch, seen, len(names)) for seed, _ in self.orders])
+            uniforms = uniforms[self.row].to(device)  # (S, n, M)
         for k in range(self.steps):
-            rows = orders[:, k * self.batch_size : (k + 1) * self.batch_size]  # (S, B)
-            yield Batch({name: x[rows] for name, x in self.features.items()}, self.target[rows])
+            part = slice(k * self.batch_size, (k + 1) * self.batch_size)
+            rows = orders[:, part]  # (S, B)
+            present = {
+                name: (uniforms[:, part, names.index(name)] >= rate[:, None]).float()
+                for name, rate in self.rates.items()
+            }
+            yield Batch({name: x[rows] for name, x in self.features.items()}, self.target[rows], present)
+
+
+class _Selection:
+    """The examples that members are selected on, and each member's score on those of its fold."""
+
+    def __init__(
+        self,
+        split: Split,
+        members: list[Member],
+        folds: Sequence[Fold],
+        predict: Predict,
+        score: Callable[[np.ndarray, np.ndarray], float],
+        device: torch.device,
+    ) -> None:
+        self.members, self.score = members, score
+        self.target = split.target.numpy()
+        self.rows = [folds[member.fold].selection.numpy() for member in members]
+        needed = np.unique(np.concatenate(self.rows))  # every member predicts all that any fold needs
+        self.place = np.zeros(len(split), dtype=int)
+        self.place[needed] = np.arange(len(needed))
+        self.chunks = [
+            {name: x[needed[i : i + EVALUATION_CHUNK]].to(device) for name, x in split.features.items()}
+            for i in range(0, len(needed), EVALUATION_CHUNK)
+        ]
+        self.predict = predict
+
+    def scores(self, skeleton: nn.Module, state: _State, epoch: int) -> list[float]:
+        """One score per member. Raises NonFiniteLoss: the epoch's last step may spoil what no loss has seen yet."""
+        predictions = _predict_members(skeleton, state, self.predict, self.chunks).numpy()  # (S, n) or (S, n, O)
+        scores = []
+        for s, (member, rows) in enumerate(zip(self.members, self.rows, strict=True)):
+            prediction = predictions[s, self.place[rows]]
+            if not np.isfinite(prediction).all():
+                raise NonFiniteLoss(
+                    f"loss term unknown: the predictions of member {s} (seed {member.seed}) are not finite after the "
+                    f"last step of epoch {epoch}; lower --learning-rate"
+                )
+            scores.append(float(self.score(prediction, self.target[rows])))
+        return scores
 
 
 def _train_epoch(epoch: int, state: _State, step: Callable, feed: _Feed, members: list[Member]) -> dict[str, list]:
@@ -300,16 +391,6 @@ def _train_epoch(epoch: int, state: _State, step: Callable, feed: _Feed, members
     return {name: values[:, t].double().mean(0).tolist() for t, name in enumerate(names)}
 
 
-def _check_predictions(predictions: np.ndarray, members: list[Member], epoch: int) -> None:
-    """The epoch's last step may spoil parameters that no loss has seen yet."""
-    for s, (member, prediction) in enumerate(zip(members, predictions, strict=True)):
-        if not np.isfinite(prediction).all():
-            raise NonFiniteLoss(
-                f"loss term unknown: the predictions of member {s} (seed {member.seed}) are not finite after the last "
-                f"step of epoch {epoch}; lower --learning-rate"
-            )
-
-
 @torch.no_grad()
 def _predict_members(skeleton: nn.Module, state: _State, predict: Predict, chunks: list[dict]) -> Tensor:
     """Predictions (S, N) or (S, N, O) of all members, on the CPU."""
@@ -328,7 +409,9 @@ def _load_best(models: list[nn.Module], state: _State) -> list[nn.Module]:
     return models
 
 
-def _identity(members: list[Member], schedule: Schedule, data: Split, selection: Split, model: nn.Module) -> str:
+def _identity(
+    members: list[Member], schedule: Schedule, data: Split, selection: Split, folds: Sequence[Fold], model: nn.Module
+) -> str:
     """Digest of everything that the result depends on, so that a checkpoint cannot be continued as another run."""
     settings = asdict(schedule)
     del settings["checkpoint_seconds"]
@@ -337,4 +420,6 @@ def _identity(members: list[Member], schedule: Schedule, data: Split, selection:
     for split in (data, selection):
         for tensor in (*split.features.values(), split.target):
             digest.update(tensor.contiguous().numpy().tobytes())
+    for rows in itertools.chain.from_iterable(folds):
+        digest.update(rows.numpy().tobytes() + b"|")
     return digest.hexdigest()

@@ -21,11 +21,10 @@ from sklearn.model_selection import StratifiedKFold
 from torch import Tensor
 
 from corpus import Split
-from feature_cache import FeatureCache
+from feature_cache import FeatureCache, text_digest
 from feature_extraction import encode_texts
 from frozen_encoders import EncoderConfig, find_text_encoder, text_identity
 from fusion_model import FusionModel
-from hateful_memes_loader import _text_digest
 from jwae_module import margin_ranking
 from main_hateful_memes import Config, load, objective, predict
 from torchrun_processes import Processes
@@ -101,8 +100,8 @@ def mustard(annotations: Path, folds: Path, encoder: str, cache_dir: Path) -> Sp
     config = EncoderConfig(text_encoder=encoder)
     source = find_text_encoder(config)
     cache = FeatureCache(cache_dir, "text", text_identity(config, source, "cpu"))
-    encode_texts({_text_digest(t): t for group in texts.values() for t in group}, cache, config, source, Processes())
-    features = {name: torch.stack([cache.vectors[_text_digest(t)] for t in group]) for name, group in texts.items()}
+    encode_texts({text_digest(t): t for group in texts.values() for t in group}, cache, config, source, Processes())
+    features = {name: torch.stack([cache.vectors[text_digest(t)] for t in group]) for name, group in texts.items()}
     return Split(features, torch.tensor([float(rows[key]["sarcasm"]) for key in ids]), ids)
 
 

@@ -31,7 +31,7 @@ def test_standardisation_makes_the_units_of_the_features_irrelevant():
     a.fit_standardisation(features())
     b.fit_standardisation(features(scale=1.0) | {"image": 100 * features()["image"]})
     scaled = features() | {"image": 100 * features()["image"]}
-    torch.testing.assert_close(a(features()).logits, b(scaled).logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(a(features()).prediction, b(scaled).prediction, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("fusion", ["lmf", "concatenation"])
@@ -66,7 +66,7 @@ def test_saved_mask_is_loaded_with_the_weights(tmp_path):
 def test_ensemble_is_its_members():
     ensemble = FusionEnsemble(DIMS, members=2, latent_dim=4)
     for s, member in enumerate(ensemble.members):
-        torch.testing.assert_close(ensemble(features())[s], member(features()).logits)
+        torch.testing.assert_close(ensemble(features())[s], member(features()).prediction)
 
 
 def test_probabilities_are_the_logits_sigmoid_and_every_example_has_its_own():
@@ -79,7 +79,7 @@ def test_probabilities_are_the_logits_sigmoid_and_every_example_has_its_own():
 def test_order_of_the_given_dict_does_not_matter():
     model = FusionModel(DIMS, latent_dim=4)
     x = features()
-    torch.testing.assert_close(model(x).logits, model({"text": x["text"], "image": x["image"]}).logits)
+    torch.testing.assert_close(model(x).prediction, model({"text": x["text"], "image": x["image"]}).prediction)
 
 
 def test_reconstructions_are_made_only_when_asked_for():

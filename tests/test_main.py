@@ -237,9 +237,9 @@ def test_two_runs_begun_at_once_do_not_share_a_folder(memes, tmp_path, monkeypat
     config = parse(Config, flags(memes))
     corpus = script.load(config, script.join_processes("cpu"))
     folders = [script.choose_folder("same", "demo", False) for _ in range(2)]
-    script.open_run(folders[0], config, corpus, torch.device("cpu"))
+    script.open_run(folders[0], config, corpus.description, torch.device("cpu"))
     with pytest.raises(InputError, match="another run has just taken this name"):
-        script.open_run(folders[1], config, corpus, torch.device("cpu"))
+        script.open_run(folders[1], config, corpus.description, torch.device("cpu"))
 
 
 # ---- bad input

@@ -1,0 +1,250 @@
+"""What all experiments share: flags, the run's folder, one table, one figure, results.json, and a verdict by rule.
+
+An experiment is a function from a study to an `Outcome`; everything around it is here. A verdict is never written by
+hand: it follows from the contrasts' intervals (experiments.verdicts.judge).
+"""
+
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from atomic_files import write_atomically, write_text
+from command_line import pick_device, run_command
+from corpus import InputError
+from experiments.datasets import DataOptions, load_study
+from experiments.grid import Grid, Recipe, Setting, train_grid
+from experiments.study import Study
+from experiments.verdicts import Contrast, Verdict, contrasts, grouped
+from run_folder import check_resumable, choose_folder, close_run, is_complete, open_run
+
+SCORE_EFFECT = 0.01
+"""smallest effect of interest: one point of accuracy, or a hundredth of the target's standard deviation"""
+
+
+@dataclass(frozen=True)
+class Options(DataOptions):
+    """Flags of every experiment."""
+
+    seeds: int = 10
+    """seeds 0 .. n - 1, shared by all settings, so that differences between settings are paired"""
+    epochs: int = Recipe.epochs
+    """passes over the training part"""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes CUDA where there is one"""
+    compile: bool = False
+    """compile the training step: twice as fast, after half a minute"""
+    name: str | None = None
+    """the run is kept in runs/NAME; default: EXPERIMENT-DATASET, with a number if that is taken"""
+    resume: bool = False
+    """go on with the run of that name where it was killed"""
+
+
+@dataclass
+class Run:
+    """How an experiment trains; made from the flags."""
+
+    options: Options
+    folder: Path
+    device: torch.device
+
+    @property
+    def seeds(self) -> list[int]:
+        """All seeds."""
+        return list(range(self.options.seeds))
+
+    @property
+    def recipe(self) -> Recipe:
+        """The common recipe, with the number of epochs asked for."""
+        return Recipe(epochs=self.options.epochs)
+
+    def grid(self, study: Study, settings: Sequence[Setting], title: str, **shape: object) -> Grid:
+        """Train settings x seeds x folds in one call; a killed run goes on from the checkpoint of that title."""
+        return train_grid(
+            study,
+            settings,
+            self.seeds,
+            self.recipe,
+            compile=self.options.compile,
+            device=self.device,
+            checkpoint=self.folder / "checkpoints" / f"{title.replace(' ', '-')}.safetensors",
+            title=title,
+            **shape,
+        )
+
+
+@dataclass
+class Outcome:
+    """What an experiment found."""
+
+    table: str
+    """fixed-width text"""
+    contrasts: list[Contrast]
+    verdict: Verdict
+    answer: str
+    """the question's answer in one sentence of numbers, made from the contrasts"""
+    numbers: dict[str, object]
+    """everything in the table, JSON-able"""
+    draw: Callable[[Figure], None]
+    size: tuple[float, float] = (12.0, 4.2)
+    """of the figure, in inches"""
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One question."""
+
+    name: str
+    claim: str
+    """of the study, in its words as far as they can be tested"""
+    question: str
+    measure: Callable[[Study, Run], Outcome]
+
+
+def contrasts_on_test(
+    study: Study, named: dict[str, tuple[np.ndarray, str]], effect: float | dict[str, float] = SCORE_EFFECT
+) -> list[Contrast]:
+    """Contrasts whose differences (S, n) run over the test examples, resampled by group where the corpus has groups."""
+    groups = study.pool.metadata.get("group")
+    if groups is not None:
+        groups = [groups[row] for row in study.test_rows]
+    size = len(study.test_rows)
+    pooled = {
+        name: (grouped(d, groups) if d.ndim == 2 and d.shape[1] == size else d, claim)
+        for name, (d, claim) in named.items()
+    }
+    return contrasts(pooled, effect)
+
+
+# ---- command line ------------------------------------------------------------------------------------------------
+
+
+def run(experiment: Experiment, arguments: list[str]) -> int:
+    """`python -m experiments.NAME FLAGS`: 0, or 2 after one line that says what to put right."""
+    config = options_of(experiment)
+    return run_command(lambda options: execute(experiment, options), config, arguments)
+
+
+def options_of(experiment: Experiment) -> type[Options]:
+    """Options whose --help begins with the experiment's question."""
+    return type("Options", (Options,), {"__doc__": experiment.question})
+
+
+def execute(experiment: Experiment, options: Options) -> None:
+    """Load, measure, print, and leave table.txt, figure.png and results.json in the run's folder."""
+    check_options(options)
+    device = pick_device(options.device)
+    folder = choose_folder(options.name, f"{experiment.name}-{options.dataset}", options.resume)
+    if options.resume:
+        check_resumable(folder, options)
+    study = load_study(options, str(device))
+    open_run(folder, options, study.description, device)
+    if is_complete(folder):
+        print(f"{folder}: this run is complete; its table is in {folder / 'table.txt'}")
+        return
+    for note in study.notes:
+        print(f"note: {note}")
+    start = time.perf_counter()
+    outcome = experiment.measure(study, Run(options, folder, device))
+    seconds = time.perf_counter() - start
+    text = render(experiment, study, options, outcome)
+    print(text)
+    write_text(folder / "table.txt", text)
+    figure = Figure(figsize=outcome.size, layout="constrained")
+    FigureCanvasAgg(figure)
+    outcome.draw(figure)
+    write_atomically(folder / "figure.png", lambda path: figure.savefig(path, dpi=100, format="png"))
+    results = {
+        "experiment": experiment.name,
+        "claim": experiment.claim,
+        "question": experiment.question,
+        "dataset": study.name,
+        "task": study.task,
+        "examples": {part: len(rows) for part, rows in zip(("train", "dev", "test"), study.folds[0], strict=True)},
+        "folds": len(study.folds),
+        "seeds": options.seeds,
+        "recipe": asdict(Recipe(epochs=options.epochs)),
+        "verdict": outcome.verdict,
+        "answer": outcome.answer,
+        "contrasts": [asdict(contrast) for contrast in outcome.contrasts],
+        "numbers": outcome.numbers,
+        "notes": study.notes + outcome.notes,
+        "seconds": round(seconds, 1),
+        "peak_memory_gb": round(peak_memory_gb(), 2),
+        "torch": torch.__version__,
+        "device": str(device) if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "threads": torch.get_num_threads(),
+    }
+    close_run(folder, results)
+    print(
+        f"\nkept in {folder}/: table.txt, figure.png, results.json ({seconds:.0f} s, {peak_memory_gb():.1f} GB at most)"
+    )
+
+
+def check_options(options: Options) -> None:
+    """Raise InputError for flags out of range, before anything is loaded."""
+    if options.seeds < 2:
+        raise InputError(f"--seeds {options.seeds}: give at least 2; one seed has no spread")
+    if options.epochs < 1:
+        raise InputError(f"--epochs {options.epochs}: give at least 1")
+
+
+def peak_memory_gb() -> float:
+    """Most memory that this process has held, in 10^9 bytes."""
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+# ---- text --------------------------------------------------------------------------------------------------------
+
+
+def render(experiment: Experiment, study: Study, options: Options, outcome: Outcome) -> str:
+    """The printed page: question, table, contrasts, verdict."""
+    folds = "" if len(study.folds) == 1 else f", {len(study.folds)} folds"
+    lines = [
+        "",
+        f"{experiment.name} on {study.name}: {len(study.test_rows)} test examples{folds}, {options.seeds} seeds",
+        experiment.question,
+        "",
+        outcome.table,
+        "",
+        contrast_table(outcome.contrasts),
+        "",
+        f"claim: {experiment.claim}",
+        f"verdict: {outcome.verdict}. {outcome.answer}",
+    ]
+    return "\n".join(lines + [f"note: {note}" for note in outcome.notes]) + "\n"
+
+
+def contrast_table(made: Sequence[Contrast]) -> str:
+    """One line per contrast: estimate, 95 % interval, Holm's p, verdict, seeds needed."""
+    width = max((len(c.name) for c in made), default=0)
+    lines = [
+        f"{'contrast (positive: as claimed)':{width}}  estimate [95 % interval]     p (Holm)  seeds needed  verdict"
+    ]
+    for c in made:
+        needed = "-" if c.seeds < 2 else "no number" if c.seeds_needed is None else str(c.seeds_needed)
+        lines.append(
+            f"{c.name:{width}}  {c.estimate:+.4f} [{c.low:+.4f}, {c.high:+.4f}]  {c.p_holm:8.4f}  "
+            f"{needed:>12}  {c.verdict} (effect of interest {c.effect:g})"
+        )
+    return "\n".join(lines)
+
+
+def mean_std(values: np.ndarray, digits: int = 3) -> str:
+    """Mean +- standard deviation over seeds (S,)."""
+    return f"{values.mean():.{digits}f} +- {values.std(ddof=1):.{digits}f}"
+
+
+def main(experiment: Experiment) -> None:
+    """Entry point of an experiment's file."""
+    sys.exit(run(experiment, sys.argv[1:]))

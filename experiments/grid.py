@@ -1,0 +1,257 @@
+"""A grid of settings x seeds x folds, trained in one call, and what its members say of every example."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.stats import pearsonr
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+from tqdm import tqdm
+
+from experiments.study import Study
+from fusion_model import Fusion, FusionModel, loss_terms
+from metrics import example_losses, example_scores
+from training import Batch, Fold, Member, Schedule, train
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What all experiments train alike, on every corpus; how it was chosen stands in the README."""
+
+    latent_dim: int = 32
+    """width L of the latents"""
+    hidden_dim: int = 32
+    """width of the encoders' and decoders' hidden layer"""
+    epochs: int = 40
+    """passes over the training part; the last epoch's parameters are kept, so no split is selected upon"""
+    batch_size: int = 64
+    """examples per step"""
+    learning_rate: float = 1e-3
+    """of Adam"""
+    weight_decay: float = 10.0
+    """decoupled, on weight matrices: each step takes learning_rate * weight_decay off them, 1 %"""
+    modality_dropout: float = 0.3
+    """rate at which each modality is hidden in training"""
+    mmd_weight: float = 0.3
+    """weight of the prior where it is on"""
+    reconstruction_weight: float = 0.1
+    """weight of the reconstruction error where it is on"""
+    alignment_weight: float = 0.1
+    """weight of the pair alignment (margin ranking) where it is on"""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of a grid."""
+
+    label: str
+    rank: int
+    terms: tuple[str, ...] = ("mmd", "reconstruction", "alignment")
+    """regularising terms that are on; the others have weight 0"""
+    weight_decay: float | None = None
+    """default: the recipe's"""
+    dropout: Mapping[str, float] | None = None
+    """rate at which each modality is hidden in training; default: the recipe's, for all"""
+
+
+JWAE = ("mmd", "reconstruction", "alignment")
+PLAIN: tuple[str, ...] = ()
+
+
+@dataclass
+class Grid:
+    """P settings x S seeds x F folds of trained members."""
+
+    study: Study
+    settings: list[Setting]
+    seeds: list[int]
+    models: list[FusionModel]
+    """setting-major, then seed, then fold"""
+    outputs: np.ndarray
+    """(P, S, F, N) or (P, S, F, N, O): what each member says of every example of the pool"""
+
+    def model(self, setting: int, seed: int, fold: int = 0) -> FusionModel:
+        """The member of one setting, seed and fold, by their indices."""
+        return self.models[(setting * len(self.seeds) + seed) * len(self.study.folds) + fold]
+
+    def index(self, label: str) -> int:
+        """Place of the setting of that label."""
+        return [setting.label for setting in self.settings].index(label)
+
+    def predictions(self, part: str = "test") -> np.ndarray:
+        """(P, S, n[, O]): predictions on that part of every fold, fold after fold."""
+        return select(self.study, self.outputs, part)
+
+    def without(self, missing: Sequence[str], part: str = "test") -> np.ndarray:
+        """(P, S, n): additive scores where these modalities' latents are zero."""
+        outputs = outputs_of(self.study, self.models, missing).reshape(self.outputs.shape)
+        return per_example(self.study, select(self.study, outputs, part), part, example_scores)
+
+    def scores(self, part: str = "test") -> np.ndarray:
+        """(P, S, n): additive score of each example, larger is better (metrics.example_scores)."""
+        return per_example(self.study, self.predictions(part), part, example_scores)
+
+    def losses(self, part: str = "test") -> np.ndarray:
+        """(P, S, n): loss of each example (metrics.example_losses)."""
+        return per_example(self.study, self.predictions(part), part, example_losses)
+
+
+def select(study: Study, outputs: np.ndarray, part: str) -> np.ndarray:
+    """(..., F, N[, O]) -> (..., n[, O]): each fold's own part of the pool, fold after fold."""
+    axis = -2 if study.pool.target.ndim == 1 else -3
+    folds = [np.take(outputs, f, axis=axis) for f in range(len(study.folds))]
+    rows = [getattr(fold, part).numpy() for fold in study.folds]
+    return np.concatenate([np.take(x, r, axis=axis + 1) for x, r in zip(folds, rows, strict=True)], axis=axis + 1)
+
+
+def targets(study: Study, part: str = "test") -> np.ndarray:
+    """(n,) or (n, O): targets of that part of every fold, fold after fold."""
+    return np.concatenate([study.pool.target[getattr(fold, part)].numpy() for fold in study.folds])
+
+
+def per_example(study: Study, predictions: np.ndarray, part: str, of: Callable) -> np.ndarray:
+    """(..., n[, O]) -> (..., n) by `of` (example_scores or example_losses), in units of the target's deviation."""
+    target, scale = targets(study, part), study.target_scale.numpy()
+    if study.task == "regression":  # so that outputs, and corpora, weigh alike
+        scale = scale if target.ndim > 1 else scale[0]
+        predictions, target = predictions / scale, target / scale
+    lead = predictions.shape[: -target.ndim]
+    values = of(predictions.reshape(-1, *target.shape), target, study.task)
+    return values.reshape(*lead, -1)
+
+
+def train_grid(
+    study: Study,
+    settings: Sequence[Setting],
+    seeds: Sequence[int],
+    recipe: Recipe,
+    *,
+    fusion: Fusion = "lmf",
+    fused_dim: int | None = None,
+    compile: bool = False,
+    device: str | torch.device = "cpu",
+    checkpoint: Path | None = None,
+    title: str = "train",
+) -> Grid:
+    """Train every setting with every seed on every fold, all at once."""
+    shape = {
+        "input_dims": study.input_dims,
+        "latent_dim": recipe.latent_dim,
+        "hidden_dim": recipe.hidden_dim,
+        "rank": max(setting.rank for setting in settings),
+        "output_dim": study.output_dim,
+        "fusion": fusion,
+        "fused_dim": fused_dim,
+    }
+    fitted = [_fitted(shape, study, fold.train) for fold in study.folds]
+
+    def build(member: Member) -> FusionModel:
+        model = FusionModel(**shape, active_rank=member.settings["rank"])
+        model.standardise.load_state_dict(fitted[member.fold].standardise.state_dict())
+        model.rescale.load_state_dict(fitted[member.fold].rescale.state_dict())
+        return model
+
+    members = [
+        Member(
+            seed,
+            _weights(setting, recipe, study),
+            recipe.weight_decay if setting.weight_decay is None else setting.weight_decay,
+            {"rank": setting.rank},
+            _dropout(setting, recipe, study),
+            fold,
+        )
+        for setting in settings
+        for seed in seeds
+        for fold in range(len(study.folds))
+    ]
+    schedule = Schedule(
+        recipe.epochs, recipe.batch_size, recipe.learning_rate, recipe.epochs, keep="last", compile=compile
+    )
+    scale = study.target_scale.to(device)
+
+    def objective(model, batch: Batch) -> dict[str, Tensor]:
+        output = model(batch.features, present=batch.present)
+        return loss_terms(output, batch.target, study.task, target_scale=scale)
+
+    folds = [Fold(fold.train, fold.dev) for fold in study.folds]
+    with tqdm(total=recipe.epochs, desc=f"{title}, {len(members)} trainings", unit="epoch", mininterval=0.5) as bar:
+        trained = train(
+            build,
+            members,
+            objective,
+            predict_of(study),
+            study.pool,
+            study.pool,
+            selection_score(study),
+            schedule,
+            folds=folds,
+            device=device,
+            checkpoint=checkpoint,
+            on_epoch=lambda record: bar.update(),
+        )
+    outputs = outputs_of(study, trained.models)
+    return Grid(
+        study,
+        list(settings),
+        list(seeds),
+        trained.models,
+        outputs.reshape(len(settings), len(seeds), len(study.folds), *outputs.shape[1:]),
+    )
+
+
+def predict_of(study: Study, missing: Sequence[str] = ()) -> Callable:
+    """(model, features) -> (N,), or (N, O) where the study has several outputs; the latents in `missing` are zero."""
+
+    def predict(model, features: dict[str, Tensor]) -> Tensor:
+        present = {name: features[name].new_zeros(len(features[name])) for name in missing}
+        prediction = model(features, reconstruct=False, present=present).prediction
+        return prediction.squeeze(-1) if study.pool.target.ndim == 1 else prediction
+
+    return predict
+
+
+def selection_score(study: Study) -> Callable[[np.ndarray, np.ndarray], float]:
+    """(predictions, target) -> AUROC, or minus the mean absolute error; for the log alone, nothing is selected."""
+    if study.task == "binary":
+        return lambda logits, target: roc_auc_score(target, logits)
+    return lambda values, target: -float(np.abs(values - target).mean())
+
+
+@torch.inference_mode()
+def outputs_of(study: Study, models: Sequence[FusionModel], missing: Sequence[str] = ()) -> np.ndarray:
+    """(members, N[, O]): predictions of every model on the whole pool; the latents in `missing` are zero."""
+    predict = predict_of(study, missing)
+    return np.stack([predict(model, study.pool.features).numpy() for model in models])
+
+
+def _fitted(shape: dict, study: Study, rows: Tensor) -> FusionModel:
+    model = FusionModel(**shape)
+    model.fit_standardisation({name: x[rows] for name, x in study.pool.features.items()})
+    if study.task == "regression":
+        model.rescale.fit(study.pool.target[rows])
+    return model
+
+
+def _weights(setting: Setting, recipe: Recipe, study: Study) -> dict[str, float]:
+    fit = "bce" if study.task == "binary" else "absolute_error"
+    weights = {fit: 1.0}
+    for term in ("mmd", "reconstruction", "alignment"):
+        if term != "alignment" or len(study.pool.features) > 1:
+            weights[term] = getattr(recipe, f"{term}_weight") if term in setting.terms else 0.0
+    return weights
+
+
+def _dropout(setting: Setting, recipe: Recipe, study: Study) -> dict[str, float]:
+    if setting.dropout is not None:
+        return dict(setting.dropout)
+    # of one modality alone nothing would be left
+    return {name: recipe.modality_dropout for name in study.pool.features} if len(study.pool.features) > 1 else {}
+
+
+def mean_correlation(predictions: np.ndarray, target: np.ndarray) -> float:
+    """Pearson correlation (n,), or its mean over outputs (n, O)."""
+    columns = zip(predictions.reshape(len(target), -1).T, target.reshape(len(target), -1).T, strict=True)
+    return float(np.mean([pearsonr(p, t).statistic for p, t in columns]))

@@ -1,0 +1,118 @@
+"""A data set as the experiments see it: one pool of examples, and folds that say which are trained on and which tested.
+
+A corpus with fixed splits is one fold; MUStARD's five released folds are five, and every one of its examples is tested
+exactly once.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from corpus import Corpus, InputError, Split, Task, take
+
+
+class Rows(NamedTuple):
+    """One fold: rows of the pool, long (n,) each."""
+
+    train: Tensor
+    dev: Tensor
+    test: Tensor
+
+
+@dataclass(frozen=True)
+class Study:
+    """All examples of a corpus, N of them, and its folds."""
+
+    name: str
+    task: Task
+    pool: Split
+    folds: list[Rows]
+    notes: list[str]
+    provenance: dict[str, object]
+    label_range: tuple[float, float] | None = None
+
+    @property
+    def input_dims(self) -> dict[str, int]:
+        """Width d_m of each modality."""
+        return {name: x.shape[-1] for name, x in sorted(self.pool.features.items())}
+
+    @property
+    def output_dim(self) -> int:
+        """Number of outputs O."""
+        return 1 if self.pool.target.ndim == 1 else self.pool.target.shape[1]
+
+    @property
+    def target_scale(self) -> Tensor:
+        """What errors are divided by: the standard deviation (O,) of a regression's targets in training; 1 else."""
+        if self.task == "binary":
+            return torch.ones(1)
+        training = torch.cat([fold.train for fold in self.folds]).unique()
+        return self.pool.target[training].reshape(len(training), -1).std(0, correction=0)
+
+    @property
+    def description(self) -> dict[str, object]:
+        """What a run records of its data, JSON-able."""
+        return {
+            "name": self.name,
+            "examples": [{part: len(rows) for part, rows in fold._asdict().items()} for fold in self.folds],
+            "notes": self.notes,
+            **self.provenance,
+        }
+
+    @property
+    def test_rows(self) -> Tensor:
+        """Rows of all folds' test parts, fold after fold."""
+        return torch.cat([fold.test for fold in self.folds])
+
+
+def study_of(corpora: Sequence[Corpus]) -> Study:
+    """One study of the folds of a corpus (or of its only one).
+
+    The test part of a fold is the first labelled split called test*, else any that is neither train nor selected upon,
+    else the selection split itself, with a note. Raises InputError where nothing labelled is left to test on.
+    """
+    first = corpora[0]
+    place: dict[str, int] = {}
+    parts: list[Split] = []
+    folds, notes = [], list(first.notes)
+    for corpus in corpora:
+        names = {"train": "train", "dev": corpus.selection, "test": _test_split(corpus)}
+        if names["test"] == corpus.selection and corpus is first:
+            notes.append(f"{corpus.selection} is tested on: no other labelled split is there")
+        for name in names.values():
+            split = corpus.splits[name]
+            new = [i for i, key in enumerate(split.ids) if key not in place]
+            place.update({split.ids[i]: len(place) + k for k, i in enumerate(new)})
+            parts.append(take(split, new))
+        rows = {part: [place[key] for key in corpus.splits[name].ids] for part, name in names.items()}
+        folds.append(Rows(**{part: torch.tensor(indices) for part, indices in rows.items()}))
+    columns = parts[0].metadata.keys()
+    pool = Split(
+        {name: torch.cat([part.features[name] for part in parts]) for name in sorted(parts[0].features)},
+        torch.cat([part.target for part in parts]),
+        list(place),
+        {column: [value for part in parts for value in part.metadata[column]] for column in columns},
+    )
+    return Study(first.name, first.task, pool, folds, notes, first.provenance, first.label_range)
+
+
+def _test_split(corpus: Corpus) -> str:
+    labelled = [name for name, split in corpus.splits.items() if split.target is not None and len(split)]
+    held_out = [name for name in labelled if name not in ("train", corpus.selection)]
+    if corpus.selection not in labelled:
+        raise InputError(f"{corpus.name}: split {corpus.selection} has no labels; the experiments need some to test on")
+    return min(held_out, key=lambda name: not name.startswith("test"), default=corpus.selection)
+
+
+def only(study: Study, modalities: Sequence[str]) -> Study:
+    """The same study without the other modalities."""
+    pool = Split(
+        {name: study.pool.features[name] for name in sorted(modalities)},
+        study.pool.target,
+        study.pool.ids,
+        study.pool.metadata,
+    )
+    return Study(study.name, study.task, pool, study.folds, study.notes, study.provenance, study.label_range)

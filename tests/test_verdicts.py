@@ -1,0 +1,297 @@
+"""Bootstrap, correction and verdicts against SciPy, a simulated two-way model and what is known exactly."""
+
+import warnings
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from experiments.verdicts import (
+    Contrast,
+    combine,
+    contrasts,
+    crossed_bootstrap,
+    grouped,
+    holm,
+    judge,
+    seeds_needed,
+    student,
+    variance_components,
+)
+
+VERDICTS = ("not identified", "not supported", "too few data", "supported")
+
+
+def two_way(rng, seeds, examples, mean=0.0, seed_std=1.0, example_std=1.0, interaction_std=1.0):
+    """(seeds, examples) of the model that the module's docstring writes down."""
+    a = seed_std * rng.normal(size=(seeds, 1))
+    b = example_std * rng.normal(size=(1, examples))
+    return mean + a + b + interaction_std * rng.normal(size=(seeds, examples))
+
+
+@pytest.mark.parametrize("shape", [(1, 400), (40,), (40, 1)])
+def test_one_way_interval_equals_scipy_and_normal_theory(shape):
+    d = np.random.default_rng(0).normal(0.2, 1.0, size=shape)
+    ours = crossed_bootstrap(d, seed=5)
+    theirs = stats.bootstrap((d.ravel(),), np.mean, method="percentile", n_resamples=9999, rng=np.random.default_rng(5))
+    np.testing.assert_allclose(ours.distribution, theirs.bootstrap_distribution, atol=1e-12)
+    np.testing.assert_allclose([ours.low, ours.high], theirs.confidence_interval, atol=1e-12)
+    assert ours.standard_error == pytest.approx(float(theirs.standard_error))
+    error = d.std() / np.sqrt(d.size)
+    assert ours.standard_error == pytest.approx(error, rel=0.03)
+    assert ours.high - ours.low == pytest.approx(2 * 1.96 * error, rel=0.05)
+    assert ours.estimate == pytest.approx(d.mean())
+
+
+def test_crossed_resample_is_the_mean_over_drawn_rows_and_columns():
+    d = np.random.default_rng(1).normal(size=(3, 5))
+    # every mean that some choice of rows and columns can give, by plain indexing
+    rows = np.stack(np.meshgrid(*[range(3)] * 3), -1).reshape(-1, 3)
+    columns = np.stack(np.meshgrid(*[range(5)] * 5), -1).reshape(-1, 5)
+    means = d[rows].mean(1)[:, columns].mean(-1).ravel()
+    ours = crossed_bootstrap(d, resamples=2000).distribution
+    nearest = np.sort(means)[np.clip(np.searchsorted(np.sort(means), ours), 1, means.size - 1)[:, None] - [0, 1]]
+    assert np.abs(nearest - ours[:, None]).min(1).max() < 1e-12
+    # the exact distribution is uniform over the choices: mean and spread agree within Monte-Carlo error
+    assert ours.mean() == pytest.approx(means.mean(), abs=4 * means.std() / np.sqrt(2000))
+    assert ours.std() == pytest.approx(means.std(), rel=0.08)
+
+
+def test_crossed_variance_is_owens_and_larger_than_either_one_way_bootstrap():
+    rng = np.random.default_rng(2)
+    seeds, examples = 20, 300
+    d = two_way(rng, seeds, examples, seed_std=0.3)
+    crossed = crossed_bootstrap(d).standard_error
+    v = variance_components(d)
+    owen = v.seed / seeds + v.example / examples + 3 * v.interaction / (seeds * examples)
+    assert crossed == pytest.approx(np.sqrt(owen), rel=0.06)
+    assert crossed > crossed_bootstrap(d.mean(0, keepdims=True)).standard_error
+    assert crossed > crossed_bootstrap(d.mean(1)).standard_error
+
+
+def test_interval_of_a_null_covers_it_about_95_times_in_100():
+    rng = np.random.default_rng(3)
+    covered = rejected = 0
+    for trial in range(150):
+        d = two_way(rng, 20, 40, seed_std=0.5)
+        result = crossed_bootstrap(d, resamples=999, seed=trial)
+        covered += result.low <= 0 <= result.high
+        rejected += result.p < 0.05
+    assert 133 <= covered <= 150  # binomial(150, .95): mean 142.5, std 2.7; percentile intervals are a little short
+    assert abs(rejected - (150 - covered)) <= 3  # p and interval say the same, up to the + 1
+
+
+def test_few_seeds_alone_reject_a_null_too_often_and_many_do_not():
+    """What the docstring of `crossed_bootstrap` warns of; a reader of verdicts must know it."""
+    rng = np.random.default_rng(11)
+
+    def rejected(seeds):
+        return np.mean([crossed_bootstrap(rng.normal(size=seeds), 999, trial).p < 0.05 for trial in range(400)])
+
+    assert rejected(5) == pytest.approx(0.16, abs=0.06)  # three standard errors
+    assert rejected(50) == pytest.approx(0.055, abs=0.035)
+
+
+def test_p_counts_ties_on_both_sides_and_is_never_zero():
+    assert crossed_bootstrap(np.array([1.0, -1.0] * 5)).p > 0.9
+    clear = crossed_bootstrap(np.random.default_rng(0).normal(10, 1, size=(5, 50)), resamples=999)
+    assert clear.p == pytest.approx(2 / 1000)
+    mostly_ties = np.zeros((1, 50))
+    mostly_ties[0, 0] = 1.0
+    # the one win is left out of a resample with probability (49 / 50)^50 = .364, and then d* is 0: a tie
+    assert crossed_bootstrap(mostly_ties).p == pytest.approx(2 * 0.364, abs=0.02)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, -1 / 3])
+@pytest.mark.parametrize("shape", [(10, 30), (1, 30), (10,)])
+def test_equal_differences_have_an_interval_of_no_width(value, shape):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = crossed_bootstrap(np.full(shape, value))
+    assert result.low == result.high == result.estimate == value
+    assert result.standard_error == 0
+    assert result.p == (1.0 if value == 0 else pytest.approx(2 / 10_000))
+
+
+def test_seed_decides_the_resampling():
+    d = np.random.default_rng(4).normal(size=(4, 20))
+    assert crossed_bootstrap(d, seed=1).low == crossed_bootstrap(d, seed=1).low
+    assert crossed_bootstrap(d, seed=1).low != crossed_bootstrap(d, seed=2).low
+
+
+@pytest.mark.parametrize(
+    "differences, message",
+    [
+        (np.array([[0.0, np.nan], [1.0, 2.0]]), "NaN"),
+        (np.array([1.0, np.inf]), "infinity"),
+        (np.zeros((2, 2, 2)), "shape"),
+        (np.zeros((1, 1)), "at least two"),
+    ],
+)
+def test_unfit_differences_are_an_error(differences, message):
+    with pytest.raises(ValueError, match=message):
+        crossed_bootstrap(differences)
+
+
+def test_holm_equals_a_worked_example():
+    # sorted .01 .02 .03 .04 times 4 3 2 1 = .04 .06 .06 .04, made monotone .04 .06 .06 .06
+    np.testing.assert_allclose(holm([0.04, 0.01, 0.03, 0.02]), [0.06, 0.04, 0.06, 0.06])
+    np.testing.assert_allclose(holm([0.5, 0.9, 0.001]), [1.0, 1.0, 0.003])
+    assert holm([0.03]).tolist() == [0.03]
+    assert holm([]).size == 0
+
+
+@pytest.mark.parametrize("p", [[0.1, np.nan], [1.1], [-0.1], [[0.1]]])
+def test_holm_refuses_what_is_no_vector_of_probabilities(p):
+    with pytest.raises(ValueError, match="p-values"):
+        holm(p)
+
+
+def test_variance_components_are_those_of_the_simulated_model():
+    rng = np.random.default_rng(6)
+    found = [variance_components(two_way(rng, 12, 60, 0.4, seed_std=0.5, interaction_std=1.5)) for _ in range(300)]
+    # unbiased; the estimate of V_seed varies most, about .11 in one table and .007 in the mean of 300
+    assert np.mean([v.seed for v in found]) == pytest.approx(0.25, abs=0.03)
+    assert np.mean([v.example for v in found]) == pytest.approx(1.0, abs=0.05)
+    assert np.mean([v.interaction for v in found]) == pytest.approx(2.25, rel=0.02)
+
+
+def test_variance_components_split_an_exact_table():
+    v = variance_components(np.array([[0.0, 1.0, 2.0], [4.0, 5.0, 6.0]]))  # additive: no interaction
+    assert (v.seed, v.example, v.interaction) == pytest.approx((8.0, 1.0, 0.0))
+    # pure interaction: both main effects' estimates are negative and set to 0
+    v = variance_components(np.array([[1.0, -1.0], [-1.0, 1.0]]))
+    assert (v.seed, v.example, v.interaction) == (0.0, 0.0, 4.0)
+
+
+def test_seeds_needed_for_seeds_alone_is_the_usual_formula():
+    d = np.array([1.0, -1.0, 2.0, -2.0, 0.5])
+    z = stats.norm.ppf(0.975) + stats.norm.ppf(0.8)
+    expected = int(np.ceil(d.var(ddof=1) * (z / 0.5) ** 2))
+    assert seeds_needed(d, 0.5) == seeds_needed(d[:, None], 0.5) == expected
+    assert seeds_needed(d, 1e6) == 1
+
+
+def test_that_many_seeds_have_the_power_asked_for():
+    rng = np.random.default_rng(7)
+    shape = {"seed_std": 1.0, "example_std": 0.5, "interaction_std": 2.0}
+    effect, examples = 0.5, 50
+    needed = seeds_needed(two_way(rng, 1000, examples, **shape), effect)
+    error = np.sqrt(1.0 / needed + 0.25 / examples + 4.0 / (needed * examples))
+    means = [two_way(rng, needed, examples, effect, **shape).mean() for _ in range(1000)]
+    assert np.mean(np.abs(means) > 1.96 * error) == pytest.approx(0.8, abs=0.05)
+    fewer = np.sqrt(1.0 / (needed / 2) + 0.25 / examples + 4.0 / (needed / 2 * examples))
+    assert stats.norm.cdf(effect / fewer - 1.96) < 0.7  # and half of them have not
+
+
+def test_no_number_of_seeds_replaces_examples():
+    d = two_way(np.random.default_rng(8), 10, 25, seed_std=0.1, example_std=5.0, interaction_std=0.1)
+    assert seeds_needed(d, 0.5) is None
+    assert seeds_needed(d, 20.0) == 1
+
+
+@pytest.mark.parametrize("differences, effect", [(np.ones((1, 9)), 1.0), (np.ones(3), 0.0), (np.ones(3), np.nan)])
+def test_seeds_needed_refuses_one_seed_and_no_effect(differences, effect):
+    with pytest.raises(ValueError):
+        seeds_needed(differences, effect)
+
+
+@pytest.mark.parametrize(
+    "estimate, low, high, p_holm, verdict",
+    [
+        (0.05, 0.03, 0.07, 0.001, "supported"),
+        (0.018, 0.015, 0.021, 0.001, "supported"),  # effects that matter are not ruled out
+        (-0.05, -0.07, -0.03, 0.001, "not supported"),
+        (0.01, 0.005, 0.015, 0.001, "not supported"),  # certain, and certainly too small to matter
+        (0.0, -0.01, 0.01, 0.9, "not supported"),  # an interval around 0 that is narrow enough
+        (-0.02, -0.05, 0.01, 0.3, "not supported"),
+        (0.01, -0.03, 0.05, 0.5, "too few data"),
+        (0.05, 0.001, 0.1, 0.06, "too few data"),  # the interval excludes 0, but not after Holm's correction
+        (-0.01, -0.06, 0.04, 0.5, "too few data"),
+        (0.01, -0.001, 0.02, 0.5, "too few data"),  # high == effect is not ruled out
+        (0.0, -0.1, 0.1, 0.01, "too few data"),  # significant in neither direction
+    ],
+)
+def test_verdict_follows_the_written_rule(estimate, low, high, p_holm, verdict):
+    assert judge(estimate, low, high, p_holm, effect=0.02) == verdict
+
+
+@pytest.mark.parametrize(
+    "arguments", [(0, -1, 1, 0.5, 0), (np.nan, -1, 1, 0.5, 1), (0, 1, -1, 0.5, 1), (0, -1, 1, np.nan, 1)]
+)
+def test_no_verdict_without_numbers(arguments):
+    with pytest.raises(ValueError):
+        judge(*arguments)
+
+
+def test_contrasts_are_corrected_together_and_judged_each():
+    rng = np.random.default_rng(9)
+    named = {
+        "better": (rng.normal(0.5, 1, (8, 200)), "A is better"),
+        "worse": (rng.normal(-0.5, 1, (8, 200)), "B is better"),
+        "same": (rng.normal(0, 0.1, (8, 200)), "C is better"),
+        "unknown": (rng.permutation([4.0, -4.0, 3.0, -3.0, 2.0, -2.0, 1.0, 0.0]), "D is better"),
+    }
+    made = contrasts(named, 0.1, seed=3)
+    assert [c.name for c in made] == list(named)
+    assert [c.verdict for c in made] == ["supported", "not supported", "not supported", "too few data"]
+    np.testing.assert_allclose([c.p_holm for c in made], holm([c.p for c in made]))
+    assert [c.p for c in made] != [c.p_holm for c in made]
+    assert (made[3].seeds, made[3].examples, made[0].seeds, made[0].examples) == (8, 1, 8, 200)
+    assert made[0].seeds_needed == seeds_needed(named["better"][0], 0.1)
+    first = crossed_bootstrap(named["better"][0], seed=3)
+    assert (made[0].estimate, made[0].low, made[0].high, made[0].p) == (
+        first.estimate,
+        first.low,
+        first.high,
+        first.p,
+    )
+
+
+def test_contrasts_take_an_effect_per_name_and_one_seed():
+    d = np.random.default_rng(10).normal(0.3, 1, (1, 400))
+    small, large = contrasts({"a": (d, "x"), "b": (d, "x")}, {"a": 0.1, "b": 5.0})
+    assert isinstance(small, Contrast)
+    assert (small.verdict, large.verdict) == ("supported", "not supported")
+    assert (small.effect, large.effect, small.seeds, small.seeds_needed) == (0.1, 5.0, 1, None)
+    with pytest.raises(ValueError, match="b"):
+        contrasts({"a": (d, "x"), "b": (d, "x")}, {"a": 0.1})
+    with pytest.raises(ValueError, match=r"'a'.*NaN"):
+        contrasts({"a": (np.array([[np.nan, 1.0]]), "x")}, 0.1)
+
+
+def test_combination_takes_the_weakest_or_the_strongest_part():
+    for i, one in enumerate(VERDICTS):
+        assert combine([one], "all") == combine([one], "any") == one
+        for j, other in enumerate(VERDICTS):
+            unidentified = "not identified" in (one, other)
+            assert combine([one, other], "all") == VERDICTS[min(i, j)]
+            assert combine([one, other], "any") == VERDICTS[0 if unidentified else max(i, j)]
+    for verdicts, how in (([], "all"), (["perhaps"], "all"), (["supported"], "most")):
+        with pytest.raises(ValueError):
+            combine(verdicts, how)
+
+
+def test_student_is_scipys_t_test_and_keeps_its_level_for_few_seeds():
+    d = np.random.default_rng(11).normal(0.2, 1, 6)
+    test = stats.ttest_1samp(d, 0.0)
+    made = student(d)
+    np.testing.assert_allclose((made.p, made.low, made.high), (test.pvalue, *test.confidence_interval(0.95)))
+    nulls = np.random.default_rng(12).normal(0, 1, (2000, 5))
+    assert np.mean([student(d).p < 0.05 for d in nulls]) == pytest.approx(0.05, abs=0.015)
+    assert (student(np.zeros(3)).p, student(np.ones(3)).p) == (1.0, 0.0)
+    with pytest.raises(ValueError, match="one difference per seed"):
+        student(np.zeros((3, 2)))
+
+
+def test_groups_keep_the_mean_and_widen_the_interval_of_examples_that_are_alike():
+    rng = np.random.default_rng(13)
+    groups = np.repeat([f"video {g}" for g in range(20)], rng.integers(3, 30, 20))
+    per_group = dict(zip(np.unique(groups), rng.normal(0, 1, 20), strict=True))
+    d = np.array([per_group[g] for g in groups]) + rng.normal(0, 0.3, (6, len(groups)))
+    pooled = grouped(d, groups)
+    assert pooled.shape == (6, 20)
+    np.testing.assert_allclose(pooled.mean(1), d.mean(1))
+    alone, by_group = crossed_bootstrap(d), crossed_bootstrap(pooled)
+    assert by_group.high - by_group.low > 2 * (alone.high - alone.low)
+    assert grouped(d, None) is d
