@@ -127,12 +127,12 @@ def _description(settings: dict, data: Mapping[str, object], device: torch.devic
         "settings": settings,
         "data": data,
         "device": str(device) if device.type == "cpu" else torch.cuda.get_device_name(device),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": {"python": platform.python_version(), **{name: installed_version(name) for name in PACKAGES}},
         "git_revision": _git_revision(),
     }
 
 
-def _version(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
     try:
         return version(package)  # reads metadata; imports nothing
     except PackageNotFoundError:

@@ -68,6 +68,8 @@ class Schedule:
     epochs: int = 40
     batch_size: int = 64
     learning_rate: float = 1e-3
+    annealing: Literal["none", "cosine"] = "none"
+    """cosine: the learning rate falls to 0 over all epochs along half a cosine (Loshchilov & Hutter, 2017)"""
     patience: int = 10
     """epochs without a better selection score after which a member stops"""
     keep: Literal["best", "last"] = "best"
@@ -150,7 +152,7 @@ class _State:
         # a decay that all members share rides along in the optimiser's kernel; others need a pass of their own
         is_shared = bool((decay == decay[0]).all())
         shared = decay[0].item() if is_shared else 0.0
-        self.keep = None if is_shared else 1 - schedule.learning_rate * decay
+        self.decay = None if is_shared else decay
         matrices = [p for p in self.parameters.values() if p.ndim > 2]  # (S, rows, columns)
         others = [p for p in self.parameters.values() if p.ndim <= 2]
         groups = [{"params": matrices, "weight_decay": shared}, {"params": others, "weight_decay": 0.0}]
@@ -162,12 +164,15 @@ class _State:
         self.history: list[dict] = []
         self.finished = False
 
-    def apply(self, gradients: dict[str, Tensor]) -> None:
+    def apply(self, gradients: dict[str, Tensor], learning_rate: float) -> None:
         """One AdamW step of every member."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
         with torch.no_grad():
+            keep = None if self.decay is None else (1 - learning_rate * self.decay).view(-1, 1, 1)
             for name, parameter in self.parameters.items():
-                if self.keep is not None and parameter.ndim > 2:
-                    parameter.mul_(self.keep.view(-1, 1, 1))
+                if keep is not None and parameter.ndim > 2:
+                    parameter.mul_(keep)
                 parameter.grad = gradients[name]
         self.optimizer.step()
 
@@ -216,6 +221,8 @@ class _State:
                         parameter.copy_(file.get_tensor(f"parameters/{name}"))
                         if f"best/{name}" in file.keys():
                             self.best[name].copy_(file.get_tensor(f"best/{name}"))
+                        else:  # the last epoch's are kept
+                            self.best[name] = parameter
                         self.optimizer.state[parameter] = {
                             key: file.get_tensor(f"{key}/{name}") for key in ("step", "exp_avg", "exp_avg_sq")
                         }
@@ -272,7 +279,7 @@ def train(
     judge = _Selection(selection, members, folds, predict, score, device)
     saved_at = time.monotonic()
     for epoch in range(len(state.history), 0 if state.finished else schedule.epochs):
-        losses = _train_epoch(epoch, state, step, feed, members)
+        losses = _train_epoch(epoch, state, step, feed, members, schedule)
         scores = judge.scores(skeleton, state, epoch)
         record = {"epoch": epoch, "loss": losses, "score": scores}
         state.history.append(record)
@@ -370,15 +377,17 @@ class _Selection:
         return scores
 
 
-def _train_epoch(epoch: int, state: _State, step: Callable, feed: _Feed, members: list[Member]) -> dict[str, list]:
+def _train_epoch(
+    epoch: int, state: _State, step: Callable, feed: _Feed, members: list[Member], schedule: Schedule
+) -> dict[str, list]:
     """One pass over the data; the mean of each loss term, {term: [S]}."""
     device = feed.target.device
     names = list(members[0].loss_weights)
     weights = {n: torch.tensor([float(m.loss_weights[n]) for m in members], device=device) for n in names}
     history = []
-    for batch in feed.batches(epoch):
+    for k, batch in enumerate(feed.batches(epoch)):
         gradients, terms = step(state.parameters, state.buffers, batch, weights)
-        state.apply(gradients)
+        state.apply(gradients, _learning_rate(schedule, epoch * feed.steps + k, schedule.epochs * feed.steps))
         history.append(torch.stack([terms[name] for name in names]).detach())
     values = torch.stack(history).cpu()  # (steps, terms, S); one transfer an epoch, so that a GPU is never waited for
     bad = (~values.isfinite()).nonzero()
@@ -389,6 +398,12 @@ def _train_epoch(epoch: int, state: _State, step: Callable, feed: _Feed, members
             f"{epoch * feed.steps + k} (epoch {epoch}); lower --learning-rate or that term's weight"
         )
     return {name: values[:, t].double().mean(0).tolist() for t, name in enumerate(names)}
+
+
+def _learning_rate(schedule: Schedule, step: int, steps: int) -> float:
+    if schedule.annealing == "none":
+        return schedule.learning_rate
+    return schedule.learning_rate * (1 + math.cos(math.pi * step / steps)) / 2
 
 
 @torch.no_grad()

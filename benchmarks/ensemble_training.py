@@ -61,7 +61,7 @@ def stacked(hidden: int, members: int, compile: bool) -> Callable[[], None]:
 
     def step() -> None:
         gradients, _ = gradients_of(state.parameters, state.buffers, batch, weights)
-        state.apply(gradients)
+        state.apply(gradients, Schedule.learning_rate)
 
     return step
 

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.stats import pearsonr
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from tqdm import tqdm
 
-from experiments.study import Study
+from experiments.study import Study, targets
 from fusion_model import Fusion, FusionModel, loss_terms
 from metrics import example_losses, example_scores
 from training import Batch, Fold, Member, Schedule, train
@@ -30,7 +29,7 @@ class Recipe:
     batch_size: int = 64
     """examples per step"""
     learning_rate: float = 1e-3
-    """of Adam"""
+    """of Adam, at the start; it falls to 0 along half a cosine"""
     weight_decay: float = 10.0
     """decoupled, on weight matrices: each step takes learning_rate * weight_decay off them, 1 %"""
     modality_dropout: float = 0.3
@@ -107,11 +106,6 @@ def select(study: Study, outputs: np.ndarray, part: str) -> np.ndarray:
     return np.concatenate([np.take(x, r, axis=axis + 1) for x, r in zip(folds, rows, strict=True)], axis=axis + 1)
 
 
-def targets(study: Study, part: str = "test") -> np.ndarray:
-    """(n,) or (n, O): targets of that part of every fold, fold after fold."""
-    return np.concatenate([study.pool.target[getattr(fold, part)].numpy() for fold in study.folds])
-
-
 def per_example(study: Study, predictions: np.ndarray, part: str, of: Callable) -> np.ndarray:
     """(..., n[, O]) -> (..., n) by `of` (example_scores or example_losses), in units of the target's deviation."""
     target, scale = targets(study, part), study.target_scale.numpy()
@@ -168,7 +162,7 @@ def train_grid(
         for fold in range(len(study.folds))
     ]
     schedule = Schedule(
-        recipe.epochs, recipe.batch_size, recipe.learning_rate, recipe.epochs, keep="last", compile=compile
+        recipe.epochs, recipe.batch_size, recipe.learning_rate, annealing="cosine", keep="last", compile=compile
     )
     scale = study.target_scale.to(device)
 
@@ -249,9 +243,3 @@ def _dropout(setting: Setting, recipe: Recipe, study: Study) -> dict[str, float]
         return dict(setting.dropout)
     # of one modality alone nothing would be left
     return {name: recipe.modality_dropout for name in study.pool.features} if len(study.pool.features) > 1 else {}
-
-
-def mean_correlation(predictions: np.ndarray, target: np.ndarray) -> float:
-    """Pearson correlation (n,), or its mean over outputs (n, O)."""
-    columns = zip(predictions.reshape(len(target), -1).T, target.reshape(len(target), -1).T, strict=True)
-    return float(np.mean([pearsonr(p, t).statistic for p, t in columns]))

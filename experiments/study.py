@@ -5,9 +5,10 @@ exactly once.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -109,10 +110,18 @@ def _test_split(corpus: Corpus) -> str:
 
 def only(study: Study, modalities: Sequence[str]) -> Study:
     """The same study without the other modalities."""
-    pool = Split(
-        {name: study.pool.features[name] for name in sorted(modalities)},
-        study.pool.target,
-        study.pool.ids,
-        study.pool.metadata,
-    )
-    return Study(study.name, study.task, pool, study.folds, study.notes, study.provenance, study.label_range)
+    features = {name: study.pool.features[name] for name in sorted(modalities)}
+    return replace(study, pool=replace(study.pool, features=features))
+
+
+def refitted(study: Study) -> Study:
+    """The same study with every fold's dev part trained on too: for scores where nothing is selected upon."""
+    folds = [Rows(torch.cat([fold.train, fold.dev]).unique(), fold.dev, fold.test) for fold in study.folds]
+    if any(bool(torch.isin(fold.test, fold.train).any()) for fold in folds):  # dev is tested on: it stays out
+        return study
+    return replace(study, folds=folds)
+
+
+def targets(study: Study, part: str = "test") -> np.ndarray:
+    """(n,) or (n, O): targets of that part of every fold, fold after fold."""
+    return np.concatenate([study.pool.target[getattr(fold, part)].numpy() for fold in study.folds])

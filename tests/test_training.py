@@ -11,10 +11,22 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
-from corpus import InputError, Split
+from corpus import InputError, Split, take
 from fusion_model import FusionModel
 from main_hateful_memes import objective, predict
-from training import Batch, Member, NonFiniteLoss, Schedule, build_members, epoch_order, train, vectorized_step
+from training import (
+    Batch,
+    Fold,
+    Member,
+    NonFiniteLoss,
+    Schedule,
+    _Feed,
+    _learning_rate,
+    build_members,
+    epoch_order,
+    train,
+    vectorized_step,
+)
 
 WEIGHTS = {"bce": 1.0, "mmd": 0.3, "reconstruction": 0.1, "alignment": 0.05}
 DIMS = {"image": 6, "text": 5}
@@ -256,3 +268,83 @@ def test_compiled_training_is_the_same_up_to_rounding():
     plain, compiled = (run(members, schedule={"epochs": 1, "compile": c}) for c in (False, True))
     for a, b in zip(plain.models, compiled.models, strict=True):
         torch.testing.assert_close(weights_of(a), weights_of(b), rtol=1e-3, atol=1e-5)
+
+
+def test_fold_is_trained_and_selected_on_its_own_rows():
+    folds = [Fold(torch.arange(70), torch.arange(30)), Fold(torch.arange(25, 100), torch.arange(25, 60))]
+    together = run([Member(seed, WEIGHTS, fold=fold) for seed in (0, 1) for fold in (0, 1)], folds=folds)
+    for fold, rows in enumerate(folds):
+        alone = run([Member(1, WEIGHTS)], data=take(DATA, rows.train), selection=take(SELECTION, rows.selection))
+        torch.testing.assert_close(
+            weights_of(together.models[2 + fold]), weights_of(alone.models[0]), rtol=1e-4, atol=1e-5
+        )
+        assert together.best_score[2 + fold] == pytest.approx(alone.best_score[0])
+
+
+def test_fold_of_the_other_half_does_not_see_these_examples():
+    folds = [Fold(torch.arange(50), torch.arange(30)), Fold(torch.arange(50, 100), torch.arange(30, 60))]
+    members = [Member(0, WEIGHTS, fold=0), Member(0, WEIGHTS, fold=1)]
+    before = run(members, folds=folds)
+    flipped = Split(DATA.features, DATA.target.clone(), DATA.ids)
+    flipped.target[50:] = 1 - flipped.target[50:]
+    after = run(members, folds=folds, data=flipped)
+    assert torch.equal(weights_of(before.models[0]), weights_of(after.models[0]))
+    assert not torch.equal(weights_of(before.models[1]), weights_of(after.models[1]))
+
+
+def test_dropout_hides_each_modality_at_its_rate_and_what_is_hidden_stays_hidden_at_higher_rates():
+    members = [Member(0, WEIGHTS, dropout={"text": rate}) for rate in (0.0, 0.3, 0.6, 1.0)]
+    fold = Fold(torch.arange(100), torch.arange(60))
+    feed = _Feed(DATA, members, [fold], 10, torch.device("cpu"))
+    present = torch.cat([b.present["text"] for epoch in range(20) for b in feed.batches(epoch)], dim=1)  # (4, 2000)
+    assert list(next(feed.batches(0)).present) == ["text"]  # nobody drops images
+    torch.testing.assert_close(present.mean(1), torch.tensor([1.0, 0.7, 0.4, 0.0]), atol=0.03, rtol=0)
+    assert (present[1:] <= present[:-1]).all()
+    without = _Feed(DATA, [Member(0, WEIGHTS)], [fold], 10, torch.device("cpu"))
+    assert next(without.batches(0)).present == {}
+
+
+def test_modality_that_is_always_hidden_teaches_its_encoder_nothing_and_rate_zero_changes_nothing():
+    bce_alone = dict.fromkeys(WEIGHTS, 0.0) | {"bce": 1.0}
+    hidden = Member(0, bce_alone, dropout={"text": 1.0})
+    never, always, plain = run([Member(0, bce_alone, dropout={"text": 0.0}), hidden, Member(0, bce_alone)]).models
+    (initial,) = build_members(build, [hidden])
+    assert torch.equal(weights_of(always.jwae.encoders["text"]), weights_of(initial.jwae.encoders["text"]))
+    assert not torch.equal(weights_of(always.jwae.encoders["image"]), weights_of(initial.jwae.encoders["image"]))
+    torch.testing.assert_close(weights_of(never), weights_of(plain), rtol=1e-5, atol=1e-6)
+
+
+def test_dropout_of_an_unknown_modality_is_an_error():
+    with pytest.raises(ValueError, match="sound"):
+        run([Member(0, WEIGHTS, dropout={"sound": 0.5})])
+
+
+def test_keeping_the_last_epoch_keeps_it_also_after_a_kill(tmp_path):
+    options = {"schedule": {"epochs": 4, "patience": 1, "keep": "last", "annealing": "cosine"}}
+    members = [Member(0, WEIGHTS, 0.1), Member(1, WEIGHTS, 0.2)]
+    whole = run(members, **options)
+    assert len(whole.history) == 4
+
+    def kill(record):
+        if record["epoch"] == 1:
+            raise Killed
+
+    path = tmp_path / "checkpoint.safetensors"
+    with pytest.raises(Killed):
+        run(members, checkpoint=path, on_epoch=kill, **options)
+    resumed = run(members, checkpoint=path, **options)
+    assert resumed.history == whole.history
+    finished = run(members, checkpoint=path, **options)  # from the checkpoint alone
+    for a, b, c in zip(whole.models, resumed.models, finished.models, strict=True):
+        assert torch.equal(weights_of(a), weights_of(b)) and torch.equal(weights_of(a), weights_of(c))
+    best = run(members, schedule={"epochs": 4, "patience": 4, "annealing": "cosine"})
+    kept = [s for s, epoch in enumerate(whole.best_epoch) if epoch < 3]
+    assert all(not torch.equal(weights_of(whole.models[s]), weights_of(best.models[s])) for s in kept)
+
+
+def test_cosine_annealing_falls_from_the_learning_rate_to_nearly_zero():
+    schedule = Schedule(learning_rate=0.2, annealing="cosine")
+    rates = [_learning_rate(schedule, step, 100) for step in range(100)]
+    assert rates[0] == 0.2 and rates[50] == pytest.approx(0.1) and rates[-1] < 1e-4
+    assert rates == sorted(rates, reverse=True)
+    assert _learning_rate(Schedule(learning_rate=0.2), 99, 100) == 0.2

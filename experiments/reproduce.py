@@ -1,0 +1,250 @@
+"""Every experiment on every data set that is there, and RESULTS.md: claim, corpus, estimate, interval, verdict, command.
+
+    python -m experiments.reproduce --data-root FOLDER --text-encoder MODEL_FOLDER
+    python -m experiments.reproduce                        the embedded demo alone
+
+Each experiment is a process of its own, run by the very command that RESULTS.md shows; one that is complete is not run
+again with --resume.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from atomic_files import write_text
+from command_line import run_command
+from corpus import InputError
+from experiments.grid import Recipe
+from run_folder import MARK_OF_COMPLETION, PACKAGES, RUNS, installed_version
+
+EXPERIMENTS = ("train", "rank_ablation", "jwae_ablation", "modality_dropout", "modality_balance", "rank_semantics")
+# the first file that fits is taken
+FILES = {
+    "cmu_mosi": ("cmu_mosi*.npz", "mosi*.npz", "*mosi*.pkl", "aligned_50.pkl", "unaligned_50.pkl"),
+    "mustard": ("sarcasm_data.json", "*sarcasm_data.json"),
+    "pom": ("pom*.npz",),
+    "hateful_memes": ("train.jsonl", "*/train.jsonl"),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Run all experiments on what is found below --data-root and on the demo, and write RESULTS.md."""
+
+    data_root: Path | None = None
+    """folder with the data sets' files; without it the demo alone is run"""
+    text_encoder: str = "bert-base-uncased"
+    """for MUStARD and memes: a Hugging Face name or a local model folder"""
+    only: tuple[str, ...] = ()
+    """experiments or data sets to run; default: all"""
+    seeds: int = 10
+    """seeds of every experiment"""
+    epochs: int = Recipe.epochs
+    """passes over the training part, of every experiment"""
+    compile: bool = False
+    """compile the training steps"""
+    out: Path = Path("RESULTS.md")
+    """file to write"""
+    figures: Path = Path("docs/results")
+    """folder for the figures that the file shows"""
+    cache_dir: Path = Path("cache")
+    """where encoded texts and images (and the demo) are kept between runs"""
+    resume: bool = False
+    """go on where a killed run stopped"""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One experiment on one data set."""
+
+    experiment: str
+    dataset: str
+    data: Path | None
+
+    @property
+    def folder(self) -> Path:
+        """Where it leaves its results."""
+        return RUNS / f"reproduce-{self.experiment}-{self.dataset}"
+
+
+def main(config: Config) -> None:
+    """Run, then write. Raises InputError, also where an experiment has stopped with one."""
+    jobs = list(find_jobs(config))
+    if not config.resume and (begun := next((job.folder for job in jobs if job.folder.exists()), None)):
+        raise InputError(f"{begun}: exists; give --resume to go on with it, or move it away to begin anew")
+    for number, job in enumerate(jobs, 1):
+        if (job.folder / MARK_OF_COMPLETION).exists():
+            continue
+        print(f"\n[{number}/{len(jobs)}] {job.experiment} on {job.dataset}", flush=True)
+        arguments = flags(job, config) + (["--resume"] if (job.folder / "run.json").exists() else [])
+        status = subprocess.run([sys.executable, "-m", f"experiments.{job.experiment}", *arguments]).returncode
+        if status:
+            raise InputError(
+                f"experiments.{job.experiment} on {job.dataset} stopped with exit code {status}; put right what it says "
+                "above, then go on with --resume"
+            )
+    results = {job: json.loads((job.folder / MARK_OF_COMPLETION).read_text(encoding="utf-8")) for job in jobs}
+    config.figures.mkdir(parents=True, exist_ok=True)
+    for job in jobs:
+        shutil.copyfile(job.folder / "figure.png", config.figures / f"{job.experiment}-{job.dataset}.png")
+    write_text(config.out, document(results, config))
+    print(f"\n{config.out}: {len(results)} experiments; figures in {config.figures}/")
+
+
+def find_jobs(config: Config) -> Iterator[Job]:
+    """Every experiment on the demo and on every data set found, data set by data set."""
+    known = {*EXPERIMENTS, *FILES, "demo"}
+    if unknown := set(config.only) - known:
+        raise InputError(f"--only {' '.join(sorted(unknown))}: choose from {' '.join(sorted(known))}")
+    found: dict[str, Path | None] = {"demo": None}
+    if config.data_root is not None:
+        if not config.data_root.is_dir():
+            raise InputError(f"--data-root {config.data_root}: no such folder")
+        for dataset, patterns in FILES.items():
+            paths = [path for pattern in patterns for path in sorted(config.data_root.glob(pattern))]
+            if paths:
+                found[dataset] = paths[0]
+        if len(found) == 1:
+            names = ", ".join(patterns[0] for patterns in FILES.values())
+            raise InputError(f"--data-root {config.data_root}: holds no data set; expected one of {names}")
+    datasets = [name for name in found if not set(config.only) & {*FILES, "demo"} or name in config.only]
+    experiments = [e for e in EXPERIMENTS if not set(config.only) & set(EXPERIMENTS) or e in config.only]
+    for dataset in datasets:
+        for experiment in experiments:
+            yield Job(experiment, dataset, found[dataset])
+
+
+def flags(job: Job, config: Config, shown: bool = False) -> list[str]:
+    """Flags of the experiment's command; `shown` leaves out folders and whatever is the default."""
+    made = ["--dataset", job.dataset]
+    if job.data is not None:
+        made += ["--data", job.data.name if shown else str(job.data)]
+    if job.dataset in ("mustard", "hateful_memes"):
+        encoder = Path(config.text_encoder)
+        made += ["--text-encoder", "MODEL_FOLDER" if shown and encoder.exists() else config.text_encoder]
+    if not shown or config.seeds != 10:
+        made += ["--seeds", str(config.seeds)]
+    if not shown or config.epochs != Recipe.epochs:
+        made += ["--epochs", str(config.epochs)]
+    if config.compile:
+        made += ["--compile"]
+    return made if shown else [*made, "--cache-dir", str(config.cache_dir), "--name", job.folder.name]
+
+
+# ---- RESULTS.md --------------------------------------------------------------------------------------------------
+
+
+def document(results: dict[Job, dict], config: Config) -> str:
+    """The whole file."""
+    some = next(iter(results.values()))
+    versions = ", ".join(f"{name} {installed_version(name)}" for name in PACKAGES)
+    total = sum(result["seconds"] for result in results.values())
+    command = "python -m experiments.reproduce"
+    if config.data_root is not None:
+        command += " --data-root FOLDER"
+    if any(job.dataset in ("mustard", "hateful_memes") for job in results):
+        command += f" --text-encoder {'MODEL_FOLDER' if Path(config.text_encoder).exists() else config.text_encoder}"
+    lines = [
+        "# Results",
+        "",
+        f"Written by `{command}`; not edited by hand. {some['device']}, {some['threads']} threads of {os.cpu_count()} "
+        f"cores, {versions}; {total / 60:.0f} minutes in all.",
+        "",
+        RULES,
+        "",
+        "## Verdicts",
+        "",
+        *verdict_table(results),
+        "",
+    ]
+    for experiment in EXPERIMENTS:
+        here = {job: result for job, result in results.items() if job.experiment == experiment}
+        if here:
+            lines += section(experiment, here, config)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+RULES = """\
+How a verdict comes about. Differences are paired: same seeds, same test examples. Intervals are 95 %, from a bootstrap
+that resamples seeds and test examples (of CMU-MOSI: whole videos) independently; for one number per seed, Student's t.
+p-values are corrected after Holm inside an experiment. *Supported*: corrected p < .05, the sign as claimed, and the
+interval reaches the smallest effect of interest. *Not supported*: the interval excludes that effect, or the opposite
+sign is significant. *Too few data*: neither. *Not identified*: the quantity has no single value. A claim of several
+parts is as strong as its weakest part. Scores are accuracy, or -MAE in standard deviations of the target; the smallest
+effect of interest is .01 of either. The resampling covers seeds and test examples, not the choice of training data."""
+
+
+def verdict_table(results: dict[Job, dict]) -> list[str]:
+    """One line per claim and corpus, with the first contrast that decides it."""
+    lines = [
+        "| claim | corpus | decisive contrast: estimate [95 % interval] | verdict | seconds |",
+        "|---|---|---|---|---|",
+    ]
+    for job, result in results.items():
+        c = decisive(result)
+        lines.append(
+            f"| {result['claim']} (`{job.experiment}`) | {job.dataset} | {c['name']}: {c['estimate']:+.3f} "
+            f"[{c['low']:+.3f}, {c['high']:+.3f}] | **{result['verdict']}** | {result['seconds']:.0f} |"
+        )
+    return lines
+
+
+def decisive(result: dict) -> dict:
+    """The contrast with the experiment's own verdict, else the first: what a reader should see first."""
+    same = [c for c in result["contrasts"] if c["verdict"] == result["verdict"]]
+    return (same or result["contrasts"])[0]
+
+
+def section(experiment: str, results: dict[Job, dict], config: Config) -> list[str]:
+    """Contrasts, tables and figures of one experiment on all corpora."""
+    some = next(iter(results.values()))
+    lines = [f"## {experiment}", "", some["question"], "", f"Claim: {some['claim']}", ""]
+    for job, result in results.items():
+        tested, folds = result["examples"]["test"], result["folds"]
+        size = f"{tested} test examples" if folds == 1 else f"{folds} folds of about {tested} test examples"
+        command = " ".join(["python -m", f"experiments.{experiment}", *flags(job, config, shown=True)])
+        lines += [
+            f"### {job.dataset}: {result['verdict']}",
+            "",
+            f"`{command}` ({size}, {result['seeds']} seeds, {result['seconds']:.0f} s, "
+            f"{result['peak_memory_gb']:.1f} GB at most)",
+            "",
+            result["answer"],
+            "",
+            *[f"- {note}" for note in result["notes"]],
+            "",
+            "| contrast (positive: as claimed) | estimate | 95 % interval | p (Holm) | seeds needed | verdict |",
+            "|---|---|---|---|---|---|",
+            *[contrast_line(c) for c in result["contrasts"]],
+            "",
+            "```text",
+            (job.folder / "table.txt").read_text(encoding="utf-8").split("\n\n")[1].rstrip(),
+            "```",
+            "",
+            f"![{experiment} on {job.dataset}]({config.figures.as_posix()}/{experiment}-{job.dataset}.png)",
+            "",
+        ]
+    return lines
+
+
+def contrast_line(c: dict) -> str:
+    """One row of the contrasts' table."""
+    needed = "no number" if c["seeds_needed"] is None else c["seeds_needed"]
+    return (
+        f"| {c['name']} | {c['estimate']:+.4f} | [{c['low']:+.4f}, {c['high']:+.4f}] | {c['p_holm']:.4f} | {needed} "
+        f"| {c['verdict']} (effect of interest {c['effect']:g}) |"
+    )
+
+
+def run(arguments: list[str]) -> int:
+    """`python -m experiments.reproduce FLAGS`."""
+    return run_command(main, Config, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))
