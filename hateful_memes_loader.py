@@ -269,4 +269,5 @@ def _split(memes: list[Meme], digests: dict[str, str], caches: dict[str, Feature
     text = [caches["text"].vectors[text_digest(meme.text)] for meme in memes]
     labels = [meme.label for meme in memes]
     target = None if None in labels else torch.tensor(labels, dtype=torch.float32)
-    return Split({"image": torch.stack(image), "text": torch.stack(text)}, target, [meme.img for meme in memes])
+    features = {"image": torch.stack(image), "text": torch.stack(text)}
+    return Split(features, target, [meme.img for meme in memes], {"transcript": [meme.text for meme in memes]})

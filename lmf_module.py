@@ -34,9 +34,12 @@ class CanonicalFactors(NamedTuple):
 class LowRankMultimodalFusion(nn.Module):
     """Fuse M latents into O outputs by a sum of R products of affine maps.
 
-    At initialisation every row [A_m[r], c_m[r]] has norm 1 and w_r = +-1/sqrt(R): for independent standard normal
-    latents each product then has second moment 1, whatever M and d_m. (Xavier on an (R, d + 1, O) tensor reads it as a
-    convolution kernel, and the output's std is (2/O)^(M/2).)
+    At initialisation every row [A_m[r], c_m[r]] has norm 1, half of its square in c_m[r], and w_r = +-1/sqrt(R): for
+    independent standard normal latents each product then has second moment 1, whatever M and d_m, and every subset of
+    the modalities starts with the same share of it, 2^-M. (In a random row c^2 is about 1/d: nearly all of the product
+    is then the interaction of all modalities, whose gradient vanishes wherever one factor is small, and training stalls
+    there for some seeds. Xavier on an (R, d + 1, O) tensor reads it as a convolution kernel, and the output's std is
+    (2/O)^(M/2).)
 
     Args:
         input_dims: widths d_1, ..., d_M of the latents; M = 1 is an affine map.
@@ -85,10 +88,8 @@ class LowRankMultimodalFusion(nn.Module):
     def reset_parameters(self) -> None:
         """Draw unit rows [A_m[r], c_m[r]] and weights +-1/sqrt(active rank) from torch's global generator."""
         for layer in self.projections:
-            rows = layer.weight.new_empty(layer.out_features, layer.in_features + 1).normal_()
-            rows = F.normalize(rows, dim=1)
-            layer.weight.copy_(rows[:, :-1])
-            layer.bias.copy_(rows[:, -1])
+            layer.weight.copy_(F.normalize(torch.randn_like(layer.weight), dim=1) * 0.5**0.5)
+            layer.bias.copy_((torch.randint_like(layer.bias, 2) * 2 - 1) * 0.5**0.5)
         signs = torch.randint_like(self.rank_weights, 2) * 2 - 1
         self.rank_weights.copy_(signs * self.active_rank**-0.5)
         self.bias.zero_()

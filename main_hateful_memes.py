@@ -240,7 +240,13 @@ def train_rows(
         for row in rows
         for seed in config.seeds
     ]
-    schedule = Schedule(config.epochs, config.batch_size, config.learning_rate, config.patience, config.compile)
+    schedule = Schedule(
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        patience=config.patience,
+        compile=config.compile,
+    )
     with log.stack([row.label for row in rows], config.seeds, config.epochs) as on_epoch:
         trained = train(
             build,

@@ -61,7 +61,7 @@ class Member:
     """which of the folds it is trained on"""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Schedule:
     """What all members have in common."""
 

@@ -80,7 +80,9 @@ def measure(train_split: Split, held_out: Split, seeds: int, epochs: int) -> np.
         return model
 
     members = [Member(seed, weights, Config.weight_decay) for weights in settings() for seed in range(seeds)]
-    schedule = Schedule(epochs, Config.batch_size, Config.learning_rate, patience=epochs)
+    schedule = Schedule(
+        epochs=epochs, batch_size=Config.batch_size, learning_rate=Config.learning_rate, patience=epochs
+    )
     score = lambda logits, target: roc_auc_score(target, logits)  # noqa: E731
     trained = train(build, members, objective_with_margin, predict, train_split, held_out, score, schedule)
     rows = [

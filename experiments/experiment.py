@@ -38,6 +38,10 @@ class Options(DataOptions):
     """seeds 0 .. n - 1, shared by all settings, so that differences between settings are paired"""
     epochs: int = Recipe.epochs
     """passes over the training part"""
+    hidden_dim: int = Recipe.hidden_dim
+    """width of the encoders' and decoders' hidden layer"""
+    weight_decay: float = Recipe.weight_decay
+    """decoupled, on weight matrices"""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes CUDA where there is one"""
     compile: bool = False
@@ -46,6 +50,11 @@ class Options(DataOptions):
     """the run is kept in runs/NAME; default: EXPERIMENT-DATASET, with a number if that is taken"""
     resume: bool = False
     """go on with the run of that name where it was killed"""
+
+    @property
+    def recipe(self) -> Recipe:
+        """The common recipe with what the flags change of it."""
+        return Recipe(epochs=self.epochs, hidden_dim=self.hidden_dim, weight_decay=self.weight_decay)
 
 
 @dataclass
@@ -63,8 +72,8 @@ class Run:
 
     @property
     def recipe(self) -> Recipe:
-        """The common recipe, with the number of epochs asked for."""
-        return Recipe(epochs=self.options.epochs)
+        """The common recipe with what the flags change of it."""
+        return self.options.recipe
 
     def grid(self, study: Study, settings: Sequence[Setting], title: str, **shape: object) -> Grid:
         """Train settings x seeds x folds in one call; a killed run goes on from the checkpoint of that title."""
@@ -172,10 +181,11 @@ def execute(experiment: Experiment, options: Options) -> None:
         "examples": {part: len(rows) for part, rows in zip(("train", "dev", "test"), study.folds[0], strict=True)},
         "folds": len(study.folds),
         "seeds": options.seeds,
-        "recipe": asdict(Recipe(epochs=options.epochs)),
+        "recipe": asdict(options.recipe),
         "verdict": outcome.verdict,
         "answer": outcome.answer,
         "contrasts": [asdict(contrast) for contrast in outcome.contrasts],
+        "table": outcome.table,
         "numbers": outcome.numbers,
         "notes": study.notes + outcome.notes,
         "seconds": round(seconds, 1),
@@ -194,8 +204,11 @@ def check_options(options: Options) -> None:
     """Raise InputError for flags out of range, before anything is loaded."""
     if options.seeds < 2:
         raise InputError(f"--seeds {options.seeds}: give at least 2; one seed has no spread")
-    if options.epochs < 1:
-        raise InputError(f"--epochs {options.epochs}: give at least 1")
+    for name in ("epochs", "hidden_dim"):
+        if getattr(options, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)}: give at least 1")
+    if not 0 <= options.weight_decay * Recipe.learning_rate < 1:
+        raise InputError(f"--weight-decay {options.weight_decay}: give at least 0, and less than 1 / learning rate")
 
 
 def peak_memory_gb() -> float:

@@ -162,7 +162,12 @@ def train_grid(
         for fold in range(len(study.folds))
     ]
     schedule = Schedule(
-        recipe.epochs, recipe.batch_size, recipe.learning_rate, annealing="cosine", keep="last", compile=compile
+        epochs=recipe.epochs,
+        batch_size=recipe.batch_size,
+        learning_rate=recipe.learning_rate,
+        annealing="cosine",
+        keep="last",
+        compile=compile,
     )
     scale = study.target_scale.to(device)
 

@@ -136,7 +136,8 @@ def student(differences: np.ndarray) -> Interval:
         raise ValueError(f"one difference per seed is (S,) or (S, 1), not {d.shape}")
     d, estimate = d.ravel(), float(d.mean())
     if d.min() == d.max():
-        return Interval(estimate, 0.0, estimate, estimate, float(estimate == 0))
+        # equal to the last bit: a number that no seed moves, or too few seeds to tell
+        return Interval(estimate, 0.0, estimate, estimate, 1.0 if estimate == 0 or len(d) < 3 else 0.0)
     test = ttest_1samp(d, 0.0)
     low, high = test.confidence_interval(1 - LEVEL)
     return Interval(estimate, float(d.std(ddof=1)) / len(d) ** 0.5, float(low), float(high), float(test.pvalue))

@@ -272,6 +272,18 @@ def test_sampled_output_std_agrees_with_the_exact_one(dims):
     assert 0.7 < sampled < 1.3
 
 
+@pytest.mark.parametrize("modalities", [1, 2, 3, 4])
+def test_every_subset_of_modalities_starts_with_the_same_share(modalities):
+    layer = LowRankMultimodalFusion([7] * modalities, 3, 5)
+    for subset in itertools.product([False, True], repeat=modalities):
+        # E over standard normal latents of one product's part: |A|^2 of the modalities in the subset, c^2 of the others
+        share = math.prod(
+            p.weight.square().sum(1) if inside else p.bias.square()
+            for inside, p in zip(subset, layer.projections, strict=True)
+        )
+        torch.testing.assert_close(share, torch.full_like(share, 0.5**modalities))
+
+
 def test_weights_come_from_the_global_generator():
     built = []
     for seed in (0, 0, 1):

@@ -184,7 +184,7 @@ def test_run_killed_at_any_moment_resumes_to_the_same_bits(memes, finished, tmp_
     # the checkpoint interval is made 0, so that there is something to go on from this early
     code = (
         "import sys, training, main_hateful_memes as m;"
-        "m.Schedule = lambda *a: training.Schedule(*a, checkpoint_seconds=0.0);"
+        "m.Schedule = lambda **k: training.Schedule(**k, checkpoint_seconds=0.0);"
         "sys.exit(m.run(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", code, *flags(memes)]

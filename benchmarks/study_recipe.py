@@ -1,0 +1,85 @@
+"""How the experiments' recipe was chosen: scores of its settings on training data alone, no test split.
+
+    python -m benchmarks.study_recipe --dataset mustard --data sarcasm_data.json --text-encoder MODEL_FOLDER
+    python -m benchmarks.study_recipe --dataset pom --data pom_audio_video.npz
+
+A corpus with one fold is cross-validated on its train and dev parts together (5 folds, whole groups where it has
+groups); one with several is scored on each fold's own dev part. In MUStARD the dev examples of one fold are test
+examples of another, so there the choice has seen labels of test examples, though never in a fold that tests them.
+"""
+
+import sys
+import time
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from sklearn.model_selection import GroupKFold, KFold
+
+from command_line import run_command
+from experiments.datasets import DataOptions, load_study
+from experiments.grid import JWAE, Recipe, Setting, predict_of, selection_score, train_grid
+from experiments.study import Rows, Study
+
+# one thing at a time, from the recipe
+CHANGES: list[dict[str, float | int]] = [
+    {},
+    *({"weight_decay": value} for value in (0.01, 1.0, 3.0, 30.0)),
+    *({"modality_dropout": value} for value in (0.0, 0.5)),
+    *({"mmd_weight": value} for value in (0.0, 0.1, 1.0)),
+    *({"hidden_dim": value} for value in (16, 64, 128)),
+    {"hidden_dim": 128, "weight_decay": 3.0},
+    *({"latent_dim": value} for value in (16, 64)),
+    *({"epochs": value} for value in (20, 80)),
+    *({"learning_rate": value} for value in (3e-4, 3e-3)),
+]
+
+
+@dataclass(frozen=True)
+class Config(DataOptions):
+    """Score the recipe and single changes of it on training data alone."""
+
+    seeds: int = 3
+    """seeds of every setting"""
+
+
+def inner(study: Study) -> Study:
+    """The same study with folds that leave every test part out."""
+    if len(study.folds) > 1:
+        return replace(study, folds=[Rows(fold.train, fold.dev, fold.dev) for fold in study.folds])
+    known = torch.cat([study.folds[0].train, study.folds[0].dev]).unique()
+    groups = study.pool.metadata.get("group")
+    if groups is None:
+        cuts = KFold(5, shuffle=True, random_state=0).split(known)
+    else:
+        cuts = GroupKFold(5).split(known, groups=[groups[row] for row in known])
+    parts = [(known[torch.from_numpy(a)], known[torch.from_numpy(b)]) for a, b in cuts]
+    return replace(study, folds=[Rows(a, b, b) for a, b in parts])
+
+
+def main(config: Config) -> None:
+    """Print one line per setting: mean +- std over seeds of the mean over folds."""
+    study = inner(load_study(config))
+    score = selection_score(study)
+    name = "AUROC" if study.task == "binary" else "-MAE"
+    print(f"{study.name}: jWAE-LMF, rank 4, {config.seeds} seeds, {len(study.folds)} inner folds, {name}")
+    for change in CHANGES:
+        start = time.perf_counter()
+        recipe = replace(Recipe(), **change)
+        grid = train_grid(study, [Setting("jWAE", 4, JWAE)], range(config.seeds), recipe, title=str(change))
+        values = []
+        for s in range(config.seeds):
+            folds = []
+            for f, fold in enumerate(study.folds):
+                features = {key: x[fold.dev] for key, x in study.pool.features.items()}
+                with torch.inference_mode():
+                    prediction = predict_of(study)(grid.model(0, s, f), features).numpy()
+                folds.append(score(prediction, study.pool.target[fold.dev].numpy()))
+            values.append(np.mean(folds))
+        label = ", ".join(f"{key} {value}" for key, value in change.items()) or "the recipe"
+        seconds = time.perf_counter() - start
+        print(f"{label:36} {np.mean(values):.4f} +- {np.std(values, ddof=1):.4f}  ({seconds:.0f} s)", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, Config, sys.argv[1:]))
