@@ -135,7 +135,7 @@ def draw(figure: Figure, study: Study, numbers: dict[str, dict[str, np.ndarray]]
             # side by side, so that the bars of five variants can be told apart
             place = np.arange(len(RANKS)) + 0.12 * (shift - 2)
             axis.errorbar(
-                place, values.mean(1), values.std(1, ddof=1), fmt="o-", markersize=4, capsize=2, label=variant
+                place, values.mean(1), values.std(1, ddof=1), fmt="o", markersize=4, capsize=2, label=variant
             )
         axis.set_xticks(range(len(RANKS)), [str(rank) for rank in RANKS])
         axis.set(title=title, xlabel="rank R")
