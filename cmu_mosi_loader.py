@@ -62,7 +62,7 @@ def load_cmu_mosi(
     path = Path(path).expanduser()
     tables = _read_tables(path)
     chosen = _choose_modalities(tables["train"], modalities, path)
-    parts = {split: _read_part(table, chosen, f"{path}: {split}") for split, table in tables.items()}
+    parts = {split: _read_part(table, split, chosen, f"{path}: {split}") for split, table in tables.items()}
     _check_widths(parts, path)
     graded, task = _resolve_task(parts, task, path)
     notes = [f"{split}: {note}" for split, part in parts.items() for note in part.notes]
@@ -142,7 +142,7 @@ def _choose_modalities(table: Table, modalities: Sequence[str] | None, path: Pat
     return present if modalities is None else [m for m in present if m in modalities]
 
 
-def _read_part(table: Table, modalities: list[str], where: str) -> _Part:
+def _read_part(table: Table, split: str, modalities: list[str], where: str) -> _Part:
     labels = _read_labels(table, where)
     pooled, notes = {}, []
     for modality in modalities:
@@ -154,7 +154,7 @@ def _read_part(table: Table, modalities: list[str], where: str) -> _Part:
     if transcript is not None:
         metadata["transcript"] = transcript
     if ids is None:
-        ids = [f"row_{row}" for row in range(len(labels))]
+        ids = [f"{split}_row_{row}" for row in range(len(labels))]
         notes.append("the file has no ids; examples are named by their row")
     else:
         metadata["group"] = [_video(one) for one in ids]  # before repeated ids get their numbers

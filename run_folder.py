@@ -87,7 +87,7 @@ def open_run(folder: Path, config: object, data: Mapping[str, object], device: t
     other_data = begun["data"] != json.loads(json.dumps(now["data"]))
     other_device = begun["device"] != now["device"]
     if other_data:
-        raise InputError(f"{folder}: was begun with another data set or encoder; restore it, or choose another --name")
+        raise InputError(f"{folder}: was begun with another experiment, data set or encoder; choose another --name")
     if other_device:
         raise InputError(f"{folder}: was begun on {begun['device']}; resume it there, or choose another --name")
 

@@ -10,7 +10,6 @@ inner five-fold cross-validation of the training part of its first released fold
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 
@@ -20,13 +19,13 @@ from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedKFold
 from torch import Tensor
 
-from corpus import Split
-from feature_cache import FeatureCache, text_digest
-from feature_extraction import encode_texts
-from frozen_encoders import EncoderConfig, find_text_encoder, text_identity
+from corpus import Split, take
+from experiments.study import Study, refitted, study_of
+from frozen_encoders import EncoderConfig
 from fusion_model import FusionModel
 from jwae_module import margin_ranking
 from main_hateful_memes import Config, load, objective, predict
+from mustard_loader import load_mustard
 from torchrun_processes import Processes
 from training import Batch, Member, Schedule, train
 
@@ -92,26 +91,9 @@ def measure(train_split: Split, held_out: Split, seeds: int, epochs: int) -> np.
     return np.array(rows).reshape(len(settings()), seeds, 3)
 
 
-def mustard(annotations: Path, folds: Path, encoder: str, cache_dir: Path) -> Split:
-    """Training part of the first fold: vectors of the utterance and of its context, target sarcasm."""
-    rows, ids = json.loads(annotations.read_text()), json.loads(folds.read_text())[0]["train"]
-    texts = {
-        "utterance": [rows[key]["utterance"] for key in ids],
-        "context": [" ".join(rows[key]["context"]) for key in ids],
-    }
-    config = EncoderConfig(text_encoder=encoder)
-    source = find_text_encoder(config)
-    cache = FeatureCache(cache_dir, "text", text_identity(config, source, "cpu"))
-    encode_texts({text_digest(t): t for group in texts.values() for t in group}, cache, config, source, Processes())
-    features = {name: torch.stack([cache.vectors[text_digest(t)] for t in group]) for name, group in texts.items()}
-    return Split(features, torch.tensor([float(rows[key]["sarcasm"]) for key in ids]), ids)
-
-
-def take(split: Split, rows: np.ndarray) -> Split:
-    """The examples `rows` of a split."""
-    index = torch.from_numpy(rows)
-    features = {name: x[index] for name, x in split.features.items()}
-    return Split(features, split.target[index], [split.ids[i] for i in rows])
+def mustard(annotations: Path, folds: Path, encoder: str, cache_dir: Path) -> Study:
+    """The first fold alone: utterance and context vectors, target sarcasm; its test part is not used."""
+    return study_of(load_mustard(annotations, EncoderConfig(text_encoder=encoder), cache_dir, folds=folds)[:1])
 
 
 def print_table(title: str, results: np.ndarray) -> None:
@@ -146,7 +128,8 @@ def main() -> None:
     print_table(f"demo, dev, n = 192, {options.seeds} seeds, {options.epochs} epochs ({seconds:.0f} s)", results)
 
     if options.mustard:
-        split = mustard(options.mustard, options.mustard_folds, options.text_encoder, options.cache_dir)
+        study = mustard(options.mustard, options.mustard_folds, options.text_encoder, options.cache_dir)
+        split = take(study.pool, refitted(study).folds[0].train)
         folds = StratifiedKFold(5, shuffle=True, random_state=0).split(np.zeros(len(split)), split.target)
         start = time.perf_counter()
         results = np.concatenate(

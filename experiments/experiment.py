@@ -30,6 +30,19 @@ SCORE_EFFECT = 0.01
 """smallest effect of interest: one point of accuracy, or a hundredth of the target's standard deviation"""
 
 
+# flags that only some data sets have a use for
+FLAGS_OF = {
+    "folds": ("mustard",),
+    "protocol": ("mustard",),
+    "audio": ("mustard",),
+    "visual": ("mustard",),
+    "task": ("cmu_mosi",),
+    "img_dir": ("hateful_memes",),
+    "image_encoder": ("hateful_memes",),
+    "text_encoder": ("hateful_memes", "mustard"),
+}
+
+
 @dataclass(frozen=True)
 class Options(DataOptions):
     """Flags of every experiment."""
@@ -117,6 +130,10 @@ class Experiment:
     """of the study, in its words as far as they can be tested"""
     question: str
     measure: Callable[[Study, Run], Outcome]
+    decides: Callable[[str, Sequence[str]], bool] = lambda contrast, modalities: True
+    """whether the verdict rests on the contrast of that name, in a corpus of those modalities"""
+    modalities: int = 1
+    """least number of modalities that the question needs"""
 
 
 def contrasts_on_test(
@@ -156,7 +173,12 @@ def execute(experiment: Experiment, options: Options) -> None:
     if options.resume:
         check_resumable(folder, options)
     study = load_study(options, str(device))
-    open_run(folder, options, study.description, device)
+    if len(study.input_dims) < experiment.modalities:
+        raise InputError(
+            f"--dataset {options.dataset}: has {', '.join(study.input_dims)} alone; {experiment.name} needs "
+            f"{experiment.modalities} modalities"
+        )
+    open_run(folder, options, {"experiment": experiment.name, **study.description}, device)
     if is_complete(folder):
         print(f"{folder}: this run is complete; its table is in {folder / 'table.txt'}")
         return
@@ -183,12 +205,14 @@ def execute(experiment: Experiment, options: Options) -> None:
         "seeds": options.seeds,
         "recipe": asdict(options.recipe),
         "verdict": outcome.verdict,
+        "deciding": [c.name for c in outcome.contrasts if experiment.decides(c.name, list(study.input_dims))],
         "answer": outcome.answer,
         "contrasts": [asdict(contrast) for contrast in outcome.contrasts],
         "table": outcome.table,
         "numbers": outcome.numbers,
         "notes": study.notes + outcome.notes,
         "seconds": round(seconds, 1),
+        "resumed": options.resume,
         "peak_memory_gb": round(peak_memory_gb(), 2),
         "torch": torch.__version__,
         "device": str(device) if device.type == "cpu" else torch.cuda.get_device_name(device),
@@ -201,14 +225,18 @@ def execute(experiment: Experiment, options: Options) -> None:
 
 
 def check_options(options: Options) -> None:
-    """Raise InputError for flags out of range, before anything is loaded."""
+    """Raise InputError for flags out of range or without a use, before anything is loaded."""
+    for name, datasets in FLAGS_OF.items():
+        if options.dataset not in datasets and getattr(options, name) != getattr(Options, name):
+            flag = f"--{name.replace('_', '-')}"
+            raise InputError(f"{flag}: has no use with --dataset {options.dataset}, only with {' or '.join(datasets)}")
     if options.seeds < 2:
         raise InputError(f"--seeds {options.seeds}: give at least 2; one seed has no spread")
     for name in ("epochs", "hidden_dim"):
         if getattr(options, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)}: give at least 1")
     if not 0 <= options.weight_decay * Recipe.learning_rate < 1:
-        raise InputError(f"--weight-decay {options.weight_decay}: give at least 0, and less than 1 / learning rate")
+        raise InputError(f"--weight-decay {options.weight_decay}: give at least 0 and less than 1000")
 
 
 def peak_memory_gb() -> float:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from experiments.study import Study, targets
 from fusion_model import Fusion, FusionModel, loss_terms
 from metrics import example_losses, example_scores
-from training import Batch, Fold, Member, Schedule, train
+from training import EVALUATION_CHUNK, Batch, Fold, Member, Schedule, train
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,15 @@ class Grid:
         """(P, S, n[, O]): predictions on that part of every fold, fold after fold."""
         return select(self.study, self.outputs, part)
 
-    def without(self, missing: Sequence[str], part: str = "test") -> np.ndarray:
-        """(P, S, n): additive scores where these modalities' latents are zero."""
-        outputs = outputs_of(self.study, self.models, missing).reshape(self.outputs.shape)
+    def members(self, places: Sequence[int]) -> list[FusionModel]:
+        """All members of these settings: setting-major, then seed, then fold."""
+        block = len(self.seeds) * len(self.study.folds)
+        return [model for p in places for model in self.models[p * block : (p + 1) * block]]
+
+    def without(self, missing: Sequence[str], places: Sequence[int], part: str = "test") -> np.ndarray:
+        """(len(places), S, n): additive scores of these settings where the latents in `missing` are zero."""
+        outputs = outputs_of(self.study, self.members(places), missing)
+        outputs = outputs.reshape(len(places), *self.outputs.shape[1:])
         return per_example(self.study, select(self.study, outputs, part), part, example_scores)
 
     def scores(self, part: str = "test") -> np.ndarray:
@@ -222,8 +228,12 @@ def selection_score(study: Study) -> Callable[[np.ndarray, np.ndarray], float]:
 @torch.inference_mode()
 def outputs_of(study: Study, models: Sequence[FusionModel], missing: Sequence[str] = ()) -> np.ndarray:
     """(members, N[, O]): predictions of every model on the whole pool; the latents in `missing` are zero."""
-    predict = predict_of(study, missing)
-    return np.stack([predict(model, study.pool.features).numpy() for model in models])
+    predict, size = predict_of(study, missing), len(study.pool)
+    chunks = [
+        {name: x[start : start + EVALUATION_CHUNK] for name, x in study.pool.features.items()}
+        for start in range(0, size, EVALUATION_CHUNK)
+    ]
+    return np.stack([torch.cat([predict(model, chunk) for chunk in chunks]).numpy() for model in models])
 
 
 def _fitted(shape: dict, study: Study, rows: Tensor) -> FusionModel:

@@ -18,10 +18,9 @@ import torch
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
-from corpus import InputError
 from experiments.contributions import contributions, imbalance, variance_shares
 from experiments.experiment import SCORE_EFFECT, Experiment, Outcome, Run, contrasts_on_test, main, mean_std
-from experiments.grid import Grid, Setting, outputs_of, per_example, select
+from experiments.grid import Grid, Setting, per_example
 from experiments.study import Study
 from experiments.verdicts import Contrast, Verdict, combine
 from metrics import example_scores
@@ -73,8 +72,6 @@ class Found:
 def measure(study: Study, run: Run) -> Outcome:
     """Train subsets and full-set variants; score every subset, then relate imbalance to the worst drop."""
     names = tuple(study.input_dims)
-    if len(names) < 2:
-        raise InputError(f"--dataset {study.name}: has {names[0]} alone; modality_balance needs two modalities")
     subsets = {label(subset): subset for size in range(1, len(names) + 1) for subset in combinations(names, size)}
     settings = [
         Setting(text, RANK, TERMS, dropout={name: 1.0 for name in names if name not in subset})
@@ -139,7 +136,7 @@ def measure_balance(grid: Grid, places: Sequence[int]) -> Balance:
     }
     places = list(places)
     complete = grid.scores()[places].mean(-1)  # (P, S)
-    drops = [complete - scores_without(grid, places, [name], "test").mean(-1) for name in names]
+    drops = [complete - grid.without([name], places).mean(-1) for name in names]
     contribution = contributions(shares, len(names))
     labels = ["no dropout", *(grid.settings[p].label for p in places[1:])]
     return Balance(labels, shares, contribution, imbalance(contribution), np.stack(drops, -1))
@@ -148,19 +145,11 @@ def measure_balance(grid: Grid, places: Sequence[int]) -> Balance:
 # ---- scores ------------------------------------------------------------------------------------------------------
 
 
-def scores_without(grid: Grid, places: Sequence[int], missing: Sequence[str], part: str) -> np.ndarray:
-    """(len(places), S, n): scores of these settings' members where the latents in `missing` are zero."""
-    block = len(grid.seeds) * len(grid.study.folds)
-    models = [model for p in places for model in grid.models[p * block : (p + 1) * block]]
-    outputs = outputs_of(grid.study, models, missing).reshape(len(places), *grid.outputs.shape[1:])
-    return per_example(grid.study, select(grid.study, outputs, part), part, example_scores)
-
-
 def subset_scores(grid: Grid, subsets: Mapping[str, tuple[str, ...]], part: str) -> dict[str, np.ndarray]:
     """{subset: (S, n)}: scores of the members that saw that subset alone, tested on it alone."""
     names = grid.study.input_dims
     return {
-        text: scores_without(grid, [grid.index(text)], [name for name in names if name not in subset], part)[0]
+        text: grid.without([name for name in names if name not in subset], [grid.index(text)], part)[0]
         for text, subset in subsets.items()
     }
 
@@ -210,7 +199,10 @@ def verdict_of(made: Sequence[Contrast]) -> Verdict:
 
 def notes_of(study: Study, names: Sequence[str]) -> list[str]:
     """What the reader of the verdict must know."""
-    notes = []
+    notes = [
+        "the balance is varied by dropping modalities in training, which also trains for their absence: the "
+        "correlation may be due to either; its interval is over seeds, on these test examples"
+    ]
     if len(names) == 2:
         notes.append("two modalities are one pair: the verdict is that of the balance alone")
     if any(bool(torch.isin(fold.dev, fold.test).any()) for fold in study.folds):
@@ -330,6 +322,8 @@ EXPERIMENT = Experiment(
     "Robustness depends on the balance of the modalities' contributions; some pairs work better than others.",
     "Do models whose modalities contribute unevenly lose more when one is missing, and are some pairs better?",
     measure,
+    decides=lambda contrast, modalities: contrast == BALANCE or contrast.count("+") == 2,
+    modalities=2,
 )
 
 if __name__ == "__main__":

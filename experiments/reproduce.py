@@ -16,11 +16,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from atomic_files import write_text
-from command_line import run_command
+from atomic_files import write_atomically, write_text
+from command_line import parse, run_command
 from corpus import InputError
+from experiments.experiment import Options
 from experiments.grid import Recipe
-from run_folder import MARK_OF_COMPLETION, PACKAGES, RUNS, installed_version
+from run_folder import MARK_OF_COMPLETION, PACKAGES, RUNS, check_resumable, installed_version
 
 EXPERIMENTS = ("train", "rank_ablation", "jwae_ablation", "modality_dropout", "modality_balance", "rank_semantics")
 # the first file that fits is taken
@@ -79,10 +80,15 @@ class Job:
 def main(config: Config) -> None:
     """Run, then write. Raises InputError, also where an experiment has stopped with one."""
     jobs = list(find_jobs(config))
+    check_outputs(config)
     if not config.resume and (begun := next((job.folder for job in jobs if job.folder.exists()), None)):
         raise InputError(f"{begun}: exists; give --resume to go on with it, or move it away to begin anew")
     for number, job in enumerate(jobs, 1):
+        if job.folder.exists() and not (job.folder / "run.json").exists():
+            shutil.rmtree(job.folder)  # killed before it had begun
         if (job.folder / MARK_OF_COMPLETION).exists():
+            # a finished run of other settings must not stand under this command
+            check_resumable(job.folder, parse(Options, flags(job, config)))
             continue
         print(f"\n[{number}/{len(jobs)}] {job.experiment} on {job.dataset}", flush=True)
         arguments = flags(job, config) + (["--resume"] if (job.folder / "run.json").exists() else [])
@@ -93,11 +99,20 @@ def main(config: Config) -> None:
                 "put right what it says above, then go on with --resume"
             )
     results = {job: json.loads((job.folder / MARK_OF_COMPLETION).read_text(encoding="utf-8")) for job in jobs}
-    config.figures.mkdir(parents=True, exist_ok=True)
     for job in jobs:
-        shutil.copyfile(job.folder / "figure.png", config.figures / f"{job.experiment}-{job.dataset}.png")
+        source = job.folder / "figure.png"
+        target = config.figures / f"{job.experiment}-{job.dataset}.png"
+        write_atomically(target, lambda path, source=source: shutil.copyfile(source, path))
     write_text(config.out, document(results, config))
     print(f"\n{config.out}: {len(results)} experiments; figures in {config.figures}/")
+
+
+def check_outputs(config: Config) -> None:
+    """Raise InputError where --out or --figures cannot be written, before anything is run."""
+    if config.out.is_dir():
+        raise InputError(f"--out {config.out}: is a folder; give a file")
+    if config.figures.exists() and not config.figures.is_dir():
+        raise InputError(f"--figures {config.figures}: is a file; give a folder")
 
 
 def find_jobs(config: Config) -> Iterator[Job]:
@@ -117,6 +132,9 @@ def find_jobs(config: Config) -> Iterator[Job]:
             names = ", ".join(patterns[0] for patterns in FILES.values())
             raise InputError(f"--data-root {config.data_root}: holds no data set; expected one of {names}")
     datasets = [name for name in found if not set(config.only) & {*FILES, "demo"} or name in config.only]
+    missing = set(config.only) & set(FILES) - set(found)
+    if missing:
+        raise InputError(f"--only {' '.join(sorted(missing))}: not found; name the folder of its file with --data-root")
     experiments = [e for e in EXPERIMENTS if not set(config.only) & set(EXPERIMENTS) or e in config.only]
     for dataset in datasets:
         for experiment in experiments:
@@ -177,13 +195,17 @@ def document(results: dict[Job, dict], config: Config) -> str:
 
 
 RULES = """\
-How a verdict comes about. Differences are paired: same seeds, same test examples. Intervals are 95 %, from a bootstrap
-that resamples seeds and test examples (of CMU-MOSI: whole videos) independently; for one number per seed, Student's t.
-p-values are corrected after Holm inside an experiment. *Supported*: corrected p < .05, the sign as claimed, and the
-interval reaches the smallest effect of interest. *Not supported*: the interval excludes that effect, or the opposite
-sign is significant. *Too few data*: neither. *Not identified*: the quantity has no single value. A claim of several
-parts is as strong as its weakest part. Scores are accuracy, or -MAE in standard deviations of the target; the smallest
-effect of interest is .01 of either. The resampling covers seeds and test examples, not the choice of training data."""
+How a verdict comes about. Differences are paired: same seeds, same test examples. Intervals of scores are 95 %, from a
+bootstrap that resamples seeds and test examples (of CMU-MOSI: whole videos) independently; those of one number per seed
+(training losses, correlations, stabilities) are Student's t over seeds, on these examples. p-values are corrected after
+Holm inside an experiment. *Supported*: corrected p < .05, the sign as claimed, and the interval reaches the smallest
+effect of interest. *Not supported*: the interval excludes that effect, or the opposite sign is significant. *Too few
+data*: neither, or what the rule needs is not there. *Not identified*: the quantity has no single value. Which contrasts
+decide, and whether all or any of them must hold, stands in each experiment's docstring; where all must, the weakest
+decides. Scores are accuracy, or -MAE in standard deviations of the target; the smallest effect of interest is .01 of
+either, .05 (5 %) for training losses, .1 for correlations of components, .3 for the rank correlation of the balance.
+The choice of the training data is not resampled. The common recipe was chosen for jWAE-LMF at rank 4, without the test
+splits; POM departs from it, as its commands show."""
 
 
 def overview(results: dict[Job, dict]) -> list[str]:
@@ -201,7 +223,7 @@ def overview(results: dict[Job, dict]) -> list[str]:
 def verdict_table(results: dict[Job, dict], config: Config) -> list[str]:
     """One line per claim and corpus: a contrast that has its verdict, and the command."""
     lines = [
-        "| corpus | contrast with that verdict | estimate [95 % interval] | verdict | command | s |",
+        "| corpus | a contrast that decides | estimate [95 % interval] | verdict | command | s |",
         "|---" * 6 + "|",
     ]
     for job, result in results.items():
@@ -219,9 +241,9 @@ def command(job: Job, config: Config) -> str:
 
 
 def decisive(result: dict) -> dict:
-    """The contrast with the experiment's own verdict, else the first: what a reader should see first."""
-    same = [c for c in result["contrasts"] if c["verdict"] == result["verdict"]]
-    return (same or result["contrasts"])[0]
+    """Of the contrasts that the verdict rests on, the first with that verdict, else the first."""
+    deciding = [c for c in result["contrasts"] if c["name"] in result["deciding"]] or result["contrasts"]
+    return next((c for c in deciding if c["verdict"] == result["verdict"]), deciding[0])
 
 
 def section(experiment: str, results: dict[Job, dict], config: Config) -> list[str]:
@@ -234,8 +256,8 @@ def section(experiment: str, results: dict[Job, dict], config: Config) -> list[s
         lines += [
             f"### {job.dataset}: {result['verdict']}",
             "",
-            f"`{command(job, config)}` ({size}, {result['seeds']} seeds, {result['seconds']:.0f} s, "
-            f"{result['peak_memory_gb']:.1f} GB at most)",
+            f"`{command(job, config)}` ({size}, {result['seeds']} seeds, {result['seconds']:.0f} s"
+            f"{' since it was resumed' if result['resumed'] else ''}, {result['peak_memory_gb']:.1f} GB at most)",
             "",
             result["answer"],
             "",

@@ -1,7 +1,6 @@
 """A data set as the experiments see it: one pool of examples, and folds that say which are trained on and which tested.
 
-A corpus with fixed splits is one fold; MUStARD's five released folds are five, and every one of its examples is tested
-exactly once.
+A corpus with fixed splits is one fold; MUStARD's five released folds are five. No example is tested in two folds.
 """
 
 from collections.abc import Sequence
@@ -51,7 +50,18 @@ class Study:
         if self.task == "binary":
             return torch.ones(1)
         training = torch.cat([fold.train for fold in self.folds]).unique()
-        return self.pool.target[training].reshape(len(training), -1).std(0, correction=0)
+        std = self.pool.target[training].reshape(len(training), -1).std(0, correction=0)
+        return torch.where(std > 0, std, torch.ones_like(std))
+
+    @property
+    def score_name(self) -> str:
+        """Of the additive score (metrics.example_scores in units of the target's deviation)."""
+        return "accuracy" if self.task == "binary" else "-MAE / std of target"
+
+    @property
+    def loss_name(self) -> str:
+        """Of the loss (metrics.example_losses in the same units)."""
+        return "cross-entropy" if self.task == "binary" else "squared error / variance"
 
     @property
     def description(self) -> dict[str, object]:
@@ -76,28 +86,59 @@ def study_of(corpora: Sequence[Corpus]) -> Study:
     else the selection split itself, with a note. Raises InputError where nothing labelled is left to test on.
     """
     first = corpora[0]
-    place: dict[str, int] = {}
-    parts: list[Split] = []
+    pool = _Pool()
     folds, notes = [], list(first.notes)
     for corpus in corpora:
         names = {"train": "train", "dev": corpus.selection, "test": _test_split(corpus)}
         if names["test"] == corpus.selection and corpus is first:
             notes.append(f"{corpus.selection} is tested on: no other labelled split is there")
-        for name in names.values():
-            split = corpus.splits[name]
-            new = [i for i, key in enumerate(split.ids) if key not in place]
-            place.update({split.ids[i]: len(place) + k for k, i in enumerate(new)})
-            parts.append(take(split, new))
-        rows = {part: [place[key] for key in corpus.splits[name].ids] for part, name in names.items()}
-        folds.append(Rows(**{part: torch.tensor(indices) for part, indices in rows.items()}))
-    columns = parts[0].metadata.keys()
-    pool = Split(
-        {name: torch.cat([part.features[name] for part in parts]) for name in sorted(parts[0].features)},
-        torch.cat([part.target for part in parts]),
-        list(place),
-        {column: [value for part in parts for value in part.metadata[column]] for column in columns},
-    )
-    return Study(first.name, first.task, pool, folds, notes, first.provenance, first.label_range)
+        rows = {part: torch.tensor(pool.add(corpus.splits[name], name)) for part, name in names.items()}
+        folds.append(Rows(**rows))
+    study = Study(first.name, first.task, pool.split(), folds, notes, first.provenance, first.label_range)
+    tested = study.test_rows
+    if len(tested.unique()) < len(tested):
+        raise InputError(f"{first.name}: {len(tested) - len(tested.unique())} examples are tested in several folds")
+    if study.task == "binary" and len(study.pool.target[tested].unique()) < 2:
+        raise InputError(f"{first.name}: all {len(tested)} test examples are of one class; scores need both")
+    return study
+
+
+class _Pool:
+    """Examples by id, each once; what only shares its id with another is an example of its own."""
+
+    def __init__(self) -> None:
+        self.place: dict[str, int] = {}
+        self.parts: list[Split] = []
+
+    def add(self, split: Split, name: str) -> list[int]:
+        """Rows of the pool for a split's examples; those that are not yet in it are added."""
+        known = self.split() if self.parts else None
+        rows, new = [], []
+        for i, key in enumerate(split.ids):
+            if known is not None and key in self.place and not _is_same(known, self.place[key], split, i):
+                key = f"{name}/{key}"  # ids that begin anew in every split
+            if key not in self.place:
+                self.place[key] = len(self.place)
+                new.append(i)
+            rows.append(self.place[key])
+        self.parts.append(take(split, new))
+        return rows
+
+    def split(self) -> Split:
+        """All examples so far; of the metadata, the columns that all splits have."""
+        columns = [c for c in self.parts[0].metadata if all(c in part.metadata for part in self.parts)]
+        return Split(
+            {name: torch.cat([part.features[name] for part in self.parts]) for name in sorted(self.parts[0].features)},
+            torch.cat([part.target for part in self.parts]),
+            list(self.place),
+            {column: [value for part in self.parts for value in part.metadata[column]] for column in columns},
+        )
+
+
+def _is_same(one: Split, i: int, other: Split, k: int) -> bool:
+    """True where two rows hold the same example: released splits may overlap."""
+    features = all(torch.equal(x[i], other.features[name][k]) for name, x in one.features.items())
+    return features and torch.equal(one.target[i], other.target[k])
 
 
 def _test_split(corpus: Corpus) -> str:

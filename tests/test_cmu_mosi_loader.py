@@ -260,7 +260,7 @@ def test_without_ids_rows_are_counted(tmp_path):
         table.pop("id")
         table.pop("raw_text")
     corpus = load_cmu_mosi(_write(tmp_path, content))
-    assert corpus.splits["test"].ids[:2] == ["row_0", "row_1"]
+    assert corpus.splits["test"].ids[:2] == ["test_row_0", "test_row_1"]
     assert corpus.splits["test"].metadata == {}
     assert sum("no ids" in note for note in corpus.notes) == 3
 

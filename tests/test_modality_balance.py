@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 
-from corpus import InputError, Split
+from corpus import Split
 from experiments.contributions import contributions, imbalance, variance_shares
 from experiments.experiment import Options, Run
 from experiments.grid import JWAE, Recipe, Setting, outputs_of, train_grid
@@ -226,8 +226,3 @@ def test_a_small_study_ends_in_a_verdict(tmp_path, names, outputs, folds):
     assert any("two modalities" in note for note in outcome.notes) == (len(names) == 2)
     assert all(text in outcome.table for text in numbers["subsets"])
     outcome.draw(Figure(figsize=outcome.size, layout="constrained"))
-
-
-def test_one_modality_alone_is_refused(tmp_path):
-    with pytest.raises(InputError, match="needs two modalities"):
-        EXPERIMENT.measure(small_study(("text",)), Run(Options(seeds=2), tmp_path, torch.device("cpu")))

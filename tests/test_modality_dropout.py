@@ -127,7 +127,7 @@ def test_harm_at_test_is_linear_in_the_rate_and_zero_at_none():
     line = curves["at test"]
     np.testing.assert_allclose(np.diff(line, 2, axis=0), 0, atol=1e-12)
     np.testing.assert_allclose(harm(line, (3, 4, 5)) / 0.4, harm(line, (7, 8, 9)) / 0.8, atol=1e-12)
-    alone, place = grid.without(["audio"]), grid.index(label("audio", 0.7))
+    alone, place = grid.without(["audio"], range(len(grid.settings))), grid.index(label("audio", 0.7))
     np.testing.assert_allclose(curves["in training"][7], grid.scores()[place])
     np.testing.assert_allclose(curves["both"][7], 0.3 * grid.scores()[place] + 0.7 * alone[place])
     np.testing.assert_allclose(line[7], 0.3 * grid.scores()[0] + 0.7 * alone[0])

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from experiments import experiment, reproduce
 from main_hateful_memes import Config
 
 ROOT = Path(__file__).parent.parent
@@ -47,18 +48,24 @@ def test_every_module_is_in_the_file_table_and_in_the_package():
 
 
 def test_every_flag_and_benchmark_that_is_named_exists():
-    known = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(Config)}
+    configs = (Config, experiment.Options, reproduce.Config)
+    known = {f"--{field.name.replace('_', '-')}" for config in configs for field in dataclasses.fields(config)}
     others = {"--help", "--nproc_per_node", "--no-deps"}
     for flag in set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README)):
         named_by_benchmark = any(flag in path.read_text() for path in (ROOT / "benchmarks").glob("*.py"))
         assert flag in known | others or named_by_benchmark, flag
-    for module in re.findall(r"python -m (benchmarks\.\w+)", README):
+    for module in re.findall(r"python -m ((?:benchmarks|experiments)\.\w+)", README):
         assert (ROOT / (module.replace(".", "/") + ".py")).exists(), module
 
 
 @pytest.mark.parametrize("link", re.findall(r"\]\((?!http)([^)#]+)\)", README))
 def test_linked_files_exist(link):
     assert (ROOT / link).exists()
+
+
+def test_every_experiment_is_in_the_table_of_questions():
+    named = set(re.findall(r"^\| .*`python -m experiments\.(\w+)`", README, re.MULTILINE))
+    assert {*reproduce.EXPERIMENTS, "reproduce"} <= named
 
 
 def test_nothing_is_left_to_fill_in():

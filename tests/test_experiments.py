@@ -1,0 +1,300 @@
+"""The experiments' common frame: grids, flags, what a run leaves, a grid's resume, and RESULTS.md."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from corpus import Corpus, InputError, Split
+from experiments import experiment as frame
+from experiments import grid as grids
+from experiments import (
+    jwae_ablation,
+    modality_balance,
+    modality_dropout,
+    rank_ablation,
+    rank_semantics,
+    reproduce,
+    train,
+)
+from experiments.datasets import DataOptions, load_study
+from experiments.grid import JWAE, PLAIN, Recipe, Setting, per_example, train_grid
+from experiments.study import only, study_of, targets
+from metrics import example_scores
+
+ROOT = Path(__file__).parent.parent
+SMALL = Recipe(epochs=2, latent_dim=4, hidden_dim=6, batch_size=16)
+
+
+def study(task: str = "binary", outputs: int | None = None, folds: int = 1, examples: int = 120):
+    """Two modalities whose sum decides the target; `folds` of them."""
+    rng = torch.Generator().manual_seed(0)
+    features = {name: torch.randn(examples, d, generator=rng) for name, d in (("text", 5), ("audio", 3))}
+    signal = features["text"][:, 0] + features["audio"][:, 0]
+    target = (signal > 0).float() if task == "binary" else 3 + 2 * signal
+    if outputs:
+        target = torch.stack([target * (k + 1) for k in range(outputs)], dim=1)
+    corpora = []
+    for k in range(folds):
+        rows = {"test": list(range(k, examples, max(folds, 4)))}
+        rest = [i for i in range(examples) if i not in rows["test"]]
+        rows |= {"dev": rest[:20], "train": rest[20:]}
+        splits = {
+            name: Split(
+                {m: x[rows[name]] for m, x in features.items()}, target[rows[name]], [f"{i}" for i in rows[name]]
+            )
+            for name in ("train", "dev", "test")
+        }
+        corpora.append(Corpus("toy", task, splits, "dev"))
+    return study_of(corpora)
+
+
+def write_mosi(path: Path, examples: int = 60) -> Path:
+    """An .npz in the layout of the utterance vectors."""
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for split, n in (("train", examples), ("test", examples // 2)):
+        label = rng.integers(0, 2, n)
+        arrays |= {
+            f"{m}_{split}": rng.normal(label[:, None], 2, (n, d)).astype(np.float32)
+            for m, d in (("text", 6), ("audio", 4), ("video", 5))
+        }
+        arrays |= {f"label_{split}": label, f"transcript_{split}": np.array(["a good film"] * n)}
+        arrays[f"id_{split}"] = np.array([f"{split}{i // 5}_{i % 5}" for i in range(n)])
+    np.savez(path, **arrays)
+    return path
+
+
+# ---- grids -------------------------------------------------------------------------------------------------------
+
+
+def test_masked_member_of_a_grid_equals_the_same_setting_trained_alone():
+    data = study()
+    settings = [Setting("rank 1", 1, PLAIN), Setting("rank 3", 3, JWAE), Setting("no decay", 3, JWAE, 0.0)]
+    together = train_grid(data, settings, [0, 1], SMALL)
+    alone = train_grid(data, settings[1:2], [1], SMALL)
+    np.testing.assert_allclose(together.outputs[1, 1, 0], alone.outputs[0, 0, 0], rtol=1e-4, atol=1e-5)
+    assert together.index("no decay") == 2
+    assert together.outputs.shape == (3, 2, 1, 120)
+
+
+def test_test_scores_come_from_the_fold_that_tests_an_example():
+    data = study(folds=4)
+    grid = train_grid(data, [Setting("rank 2", 2)], [0, 1], SMALL)
+    predictions, target = grid.predictions(), targets(data)
+    start = 0
+    for f, fold in enumerate(data.folds):
+        features = {name: x[fold.test] for name, x in data.pool.features.items()}
+        own = grid.model(0, 1, f)(features).prediction.squeeze(-1).detach().numpy()
+        np.testing.assert_allclose(predictions[0, 1, start : start + len(own)], own, atol=1e-6)
+        start += len(own)
+    assert start == len(target) == 120
+    np.testing.assert_array_equal(grid.scores()[0, 0], (predictions[0, 0] >= 0) == (target == 1))
+
+
+@pytest.mark.parametrize("outputs", [None, 3])
+def test_regression_scores_weigh_outputs_alike_and_predictions_are_in_the_targets_units(outputs):
+    data = study("regression", outputs, examples=300)
+    recipe = Recipe(epochs=60, latent_dim=4, hidden_dim=16, batch_size=16, learning_rate=1e-2, weight_decay=0.01)
+    grid = train_grid(data, [Setting("rank 2", 2, PLAIN)], [0], recipe)
+    target, scale = targets(data), data.target_scale.numpy()
+    errors = np.abs(grid.predictions()[0] - target) / (scale if outputs else scale[0])
+    np.testing.assert_allclose(grid.scores()[0], -errors.reshape(1, len(target), -1).mean(-1), rtol=1e-5, atol=1e-6)
+    assert grid.scores().mean() > -0.5  # it has learned: the training mean scores about -.8
+    doubled = per_example(data, grid.predictions() * 2, "test", example_scores)
+    assert doubled.mean() < grid.scores().mean()
+
+
+def test_standardisation_is_fitted_on_each_folds_own_training_part():
+    data = study(folds=4)
+    grid = train_grid(data, [Setting("rank 1", 1)], [0], SMALL)
+    means = [grid.model(0, 0, f).standardise["text"].mean for f in range(4)]
+    for mean, fold in zip(means, data.folds, strict=True):
+        torch.testing.assert_close(mean, data.pool.features["text"][fold.train].mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_missing_modality_changes_nothing_but_through_its_latent():
+    data = study()
+    grid = train_grid(data, [Setting("rank 2", 2)], [0], SMALL)
+    without = grid.without(["audio"], [0])
+    noisy = study()
+    noisy.pool.features["audio"].normal_()
+    grid.study = noisy
+    np.testing.assert_array_equal(grid.without(["audio"], [0]), without)
+
+
+def test_killed_grid_goes_on_with_the_same_bits(tmp_path, monkeypatch):
+    data, settings = study(folds=4), [Setting("rank 1", 1), Setting("rank 2", 2, PLAIN)]
+    whole = train_grid(data, settings, [0, 1], SMALL)
+    path = tmp_path / "grid.safetensors"
+    original, seen = grids.train, []
+
+    class Killed(BaseException):
+        pass
+
+    def killed_after_one_epoch(*args, **options):
+        def on_epoch(record):
+            seen.append(record["epoch"])
+            raise Killed
+
+        schedule = args[7].__class__(**{**vars(args[7]), "checkpoint_seconds": 0.0})
+        return original(*args[:7], schedule, **{**options, "on_epoch": on_epoch})
+
+    monkeypatch.setattr(grids, "train", killed_after_one_epoch)
+    with pytest.raises(Killed):
+        train_grid(data, settings, [0, 1], SMALL, checkpoint=path)
+    assert seen == [0] and path.exists()
+    monkeypatch.setattr(grids, "train", original)
+    resumed = train_grid(data, settings, [0, 1], SMALL, checkpoint=path)
+    np.testing.assert_array_equal(resumed.outputs, whole.outputs)
+
+
+# ---- experiments -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module", [rank_ablation, jwae_ablation, train])
+@pytest.mark.parametrize(("task", "outputs", "folds"), [("binary", None, 4), ("regression", 2, 1)])
+def test_experiment_ends_in_a_verdict_and_numbers_that_are_json(module, task, outputs, folds, tmp_path):
+    options = frame.Options(seeds=2, epochs=1)
+    outcome = module.measure(study(task, outputs, folds), frame.Run(options, tmp_path, torch.device("cpu")))
+    assert outcome.verdict in ("supported", "not supported", "too few data", "not identified")
+    assert outcome.contrasts and all(c.p_holm >= c.p for c in outcome.contrasts)
+    json.dumps(outcome.numbers, default=lambda value: value.tolist(), allow_nan=False)
+    assert len(outcome.table.splitlines()) > 5
+
+
+def test_baselines_are_trained_on_the_same_examples_and_the_constant_knows_nothing(tmp_path):
+    data = study("regression", examples=200)
+    run = frame.Run(frame.Options(seeds=2, epochs=1), tmp_path, torch.device("cpu"))
+    outcome = train.measure(data, run)
+    assert {"MKL-SVM, learned weights", "tensor product (TFN)", "audio alone", "training mean"} <= set(outcome.numbers)
+    assert np.mean(outcome.numbers["training mean"]["correlation"]["per seed and fold"]) == 0
+    assert outcome.numbers["audio alone"]["parameters"] < outcome.numbers[train.MAIN]["parameters"]
+
+
+def run_module(name: str, *arguments: object, cwd: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", f"experiments.{name}", *map(str, arguments)]
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1", "HOME": str(cwd)}
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment)
+
+
+def test_command_leaves_table_figure_and_results_and_says_when_it_is_complete(tmp_path):
+    data = write_mosi(tmp_path / "mosi.npz")
+    flags = ("--dataset", "cmu_mosi", "--data", data, "--seeds", 2, "--epochs", 1)
+    first = run_module("rank_ablation", *flags, cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert "verdict: " in first.stdout and "no dev split" in first.stdout
+    folder = tmp_path / "runs" / "rank_ablation-cmu_mosi"
+    results = json.loads((folder / "results.json").read_text())
+    assert results["examples"]["test"] == 30 and results["seeds"] == 2 and len(results["contrasts"]) == 10
+    assert (folder / "figure.png").stat().st_size > 10_000
+    assert not (folder / "checkpoints").exists()
+    again = run_module("rank_ablation", *flags, "--resume", cwd=tmp_path)
+    assert again.returncode == 0 and "complete" in again.stdout
+    other = run_module("rank_ablation", *flags[:-2], "--epochs", 2, "--resume", cwd=tmp_path)
+    assert other.returncode == 2 and "--epochs" in other.stderr and other.stderr.count("\n") == 1
+    taken = run_module("jwae_ablation", *flags, "--name", folder.name, "--resume", cwd=tmp_path)
+    assert taken.returncode == 2 and "another experiment" in taken.stderr
+
+
+def test_question_about_several_modalities_is_not_put_to_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(frame, "load_study", lambda *_: only(study(), ["text"]))
+    for module in (modality_balance, modality_dropout, rank_semantics):
+        with pytest.raises(InputError, match="needs 2 modalities"):
+            frame.execute(module.EXPERIMENT, frame.Options(seeds=2, epochs=1))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_flag_of_another_data_set_is_refused():
+    with pytest.raises(InputError, match="--folds: has no use with --dataset pom"):
+        frame.execute(rank_ablation.EXPERIMENT, frame.Options(dataset="pom", folds=Path("x")))
+
+
+def test_shown_contrast_is_one_that_decides():
+    result = {
+        "verdict": "too few data",
+        "deciding": ["b", "c"],
+        "contrasts": [
+            {"name": n, "verdict": v} for n, v in (("a", "too few data"), ("b", "supported"), ("c", "too few data"))
+        ],
+    }
+    assert reproduce.decisive(result)["name"] == "c"
+    assert reproduce.decisive(result | {"verdict": "not identified"})["name"] == "b"
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"dataset": "pom"}, "--data"),
+        ({"data": Path("x.npz")}, "--dataset"),
+        ({"dataset": "cmu_mosi", "data": Path("missing.npz")}, "missing.npz"),
+    ],
+)
+def test_data_that_cannot_be_had_is_one_line_naming_flag_or_file(flags, said):
+    with pytest.raises(InputError, match=said) as error:
+        load_study(DataOptions(**flags))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({"seeds": 1}, "--seeds"), ({"epochs": 0}, "--epochs"), ({"weight_decay": 1e4}, "--weight-decay")],
+)
+def test_flags_out_of_range_are_refused_before_anything_is_loaded(change, said):
+    with pytest.raises(InputError, match=said):
+        frame.execute(rank_ablation.EXPERIMENT, frame.Options(**change))
+
+
+# ---- reproduce ---------------------------------------------------------------------------------------------------
+
+
+def test_reproduce_writes_what_it_found_and_goes_on_where_it_stopped(tmp_path):
+    (tmp_path / "data").mkdir()
+    write_mosi(tmp_path / "data" / "cmu_mosi.npz")
+    flags = ("--data-root", "data", "--only", "cmu_mosi", "rank_ablation", "jwae_ablation", "--seeds", 2, "--epochs", 1)
+    first = run_module("reproduce", *flags, cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    text = (tmp_path / "RESULTS.md").read_text()
+    for job in ("rank_ablation", "jwae_ablation"):
+        assert f"experiments.{job} --dataset cmu_mosi --data cmu_mosi.npz --seeds 2 --epochs 1" in text
+        assert f"(docs/results/{job}-cmu_mosi.png)" in text and (tmp_path / f"docs/results/{job}-cmu_mosi.png").exists()
+    assert str(tmp_path) not in text
+    refused = run_module("reproduce", *flags, cwd=tmp_path)
+    assert refused.returncode == 2 and "--resume" in refused.stderr
+    (tmp_path / "runs/reproduce-jwae_ablation-cmu_mosi/results.json").unlink()
+    (tmp_path / "runs/reproduce-jwae_ablation-cmu_mosi/figure.png").unlink()
+    other = run_module("reproduce", *flags[:-1], 2, "--resume", cwd=tmp_path)
+    assert other.returncode == 2 and "--epochs 1, not 2" in other.stderr.splitlines()[-1]
+    resumed = run_module("reproduce", *flags, "--resume", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "rank_ablation on cmu_mosi" not in resumed.stdout.split("RESULTS.md")[0]
+    numbers = [line for line in (tmp_path / "RESULTS.md").read_text().splitlines() if line.startswith("jWAE, rank")]
+    assert numbers == [line for line in text.splitlines() if line.startswith("jWAE, rank")]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"only": ("nonsense",)}, "--only nonsense"),
+        ({"only": ("pom", "train")}, "--only pom: not found"),
+        ({"data_root": Path("no-such-folder")}, "--data-root no-such-folder"),
+    ],
+)
+def test_reproduce_refuses_what_it_does_not_know(change, said):
+    with pytest.raises(InputError, match=said):
+        list(reproduce.find_jobs(reproduce.Config(**change)))
+
+
+def test_folder_without_data_is_named(tmp_path):
+    with pytest.raises(InputError, match="holds no data set"):
+        list(reproduce.find_jobs(reproduce.Config(data_root=tmp_path)))
+
+
+def test_without_a_data_root_the_demo_alone_is_run():
+    jobs = list(reproduce.find_jobs(reproduce.Config()))
+    assert {job.dataset for job in jobs} == {"demo"} and len(jobs) == len(reproduce.EXPERIMENTS)
