@@ -133,7 +133,8 @@ def draw(figure: Figure, study: Study, numbers: dict[str, dict[str, np.ndarray]]
             axis.errorbar(place, values.mean(1), values.std(1, ddof=1), fmt="o", markersize=4, capsize=2, label=variant)
         axis.set_xticks(range(len(RANKS)), [str(rank) for rank in RANKS])
         axis.set(title=title, xlabel="rank R")
-    figure.axes[0].legend(frameon=False, fontsize=8)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(VARIANTS), frameon=False)
     figure.suptitle(f"{study.name}: parts of the jWAE (mean and standard deviation over seeds)")
 
 

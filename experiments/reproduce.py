@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from atomic_files import write_atomically, write_text
@@ -88,7 +88,7 @@ def main(config: Config) -> None:
             shutil.rmtree(job.folder)  # killed before it had begun
         if (job.folder / MARK_OF_COMPLETION).exists():
             # a finished run of other settings must not stand under this command
-            check_resumable(job.folder, parse(Options, flags(job, config)))
+            check_finished(job, config)
             continue
         print(f"\n[{number}/{len(jobs)}] {job.experiment} on {job.dataset}", flush=True)
         arguments = flags(job, config) + (["--resume"] if (job.folder / "run.json").exists() else [])
@@ -141,22 +141,27 @@ def find_jobs(config: Config) -> Iterator[Job]:
             yield Job(experiment, dataset, found[dataset])
 
 
-def flags(job: Job, config: Config, shown: bool = False) -> list[str]:
-    """Flags of the experiment's command; `shown` leaves out folders and whatever is the default."""
+def flags(job: Job, config: Config) -> list[str]:
+    """Flags of the experiment's command."""
     made = ["--dataset", job.dataset]
     if job.data is not None:
-        made += ["--data", job.data.name if shown else str(job.data)]
+        made += ["--data", str(job.data)]
     if job.dataset in ("mustard", "hateful_memes"):
-        encoder = Path(config.text_encoder)
-        made += ["--text-encoder", "MODEL_FOLDER" if shown and encoder.exists() else config.text_encoder]
-    if not shown or config.seeds != 10:
-        made += ["--seeds", str(config.seeds)]
-    if not shown or config.epochs != Recipe.epochs:
-        made += ["--epochs", str(config.epochs)]
-    made += DEPARTURES.get(job.dataset, ())
-    if config.compile:
-        made += ["--compile"]
-    return made if shown else [*made, "--cache-dir", str(config.cache_dir), "--name", job.folder.name]
+        made += ["--text-encoder", config.text_encoder]
+    made += ["--seeds", str(config.seeds), "--epochs", str(config.epochs), *DEPARTURES.get(job.dataset, ())]
+    made += ["--compile"] if config.compile else []
+    return [*made, "--cache-dir", str(config.cache_dir), "--name", job.folder.name]
+
+
+def check_finished(job: Job, config: Config) -> None:
+    """Raise InputError where a finished run was made with other settings than these (compiled or not is all one)."""
+    options = parse(Options, flags(job, config))
+    check_resumable(job.folder, replace(options, compile=_settings(job)["compile"]))
+
+
+def _settings(job: Job) -> dict:
+    """The settings that a run was made with."""
+    return json.loads((job.folder / "run.json").read_text(encoding="utf-8"))["settings"]
 
 
 # ---- RESULTS.md --------------------------------------------------------------------------------------------------
@@ -184,7 +189,7 @@ def document(results: dict[Job, dict], config: Config) -> str:
         "",
         *overview(results),
         "",
-        *verdict_table(results, config),
+        *verdict_table(results),
         "",
     ]
     for experiment in EXPERIMENTS:
@@ -220,7 +225,7 @@ def overview(results: dict[Job, dict]) -> list[str]:
     return lines
 
 
-def verdict_table(results: dict[Job, dict], config: Config) -> list[str]:
+def verdict_table(results: dict[Job, dict]) -> list[str]:
     """One line per claim and corpus: a contrast that has its verdict, and the command."""
     lines = [
         "| corpus | a contrast that decides | estimate [95 % interval] | verdict | command | s |",
@@ -230,14 +235,23 @@ def verdict_table(results: dict[Job, dict], config: Config) -> list[str]:
         c = decisive(result)
         lines.append(
             f"| {job.dataset} | {c['name']} | {c['estimate']:+.3f} [{c['low']:+.3f}, {c['high']:+.3f}] "
-            f"| {result['verdict']} | `{command(job, config)}` | {result['seconds']:.0f} |"
+            f"| {result['verdict']} | `{command(job)}` | {result['seconds']:.0f} |"
         )
     return lines
 
 
-def command(job: Job, config: Config) -> str:
-    """The experiment's command, without folders."""
-    return " ".join(["python -m", f"experiments.{job.experiment}", *flags(job, config, shown=True)])
+def command(job: Job) -> str:
+    """The command that made a run: what its own record says, without folders and defaults."""
+    settings, shown = _settings(job), [f"python -m experiments.{job.experiment} --dataset {job.dataset}"]
+    if settings["data"]:
+        shown.append(f"--data {Path(settings['data']).name}")
+    for name in ("text_encoder", "seeds", "epochs", "hidden_dim", "weight_decay", "compile"):
+        value = settings[name]
+        if value != getattr(Options, name):
+            is_folder = name == "text_encoder" and Path(value).exists()
+            text = "MODEL_FOLDER" if is_folder else str(value).removesuffix(".0")
+            shown.append(f"--{name.replace('_', '-')}" + ("" if value is True else f" {text}"))
+    return " ".join(shown)
 
 
 def decisive(result: dict) -> dict:
@@ -256,7 +270,7 @@ def section(experiment: str, results: dict[Job, dict], config: Config) -> list[s
         lines += [
             f"### {job.dataset}: {result['verdict']}",
             "",
-            f"`{command(job, config)}` ({size}, {result['seeds']} seeds, {result['seconds']:.0f} s"
+            f"`{command(job)}` ({size}, {result['seeds']} seeds, {result['seconds']:.0f} s"
             f"{' since it was resumed' if result['resumed'] else ''}, {result['peak_memory_gb']:.1f} GB at most)",
             "",
             result["answer"],
