@@ -1,5 +1,7 @@
 """A grid of settings x seeds x folds, trained in one call, and what its members say of every example."""
 
+import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +58,7 @@ class Setting:
     """rate at which each modality is hidden in training; default: the recipe's, for all"""
 
 
+MEMBERS_AT_ONCE = 320  # keeps every experiment below 4 GB; the rest of a grid follows in further blocks
 JWAE = ("mmd", "reconstruction", "alignment")
 PLAIN: tuple[str, ...] = ()
 
@@ -136,7 +139,7 @@ def train_grid(
     checkpoint: Path | None = None,
     title: str = "train",
 ) -> Grid:
-    """Train every setting with every seed on every fold, all at once."""
+    """Train every setting with every seed on every fold, at once up to MEMBERS_AT_ONCE members: memory is bounded."""
     shape = {
         "input_dims": study.input_dims,
         "latent_dim": recipe.latent_dim,
@@ -182,27 +185,35 @@ def train_grid(
         return loss_terms(output, batch.target, study.task, target_scale=scale)
 
     folds = [Fold(fold.train, fold.dev) for fold in study.folds]
-    with tqdm(total=recipe.epochs, desc=f"{title}, {len(members)} trainings", unit="epoch", mininterval=0.5) as bar:
-        trained = train(
-            build,
-            members,
-            objective,
-            predict_of(study),
-            study.pool,
-            study.pool,
-            selection_score(study),
-            schedule,
-            folds=folds,
-            device=device,
-            checkpoint=checkpoint,
-            on_epoch=lambda record: bar.update(),
-        )
-    outputs = outputs_of(study, trained.models)
+    # blocks of equal size, so that compilation meets one shape, or two
+    count = math.ceil(len(members) / MEMBERS_AT_ONCE)
+    bounds = [round(len(members) * k / count) for k in range(count + 1)]
+    models: list[FusionModel] = []
+    with tqdm(
+        total=count * recipe.epochs, desc=f"{title}, {len(members)} trainings", unit="epoch", mininterval=0.5
+    ) as bar:
+        for number, (start, stop) in enumerate(itertools.pairwise(bounds), 1):
+            trained = train(
+                build,
+                members[start:stop],
+                objective,
+                predict_of(study),
+                study.pool,
+                study.pool,
+                selection_score(study),
+                schedule,
+                folds=folds,
+                device=device,
+                checkpoint=checkpoint and checkpoint.with_stem(f"{checkpoint.stem}-{number}"),
+                on_epoch=lambda record: bar.update(),
+            )
+            models += trained.models
+    outputs = outputs_of(study, models)
     return Grid(
         study,
         list(settings),
         list(seeds),
-        trained.models,
+        models,
         outputs.reshape(len(settings), len(seeds), len(study.folds), *outputs.shape[1:]),
     )
 

@@ -147,10 +147,22 @@ def test_killed_grid_goes_on_with_the_same_bits(tmp_path, monkeypatch):
     monkeypatch.setattr(grids, "train", killed_after_one_epoch)
     with pytest.raises(Killed):
         train_grid(data, settings, [0, 1], SMALL, checkpoint=path)
-    assert seen == [0] and path.exists()
+    assert seen == [0] and (tmp_path / "grid-1.safetensors").exists()
     monkeypatch.setattr(grids, "train", original)
     resumed = train_grid(data, settings, [0, 1], SMALL, checkpoint=path)
     np.testing.assert_array_equal(resumed.outputs, whole.outputs)
+
+
+def test_blocks_change_nothing_but_rounding_and_resume_each_by_itself(tmp_path, monkeypatch):
+    data, settings = study(folds=4), [Setting("rank 1", 1), Setting("rank 2", 2, PLAIN)]
+    whole = train_grid(data, settings, [0, 1], SMALL)
+    monkeypatch.setattr(grids, "MEMBERS_AT_ONCE", 6)
+    blocks = train_grid(data, settings, [0, 1], SMALL, checkpoint=tmp_path / "grid.safetensors")
+    assert len(list(tmp_path.glob("grid-*.safetensors"))) == 3
+    np.testing.assert_allclose(blocks.outputs, whole.outputs, rtol=1e-4, atol=1e-5)
+    (tmp_path / "grid-2.safetensors").unlink()
+    again = train_grid(data, settings, [0, 1], SMALL, checkpoint=tmp_path / "grid.safetensors")
+    np.testing.assert_array_equal(again.outputs, blocks.outputs)
 
 
 # ---- experiments -------------------------------------------------------------------------------------------------
