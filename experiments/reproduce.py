@@ -254,6 +254,12 @@ def command(job: Job) -> str:
     return " ".join(shown)
 
 
+def revision(job: Job) -> str:
+    """Commit of the code that made a run, where it was a checkout."""
+    commit = json.loads((job.folder / "run.json").read_text(encoding="utf-8"))["git_revision"]
+    return f", commit {commit[:7]}{'+' if commit.endswith('+') else ''}" if commit else ""
+
+
 def decisive(result: dict) -> dict:
     """Of the contrasts that the verdict rests on, the first with that verdict, else the first."""
     deciding = [c for c in result["contrasts"] if c["name"] in result["deciding"]] or result["contrasts"]
@@ -271,7 +277,8 @@ def section(experiment: str, results: dict[Job, dict], config: Config) -> list[s
             f"### {job.dataset}: {result['verdict']}",
             "",
             f"`{command(job)}` ({size}, {result['seeds']} seeds, {result['seconds']:.0f} s"
-            f"{' since it was resumed' if result['resumed'] else ''}, {result['peak_memory_gb']:.1f} GB at most)",
+            f"{' since it was resumed' if result['resumed'] else ''}, {result['peak_memory_gb']:.1f} GB at most"
+            f"{revision(job)})",
             "",
             result["answer"],
             "",
