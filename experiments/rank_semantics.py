@@ -175,7 +175,7 @@ def notes_of(found: Found, study: Study) -> list[str]:
             "the verdict also asks for p (permuted), over examples"
         )
         if "speaker" in found.probes:
-            notes.append("probes: audio and video carry the speaker's voice and face by themselves")
+            notes.append("probes: the features carry the speaker (voice, face, wording) by themselves")
         if "group" in study.pool.metadata:
             notes.append("probes: examples are permuted one by one, as if those of one group were not alike")
     unfitted = {m: int((one.r2 < 0.95).sum()) for m, one in found.planted.items() if (one.r2 < 0.95).any()}

@@ -213,7 +213,7 @@ def test_resume_refuses_another_config_other_data_and_a_run_that_is_not_there(me
     assert "--rank 2, not 1" in line
     other = tmp_path / "other"
     write_memes(other, {"train": 40, "dev": 16})
-    assert "another data set" in refused(capsys, [*flags(memes, jsonl=other / "train.jsonl"), "--resume"])
+    assert "another experiment, data set" in refused(capsys, [*flags(memes, jsonl=other / "train.jsonl"), "--resume"])
 
 
 def test_resuming_a_finished_run_says_so_and_changes_nothing(memes, finished, monkeypatch, capsys):
