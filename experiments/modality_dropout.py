@@ -311,7 +311,8 @@ def draw(figure: Figure, study: Study, curves: dict, checks: dict) -> None:
         axis.set(title=f"{name} (scale of its own)", xlabel="rate of dropout p")
     axes[0].set_ylabel(f"test {study.score_name}")
     handles, texts = axes[0].get_legend_handles_labels()
-    figure.legend(handles, texts, loc="outside lower center", ncols=len(texts), frameon=False)
+    columns = len(texts) if len(curves) > 2 else 3  # two panels are too narrow for all in one row
+    figure.legend(handles, texts, loc="outside lower center", ncols=columns, frameon=False)
     figure.suptitle(f"{study.name}: dropout of one modality (mean and std over seeds; grey: rates compared)")
 
 
