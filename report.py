@@ -1,6 +1,6 @@
 """What a run says: the printed tables, the account of the rank factors, and report.png."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch import Tensor
 from atomic_files import write_atomically
 from corpus import Corpus
 from fusion_model import FusionEnsemble, FusionModel
+from lmf_module import LowRankMultimodalFusion
 from metrics import BINARY_SCORES, Score
 from training import Trained
 
@@ -63,7 +64,8 @@ def rank_report(ensemble: FusionEnsemble, features: Mapping[str, Tensor]) -> Ran
         columns["strength"].append(layer.rank_strength().squeeze(-1).numpy()[order])
         columns["share"].append(share[order])
         columns["spectrum"].append(layer.canonical_factors([z.T.cov() for z in latents]).spectrum.squeeze(0).numpy())
-        for subset, part in _centred_parts(layer, latents).items():
+        for subset, part in centred_parts(layer, latents).items():
+            part = part.squeeze(-1)  # (N, 1) -> (N,)
             if subset:
                 name = " x ".join(member.modalities[m] for m in subset)
                 parts.setdefault(name, []).append(_covariance_share(part, logit))
@@ -79,16 +81,16 @@ def _covariance_share(part: Tensor, whole: Tensor) -> float:
     return ((part * whole).sum() / whole.square().sum().clamp_min(1e-30)).item()
 
 
-def _centred_parts(layer: torch.nn.Module, latents: list[Tensor]) -> dict[tuple[int, ...], Tensor]:
-    """`subset_terms` about the mean latents instead of about 0, so that the split does not depend on the origin.
+@torch.no_grad()
+def centred_parts(layer: LowRankMultimodalFusion, latents: Sequence[Tensor]) -> dict[tuple[int, ...], Tensor]:
+    """`subset_terms` (N, O) about the mean latents instead of about 0, so that the split does not depend on the origin.
 
-    The same function of z - mean has bias rows c_m + A_m mean_m.
+    The same function of z - mean has bias rows c_m + A_m mean_m. `layer` is left as it is.
     """
-    means = [z.mean(0) for z in latents]
+    layer, means = deepcopy(layer), [z.mean(0) for z in latents]
     for projection, mean in zip(layer.projections, means, strict=True):
-        projection.bias += projection.weight @ mean  # (R,) + (R, L) (L,)
-    parts = layer.subset_terms([z - mean for z, mean in zip(latents, means, strict=True)])
-    return {subset: part.squeeze(-1) for subset, part in parts.items()}
+        projection.bias += projection.weight @ mean  # (R * O,) + (R * O, d_m) (d_m,)
+    return layer.subset_terms([z - mean for z, mean in zip(latents, means, strict=True)])
 
 
 # ---- printed tables ----------------------------------------------------------------------------------------------

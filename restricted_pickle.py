@@ -36,9 +36,7 @@ def load_pickle(path: Path) -> object:
         raise InputError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
     except _Refused as error:
         raise InputError(f"{path}: {error}; only arrays and plain containers are read, fetch the file anew") from error
-    except (
-        Exception
-    ) as error:  # damaged bytes end in any of a dozen exceptions, MemoryError and RecursionError included
+    except Exception as error:  # damaged bytes end in any of a dozen, MemoryError and RecursionError among them
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise InputError(f"{path}: is not a whole pickle of arrays ({reason}); fetch the file again") from error
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lmf_module import LowRankMultimodalFusion
+from report import centred_parts
 
 
 @torch.no_grad()
@@ -16,8 +17,7 @@ def variance_shares(layer: LowRankMultimodalFusion, latents: Sequence[Tensor]) -
 
         share_S = sum_o cov(part_So, y_o) / sum_o var(y_o),    y = sum_S part_S
 
-    The parts are `subset_terms` of the same function of z - mean, whose bias rows are c_m + A_m mean_m: about the
-    origin they would depend on where the encoder happens to put it.
+    The parts are those of `report.centred_parts`.
 
     Args:
         layer: of M modalities and O outputs; left as it is.
@@ -29,11 +29,7 @@ def variance_shares(layer: LowRankMultimodalFusion, latents: Sequence[Tensor]) -
 
     Raises ValueError for latents that do not fit the layer.
     """
-    layer, latents = deepcopy(layer).double(), [z.double() for z in latents]
-    means = [z.mean(0) for z in latents]
-    for projection, mean in zip(layer.projections, means, strict=True):
-        projection.bias += projection.weight @ mean  # (R * O,) + (R * O, d_m) (d_m,)
-    parts = layer.subset_terms([z - mean for z, mean in zip(latents, means, strict=True)])  # (n, O) each
+    parts = centred_parts(deepcopy(layer).double(), [z.double() for z in latents])  # (n, O) each
     parts = {subset: part - part.mean(0) for subset, part in parts.items() if subset}
     whole = sum(parts.values())
     total = whole.square().sum().clamp_min(1e-30)
