@@ -10,6 +10,7 @@ import hashlib
 import json
 import random
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -69,7 +70,8 @@ def load_hateful_memes(
             notes += [note] if note else []
         selection = next((name for name in SELECTION_NAMES if name in rows), "holdout")
         _check_labels(rows, files, selection)
-        paths = _image_paths(rows, files["train"].parent, img_dir)
+        imgs = {meme.img for memes in rows.values() for meme in memes}
+        paths = image_paths(imgs, files["train"].parent, img_dir)
     images = _digest(paths, processes)
     with processes.together():
         sources = {"image": find_image_encoder(encoders), "text": find_text_encoder(encoders)}
@@ -137,9 +139,11 @@ def _check_labels(rows: Rows, files: dict[str, Path], selection: str) -> None:
             raise InputError(f"{path}: all labels of {name} are {labels.pop()}; both 0 and 1 are needed")
 
 
-def _image_paths(rows: Rows, folder: Path, img_dir: Path | None) -> dict[str, Path]:
-    """Where each img lies: `img_dir` stands for the first part of `img`, unless it holds a folder of that name."""
-    imgs = {meme.img for memes in rows.values() for meme in memes}
+def image_paths(imgs: Iterable[str], folder: Path, img_dir: Path | None) -> dict[str, Path]:
+    """Where each img lies: `img_dir` stands for the first part of `img`, unless it holds a folder of that name.
+
+    `folder` holds the jsonl. Raises InputError where there is no folder of images.
+    """
     if img_dir is None:
         roots = {img.split("/")[0] for img in imgs if "/" in img}
         if roots and not any((folder / root).is_dir() for root in roots):

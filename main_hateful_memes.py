@@ -137,13 +137,28 @@ def predict(model, features: dict[str, Tensor]) -> Tensor:
 # ---- data --------------------------------------------------------------------------------------------------------
 
 
-def load(config: Config, processes: Processes) -> Corpus:
-    """The corpus that the flags and REAL_PATH ask for, as frozen features; every process of torchrun takes part."""
+@dataclass(frozen=True)
+class Source:
+    """Where memes come from, and what encodes them."""
+
+    jsonl: Path
+    img_dir: Path | None
+    """None: the images lie beside the jsonl"""
+    encoders: EncoderConfig
+    is_demo: bool = False
+
+
+def find_source(config: Config, processes: Processes, quiet: bool = False) -> Source:
+    """What the flags and REAL_PATH ask for: found, downloaded, or (the demo) drawn; every process takes part.
+
+    `quiet` leaves the demo's banner out. Raises InputError.
+    """
     jsonl, img_dir = locate(config)
     demo = jsonl is None and not config.download
     with processes.together():  # one process fetches or draws, the others wait for it
         if demo and processes.is_main:
-            report.print_demo_banner()
+            if not quiet:
+                report.print_demo_banner()
             draw_demo(config.cache_dir / "demo_memes")
         if config.download and processes.is_main:
             jsonl, img_dir = download_hateful_memes()
@@ -158,9 +173,18 @@ def load(config: Config, processes: Processes) -> Corpus:
         text_encoder=config.text_encoder or (f"random:{jsonl.parent / 'bert'}" if demo else "bert-base-uncased"),
         text_pooling=config.text_pooling,
     )
+    return Source(jsonl, img_dir, encoders, demo)
+
+
+def load(config: Config, processes: Processes, quiet: bool = False) -> Corpus:
+    """The corpus that the flags and REAL_PATH ask for, as frozen features; every process of torchrun takes part.
+
+    `quiet` leaves the demo's banner out. Raises InputError.
+    """
+    source = find_source(config, processes, quiet)
     options = {"bad_images": config.bad_images, "device": processes.device, "workers": config.workers}
-    corpus = load_hateful_memes(jsonl, img_dir, encoders, config.cache_dir, **options)
-    return replace(corpus, name="demo") if demo else corpus
+    corpus = load_hateful_memes(source.jsonl, source.img_dir, source.encoders, config.cache_dir, **options)
+    return replace(corpus, name="demo") if source.is_demo else corpus
 
 
 def locate(config: Config) -> tuple[Path | None, Path | None]:
@@ -190,6 +214,8 @@ class Row:
     modalities: tuple[str, ...]
     fusion: Literal["lmf", "concatenation"] = "lmf"
     active_rank: int | None = None
+    prior: bool = True
+    """trained with the MMD to the prior, at the weight that the flags give"""
 
 
 def rows_of(config: Config) -> list[list[Row]]:
@@ -198,6 +224,8 @@ def rows_of(config: Config) -> list[list[Row]]:
     lmf = [Row(f"jWAE-LMF, rank {config.rank}", both, active_rank=config.rank)]
     if config.rank > 1:
         lmf.append(Row("jWAE-LMF, rank 1", both, active_rank=1))
+    if config.mmd_weight > 0:
+        lmf.append(Row("jWAE-LMF, no prior", both, active_rank=config.rank, prior=False))
     return [
         lmf,
         [Row("concatenation + MLP", both, "concatenation")],
@@ -232,11 +260,16 @@ def train_rows(
         model.standardise.load_state_dict(standardisation)
         return model
 
-    loss_weights = {"bce": 1.0, "mmd": config.mmd_weight, "reconstruction": config.reconstruction_weight}
+    loss_weights = {"bce": 1.0, "reconstruction": config.reconstruction_weight}
     if len(modalities) > 1:
         loss_weights["alignment"] = config.alignment_weight
     members = [
-        Member(seed, loss_weights, config.weight_decay, {"active_rank": row.active_rank})
+        Member(
+            seed,
+            {**loss_weights, "mmd": config.mmd_weight if row.prior else 0.0},
+            config.weight_decay,
+            {"active_rank": row.active_rank},
+        )
         for row in rows
         for seed in config.seeds
     ]

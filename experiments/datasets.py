@@ -11,7 +11,9 @@ from experiments.study import Study, study_of
 from frozen_encoders import EncoderConfig
 from hateful_memes_loader import load_hateful_memes
 from main_hateful_memes import Config as MemesConfig
+from main_hateful_memes import Source, find_source
 from main_hateful_memes import load as load_memes
+from meme_annotations import find_annotations
 from mustard_loader import load_mustard
 from pom_loader import load_pom
 from torchrun_processes import Processes
@@ -49,11 +51,26 @@ class DataOptions:
 
 def load_study(options: DataOptions, device: str = "cpu") -> Study:
     """The data set that the flags name. Raises InputError naming the flag or the file."""
+    return study_of(load_corpora(options, device))
+
+
+def load_corpora(options: DataOptions, device: str = "cpu") -> list[Corpus]:
+    """The data set that the flags name, one corpus per fold. Raises InputError naming the flag or the file."""
     if options.dataset != "demo" and options.data is None:
         raise InputError(f"--data: --dataset {options.dataset} needs the path of its file")
     if options.dataset == "demo" and options.data is not None:
         raise InputError(f"--data {options.data}: say which data set it is with --dataset; the demo draws its own")
-    return study_of(_LOADERS[options.dataset](options, device))
+    return _LOADERS[options.dataset](options, device)
+
+
+def memes_source(options: DataOptions) -> Source | None:
+    """Where the memes lie, and what encodes them; None for data sets without pictures."""
+    if options.dataset == "demo":
+        return find_source(MemesConfig(cache_dir=options.cache_dir), Processes(), quiet=True)
+    if options.dataset == "hateful_memes":
+        encoders = EncoderConfig(image_encoder=options.image_encoder, text_encoder=options.text_encoder)
+        return Source(find_annotations(options.data)["train"], options.img_dir, encoders)
+    return None
 
 
 def _demo(options: DataOptions, device: str) -> list[Corpus]:
@@ -61,8 +78,8 @@ def _demo(options: DataOptions, device: str) -> list[Corpus]:
 
 
 def _memes(options: DataOptions, device: str) -> list[Corpus]:
-    encoders = EncoderConfig(image_encoder=options.image_encoder, text_encoder=options.text_encoder)
-    return [load_hateful_memes(options.data, options.img_dir, encoders, options.cache_dir, device=device)]
+    source = memes_source(options)
+    return [load_hateful_memes(source.jsonl, source.img_dir, source.encoders, options.cache_dir, device=device)]
 
 
 def _cmu_mosi(options: DataOptions, device: str) -> list[Corpus]:

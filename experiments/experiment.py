@@ -134,6 +134,8 @@ class Experiment:
     """whether the verdict rests on the contrast of that name, in a corpus of those modalities"""
     modalities: int = 1
     """least number of modalities that the question needs"""
+    options: type[Options] = Options
+    """flags, where the experiment has some of its own"""
 
 
 def contrasts_on_test(
@@ -162,7 +164,7 @@ def run(experiment: Experiment, arguments: list[str]) -> int:
 
 def options_of(experiment: Experiment) -> type[Options]:
     """Options whose --help begins with the experiment's question."""
-    return type("Options", (Options,), {"__doc__": experiment.question})
+    return type("Options", (experiment.options,), {"__doc__": experiment.question})
 
 
 def execute(experiment: Experiment, options: Options) -> None:

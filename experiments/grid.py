@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from experiments.study import Study, targets
-from fusion_model import Fusion, FusionModel, loss_terms
+from fusion_model import Fusion, FusionEnsemble, FusionModel, loss_terms
 from metrics import example_losses, example_scores
 from training import EVALUATION_CHUNK, Batch, Fold, Member, Schedule, train
 
@@ -74,6 +74,17 @@ class Grid:
     """setting-major, then seed, then fold"""
     outputs: np.ndarray
     """(P, S, F, N) or (P, S, F, N, O): what each member says of every example of the pool"""
+    shape: dict[str, object]
+    """arguments of every member's FusionModel, the active rank apart"""
+
+    def ensemble(self, setting: int) -> FusionEnsemble:
+        """All members of a setting, seed-major, then fold, as one model that saves and loads."""
+        models = self.members([setting])
+        shape = {name: value for name, value in self.shape.items() if name != "fused_dim"}
+        ensemble = FusionEnsemble(**shape, members=len(models)).eval()
+        for empty, model in zip(ensemble.members, models, strict=True):
+            empty.load_state_dict(model.state_dict())
+        return ensemble
 
     def model(self, setting: int, seed: int, fold: int = 0) -> FusionModel:
         """The member of one setting, seed and fold, by their indices."""
@@ -215,6 +226,7 @@ def train_grid(
         list(seeds),
         models,
         outputs.reshape(len(settings), len(seeds), len(study.folds), *outputs.shape[1:]),
+        shape,
     )
 
 

@@ -4,46 +4,70 @@
 
 Every method gets the same features and sees the same training examples. The neural ones share recipe, encoders and
 seeds, and all but "LMF without jWAE" are trained with the jWAE terms, so that the head is what differs. Nothing is
-selected upon, so the dev part is trained on too (unless it is what is tested on). The MKL-SVM is deterministic: it has
-no spread over seeds. The recipe was chosen for jWAE-LMF at rank 4, the MKL-SVM's C = 1 and p = 2 are defaults.
+selected upon, so the dev part is trained on too (unless it is what is tested on, or --hold-out-dev is given). The
+neural methods are kept in the run's folder: `experiments.robustness`, `experiments.uncertainty` and `explain.py` read
+them (rank 1 among them for their sake; it is no baseline, and no contrast is made with it). The MKL-SVM is
+deterministic: it has no spread over seeds. The recipe was chosen for jWAE-LMF at rank 4, the MKL-SVM's C = 1 and p = 2
+are defaults.
 """
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from experiments.experiment import Experiment, Outcome, Run, contrasts_on_test, main
+from experiments.experiment import Experiment, Options, Outcome, Run, contrasts_on_test, main
 from experiments.grid import JWAE, PLAIN, Grid, Setting, per_example
 from experiments.study import Study, only, refitted, targets
 from experiments.verdicts import combine
-from fusion_model import FusionModel
+from fusion_model import FusionEnsemble, FusionModel
+from lmf_module import LowRankMultimodalFusion
 from metrics import Score, binary_scores, example_scores, regression_scores
 from multiple_kernel_svm import MultipleKernelSVM
+from run_folder import save_ensembles
 
 RANK = 4
 MAIN = f"jWAE-LMF, rank {RANK}"
+LOWEST = "jWAE-LMF, rank 1"
 SCORES = ("accuracy", "weighted_f1", "auroc")
 TENSOR = "tensor product (TFN)"
 TENSOR_ENTRIES = 50_000  # of the outer product, for each example: four modalities of 33 would be a million
 DIGITS = 3
 
 
+@dataclass(frozen=True)
+class TrainOptions(Options):
+    """Flags of `train` alone."""
+
+    hold_out_dev: bool = False
+    """keep the dev part out of training: experiments.uncertainty calibrates on it"""
+
+
 class Method:
     """What one method says of the test examples, and what it cost."""
 
-    def __init__(self, predictions: np.ndarray, parameters: int | None, seconds: float) -> None:
+    def __init__(
+        self,
+        predictions: np.ndarray,
+        parameters: int | None,
+        seconds: float,
+        ensemble: FusionEnsemble | None = None,
+    ) -> None:
         self.predictions = predictions  # (S, n) or (S, n, O), fold after fold; S = 1 where nothing is drawn
         self.parameters = parameters  # that a prediction uses: decoders left out; None for a kernel machine
         self.seconds = seconds  # of training, per model
+        self.ensemble = ensemble  # all seeds and folds; None for what is no neural model
 
 
 def measure(study: Study, run: Run) -> Outcome:
     """Train every method; contrasts are jWAE-LMF against each, paired over seeds and test examples."""
-    study = refitted(study)
+    if not run.options.hold_out_dev:
+        study = refitted(study)
     methods = neural(study, run) | kernel_machines(study)
+    save_ensembles(run.folder, {label: m.ensemble for label, m in methods.items() if m.ensemble is not None})
     methods["training mean" if study.task == "regression" else "training majority"] = constant(study)
     scores = {label: fold_scores(study, method.predictions) for label, method in methods.items()}
     examples = {
@@ -52,7 +76,7 @@ def measure(study: Study, run: Run) -> Outcome:
     named = {
         f"over {label}": (examples[MAIN] - values, f"{MAIN} scores higher than {label}")
         for label, values in examples.items()
-        if label != MAIN
+        if label not in (MAIN, LOWEST)
     }
     made = contrasts_on_test(study, named)
     verdict = combine([contrast.verdict for contrast in made], "all")
@@ -92,7 +116,7 @@ def notes_of(study: Study, methods: dict[str, Method]) -> list[str]:
 
 def neural(study: Study, run: Run) -> dict[str, Method]:
     """All neural methods; settings of one shape are trained in one call."""
-    lmf = [Setting(MAIN, RANK, JWAE), Setting("LMF without jWAE", RANK, PLAIN)]
+    lmf = [Setting(MAIN, RANK, JWAE), Setting("LMF without jWAE", RANK, PLAIN), Setting(LOWEST, 1, JWAE)]
     methods = train(study, run, lmf)
     methods |= train(study, run, [Setting("concatenation + MLP", 1, JWAE)], fusion="concatenation")
     if len(study.pool.features) > 1:
@@ -110,14 +134,19 @@ def train(study: Study, run: Run, settings: Sequence[Setting], **shape: object) 
     seconds = (time.perf_counter() - start) / len(grid.models)
     predictions = grid.predictions()
     return {
-        setting.label: Method(predictions[p], parameters(grid.model(p, 0)), seconds)
+        setting.label: Method(predictions[p], parameters(grid.model(p, 0)), seconds, grid.ensemble(p))
         for p, setting in enumerate(settings)
     }
 
 
 def parameters(model: FusionModel) -> int:
     """Number of trained parameters that a prediction uses."""
-    return sum(p.numel() for name, p in model.named_parameters() if "decoder" not in name)
+    count = sum(p.numel() for name, p in model.named_parameters() if "decoder" not in name)
+    layer = model.fusion
+    if isinstance(layer, LowRankMultimodalFusion):  # masked ranks use none
+        per_rank = sum(p.numel() for p in layer.parameters()) - layer.bias.numel()
+        count -= per_rank * (layer.rank - layer.active_rank) // layer.rank
+    return count
 
 
 def kernel_machines(study: Study) -> dict[str, Method]:
@@ -227,6 +256,7 @@ EXPERIMENT = Experiment(
     "jWAE-LMF scores higher than each of its baselines (not one of the study's numbered claims).",
     "How does jWAE-LMF score beside its baselines on the same features?",
     measure,
+    options=TrainOptions,
 )
 
 if __name__ == "__main__":
