@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from jwae_module import JWAE, info_nce, margin_ranking, mmd_penalty, reconstruction_error
 from lmf_module import LowRankMultimodalFusion
+from spectral_normalisation import normalise_spectrally
 
 Fusion = Literal["lmf", "concatenation", "tensor"]
 
@@ -135,6 +136,8 @@ class FusionModel(nn.Module):
         fusion: "lmf"; for the baselines "concatenation", or "tensor" for the explicit tensor product.
         active_rank: only the first `active_rank` of the R terms take part (default all R).
         fused_dim: LMF into this many outputs, and a linear layer over them; default: LMF gives the outputs itself.
+        spectral_norm: every weight matrix of the encoders and of the head is divided by its spectral norm and
+            multiplied by this; default: weights are free.
     """
 
     def __init__(
@@ -147,6 +150,7 @@ class FusionModel(nn.Module):
         fusion: Fusion = "lmf",
         active_rank: int | None = None,
         fused_dim: int | None = None,
+        spectral_norm: float | None = None,
     ) -> None:
         super().__init__()
         # config.json is written with sorted keys: any other order would not survive saving and loading
@@ -163,6 +167,9 @@ class FusionModel(nn.Module):
         else:
             layer = LowRankMultimodalFusion(widths, fused_dim or output_dim, rank, active_rank=active_rank)
             self.fusion = FusedWidthHead(layer, output_dim) if fused_dim else layer
+        if spectral_norm is not None:
+            normalise_spectrally(self.jwae.encoders, spectral_norm)
+            normalise_spectrally(self.fusion, spectral_norm)
 
     def fit_standardisation(self, features: Mapping[str, Tensor]) -> None:
         """Fit mean and std of each modality on the training features (N, d_m)."""
@@ -243,10 +250,12 @@ class FusionEnsemble(
         rank: int = 4,
         output_dim: int = 1,
         fusion: Fusion = "lmf",
+        spectral_norm: float | None = None,
     ) -> None:
         super().__init__()
         self.members = nn.ModuleList(
-            FusionModel(input_dims, latent_dim, hidden_dim, rank, output_dim, fusion) for _ in range(members)
+            FusionModel(input_dims, latent_dim, hidden_dim, rank, output_dim, fusion, spectral_norm=spectral_norm)
+            for _ in range(members)
         )
 
     def forward(self, features: Mapping[str, Tensor]) -> Tensor:

@@ -82,6 +82,8 @@ class Config:
     """width of the encoders' and decoders' hidden layer"""
     rank: int = 4
     """number of rank-1 terms R; for one logit this is the CP rank of the interaction"""
+    spectral_norm: float | None = None
+    """fix the spectral norm of every weight matrix of encoders and head to this; default: weights are free"""
 
     # ---- objective: BCE + mmd * MMD^2 + reconstruction * squared error + alignment * pair alignment
     mmd_weight: float = 1.0
@@ -106,6 +108,8 @@ class Config:
     """of Adam"""
     weight_decay: float = 0.01
     """decoupled, on weight matrices"""
+    modality_dropout: float = 0.0
+    """rate at which each modality is hidden in training, of models that have both"""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes CUDA where there is one"""
     compile: bool = False
@@ -246,6 +250,7 @@ def train_rows(
         "hidden_dim": config.hidden_dim,
         "rank": config.rank if len(modalities) > 1 else 1,  # one modality: an affine head, rank has no meaning
         "fusion": fusion,
+        "spectral_norm": config.spectral_norm,
     }
     training, selection = (
         replace(split, features={name: split.features[name] for name in modalities})
@@ -269,6 +274,7 @@ def train_rows(
             {**loss_weights, "mmd": config.mmd_weight if row.prior else 0.0},
             config.weight_decay,
             {"active_rank": row.active_rank},
+            {name: config.modality_dropout for name in modalities if len(modalities) > 1},
         )
         for row in rows
         for seed in config.seeds
@@ -385,6 +391,10 @@ def check(config: Config) -> None:
         or not 0 <= min(config.seeds) <= max(config.seeds) < 2**63
     ):
         raise InputError(f"--seeds {' '.join(map(str, config.seeds))}: give different whole numbers from 0 to 2^63 - 1")
+    if not 0 <= config.modality_dropout < 1:
+        raise InputError(f"--modality-dropout {config.modality_dropout}: give a rate from 0 up to, not including, 1")
+    if config.spectral_norm is not None and not 0 < config.spectral_norm < float("inf"):
+        raise InputError(f"--spectral-norm {config.spectral_norm}: give a number above 0, for instance 1")
     compiler = os.environ.get("CXX", "g++")
     if config.compile and shutil.which(compiler) is None:
         raise InputError(

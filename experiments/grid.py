@@ -145,6 +145,7 @@ def train_grid(
     *,
     fusion: Fusion = "lmf",
     fused_dim: int | None = None,
+    spectral_norm: float | None = None,
     compile: bool = False,
     device: str | torch.device = "cpu",
     checkpoint: Path | None = None,
@@ -159,6 +160,7 @@ def train_grid(
         "output_dim": study.output_dim,
         "fusion": fusion,
         "fused_dim": fused_dim,
+        "spectral_norm": spectral_norm,
     }
     fitted = [_fitted(shape, study, fold.train) for fold in study.folds]
 

@@ -1,0 +1,354 @@
+"""How far may an input move before the prediction changes: closed forms, certified bounds, and attacks.
+
+On a latent. LMF is affine in each z_m, so a change of one latent by at most eps in l_p moves y by at most
+eps ||dy/dz_m||_q, q dual to p, and this is attained: certificate and attack are one closed form. Two latents at once:
+|dy| <= eps ||g_1||_2 + eps ||g_2||_2 + eps^2 ||B||_2 with B = sum_r w_r a_r b_r^T.
+
+On a standardised feature x_m, through its encoder z_m = W_2 gelu(W_1 x_m + b_1) + b_2. For fixed other modalities
+
+    y(x_m) = const + v . gelu(W_1 x_m + b_1),    v = W_2^T dy/dz_m,
+
+a network of one hidden layer. Three upper bounds on its change hold for every l_p: the interval bound, the Lipschitz
+product, and the mean value form, whose slopes are those that GELU can have on the interval (Moore 1966); the least of
+the three is the certificate. Projected gradient descent (Madry et al. 2018) bounds the same from the other side.
+
+N examples, O outputs, d width of the modality, H of the hidden layer. Everything here is torch alone, no I/O.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fusion_model import FusionModel
+from lmf_module import LowRankMultimodalFusion
+
+Norm = Literal[1, 2] | float
+NORMS: tuple[Norm, ...] = (1, 2, math.inf)
+# gelu'' = phi(x) (2 - x^2): the slope is extreme at +-sqrt(2); gelu itself is least where its slope is 0
+STEEPEST = 2**0.5
+GELU_LEAST_AT = -0.7517915246935645
+GELU_LIPSCHITZ = 1.1289042232562544
+BISECTIONS = 30
+
+
+def dual(norm: Norm) -> float:
+    """q with 1/p + 1/q = 1. Raises ValueError for a norm other than 1, 2 and infinity."""
+    try:
+        return {1: math.inf, 2: 2.0, math.inf: 1.0}[norm]
+    except KeyError:
+        raise ValueError(f"norm must be 1, 2 or infinity, got {norm!r}") from None
+
+
+# ---- one latent, two latents: closed forms -------------------------------------------------------------------------
+
+
+def certified_radius(layer: LowRankMultimodalFusion, latents: Sequence[Tensor], m: int, norm: Norm) -> Tensor:
+    """Least l_p change of latent m that brings an output to 0: |y| / ||dy/dz_m||_q, exact.
+
+    Args:
+        layer: the head.
+        latents: M tensors (..., d_m).
+        m: which latent moves.
+        norm: p, one of 1, 2 and infinity.
+
+    Returns:
+        (..., O); infinite where the output does not depend on the latent.
+    """
+    y = layer(latents)
+    size = torch.linalg.vector_norm(layer.modality_gradient(latents, m), ord=dual(norm), dim=-1)  # (..., O)
+    return torch.where(y == 0, 0.0, y.abs() / size)
+
+
+def worst_change(
+    layer: LowRankMultimodalFusion, latents: Sequence[Tensor], m: int, epsilon: float, norm: Norm
+) -> Tensor:
+    """A change of latent m of l_p norm `epsilon` that moves each output furthest towards 0 and beyond.
+
+    Returns:
+        (..., O, d_m), one change per output: y falls by epsilon ||dy/dz_m||_q in the direction of its sign.
+    """
+    q = dual(norm)
+    gradient = layer.modality_gradient(latents, m)  # (..., O, d)
+    if q == 2:
+        steepest = F.normalize(gradient, dim=-1, eps=1e-30)
+    elif q == 1:
+        steepest = gradient.sign()
+    else:
+        largest = F.one_hot(gradient.abs().argmax(-1), gradient.shape[-1])
+        steepest = gradient.sign() * largest
+    return -epsilon * layer(latents).sign().unsqueeze(-1) * steepest
+
+
+def pair_norm(layer: LowRankMultimodalFusion, latents: Sequence[Tensor], m: int, n: int) -> Tensor:
+    """Spectral norm of B with y = ... + z_m^T B z_n, the other latents held fixed: (..., O).
+
+    With two modalities it is a constant of the layer. B (d_m, d_n) is never formed: its rank is at most R.
+    """
+    coefficient = layer.rank_weights if layer.shared_factors else layer.rank_weights[:, None]
+    coefficient = (coefficient * layer.rank_mask[:, None]).expand(layer.rank, layer.output_dim)
+    for k, (z, projection) in enumerate(zip(latents, layer.projections, strict=True)):
+        if k not in (m, n):
+            coefficient = coefficient * _split(layer, projection(z))  # (..., R, O)
+    triangles = []
+    for k in (m, n):
+        rows = _split(layer, layer.projections[k].weight.T)  # (d, R, O)
+        triangles.append(torch.linalg.qr(rows.permute(2, 0, 1), mode="r").R)  # (O, min(d, R), R)
+    core = (triangles[0] * coefficient.mT.unsqueeze(-2)) @ triangles[1].mT  # (..., O, k_m, k_n)
+    norm = torch.linalg.matrix_norm(core, ord=2)
+    return norm.expand(*latents[0].shape[:-1], layer.output_dim)
+
+
+def joint_radius(layer: LowRankMultimodalFusion, latents: Sequence[Tensor], m: int, n: int) -> Tensor:
+    """Certified l_2 radius when latents m and n may each move by that much: a lower bound of the exact one.
+
+    The positive root of eps ||g_m|| + eps ||g_n|| + eps^2 ||B||_2 = |y|.
+
+    Returns:
+        (..., O).
+    """
+    y = layer(latents).abs()
+    linear = sum(torch.linalg.vector_norm(layer.modality_gradient(latents, k), dim=-1) for k in (m, n))
+    b = pair_norm(layer, latents, m, n)
+    # 2 |y| / (l + sqrt(l^2 + 4 b |y|)): the root without cancellation, and |y| / l where b is 0
+    return torch.where(y == 0, 0.0, 2 * y / (linear + (linear.square() + 4 * b * y).sqrt()))
+
+
+def _split(layer: LowRankMultimodalFusion, x: Tensor) -> Tensor:
+    """(..., R * O), or (..., R) of shared factors -> (..., R, O)."""
+    outputs = 1 if layer.shared_factors else layer.output_dim
+    return x.unflatten(-1, (layer.rank, outputs)).expand(*x.shape[:-1], layer.rank, layer.output_dim)
+
+
+# ---- through an encoder: certified bounds --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Path:
+    """An LMF model as a function of one modality's standardised features alone, the other modalities held fixed.
+
+    y(x + change) = y + v . (gelu(a + W change) - gelu(a))
+    """
+
+    weight: Tensor
+    """W (H, d) of the encoder's first layer"""
+    activation: Tensor
+    """a (N, H), its values before GELU"""
+    coefficient: Tensor
+    """v (N, O, H)"""
+    output: Tensor
+    """y (N, O)"""
+
+    def __call__(self, change: Tensor) -> Tensor:
+        """Outputs (N, O) after the features have changed by (N, d)."""
+        moved = F.gelu(self.activation + change @ self.weight.T) - F.gelu(self.activation)  # (N, d) (d, H) -> (N, H)
+        return self.output + torch.einsum("noh,nh->no", self.coefficient, moved)
+
+
+@torch.no_grad()
+def path(model: FusionModel, features: Mapping[str, Tensor], name: str) -> Path:
+    """What stands between one modality's features and the output.
+
+    Args:
+        model: with an LMF head.
+        features: raw (N, d_m).
+        name: the modality.
+
+    Raises ValueError where the head is not LMF: the closed form is LMF's.
+    """
+    if not isinstance(model.fusion, LowRankMultimodalFusion):
+        raise ValueError(f"certificates need an LMF head, not {type(model.fusion).__name__}")
+    standardised = {key: module(features[key]) for key, module in model.standardise.items()}
+    encoded = model.jwae.encode(standardised)
+    latents = [encoded[key] for key in model.modalities]
+    gradient = model.fusion.modality_gradient(latents, model.modalities.index(name))  # (N, O, L)
+    first, _, second = model.jwae.encoders[name]
+    scale = model.rescale.std.unsqueeze(-1)  # (O, 1)
+    coefficient = gradient @ second.weight * scale  # (N, O, L) (L, H) -> (N, O, H)
+    return Path(first.weight, first(standardised[name]), coefficient, model.rescale(model.fusion(latents)))
+
+
+def change_bounds(path: Path, direction: Tensor, epsilon: Tensor | float, norm: Norm) -> dict[str, Tensor]:
+    """Upper bounds on direction * (y(x + change) - y(x)) over all changes of l_p norm at most epsilon.
+
+    Args:
+        path: of N examples.
+        direction: (N, O) of +1 and -1: which way each output is pushed.
+        epsilon: a number, or (N, 1) or (N, O), in units of the standardised features.
+        norm: p.
+
+    Returns:
+        {"interval", "lipschitz", "mean value"}: (N, O) each. The first two also bound what single neurons do; the third
+        is the gradient's own bound for small epsilon.
+    """
+    q = dual(norm)
+    rows = torch.linalg.vector_norm(path.weight, ord=q, dim=1)  # (H,)
+    v = path.coefficient * direction.unsqueeze(-1)  # (N, O, H)
+    epsilon = torch.as_tensor(epsilon, dtype=v.dtype, device=v.device).expand(direction.shape)
+    a, reach = path.activation.unsqueeze(1), epsilon.unsqueeze(-1) * rows  # (N, 1, H), (N, O, H)
+    low, high = a - reach, a + reach
+
+    values = F.gelu(a), F.gelu(low), F.gelu(high)
+    inside = (low < GELU_LEAST_AT) & (high > GELU_LEAST_AT)
+    least = torch.where(inside, F.gelu(a.new_tensor(GELU_LEAST_AT)), torch.minimum(values[1], values[2]))
+    most = torch.maximum(values[1], values[2])  # GELU falls, then rises: it is largest at an end
+    interval = torch.maximum(v * (most - values[0]), v * (least - values[0])).sum(-1)
+
+    lipschitz = (v.abs() * rows).sum(-1)
+    if norm == 2:
+        lipschitz = torch.minimum(
+            lipschitz, torch.linalg.vector_norm(v, dim=-1) * torch.linalg.matrix_norm(path.weight, ord=2)
+        )
+    lipschitz = GELU_LIPSCHITZ * epsilon * lipschitz
+
+    slope_low, slope_high = _slope_range(low, high)
+    middle, spread = (slope_high + slope_low) / 2, (slope_high - slope_low) / 2  # (N, O, H)
+    common = torch.linalg.vector_norm((v * middle) @ path.weight, ord=q, dim=-1)  # (N, O, H) (H, d) -> (N, O)
+    mean_value = epsilon * (common + (v.abs() * spread * rows).sum(-1))
+    return {"interval": interval, "lipschitz": lipschitz, "mean value": mean_value}
+
+
+def certified_change(path: Path, direction: Tensor, epsilon: Tensor | float, norm: Norm) -> Tensor:
+    """The least of the bounds of `change_bounds`, (N, O)."""
+    return torch.stack(list(change_bounds(path, direction, epsilon, norm).values())).amin(0)
+
+
+@torch.no_grad()
+def certified_feature_radius(path: Path, norm: Norm, largest: float = 1e4) -> Tensor:
+    """Lower bound on the l_p change of the features that brings an output to 0, by bisection: (N, O).
+
+    In units of the standardised features, at most `largest`. Every bound grows with epsilon, so bisection is sound:
+    what is returned is the last epsilon at which the bound was checked to be below |y|, or 0.
+    """
+    direction = torch.where(path.output >= 0, -1.0, 1.0).to(path.output.dtype)
+    target = path.output.abs()
+    low = torch.zeros_like(target)
+    high = torch.full_like(target, 1e-2)
+    while bool((high < largest).any()):  # doubling first: the radius's order of magnitude is not known
+        safe = certified_change(path, direction, high, norm) < target
+        if not safe.any():
+            break
+        low = torch.where(safe, high, low)
+        high = torch.where(safe, (2 * high).clamp_max(largest), high)
+        if bool((low >= largest).all()):
+            return low
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        safe = certified_change(path, direction, middle, norm) < target
+        low, high = torch.where(safe, middle, low), torch.where(safe, high, middle)
+    return low
+
+
+def _slope_range(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Least and largest slope of GELU on [low, high], exact."""
+    ends = _gelu_slope(low), _gelu_slope(high)
+    least, most = torch.minimum(*ends), torch.maximum(*ends)
+    top, bottom = _gelu_slope(low.new_tensor(STEEPEST)), _gelu_slope(low.new_tensor(-STEEPEST))
+    least = torch.where((low < -STEEPEST) & (high > -STEEPEST), bottom, least)
+    return least, torch.where((low < STEEPEST) & (high > STEEPEST), top, most)
+
+
+def _gelu_slope(x: Tensor) -> Tensor:
+    """Phi(x) + x phi(x)."""
+    density = torch.exp(-x.square() / 2) / (2 * math.pi) ** 0.5
+    return torch.special.ndtr(x) + x * density
+
+
+# ---- attacks -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Attack:
+    """The worst that was found within the ball, per example."""
+
+    change: Tensor
+    """(N, d)"""
+    value: Tensor
+    """(N,) of the objective there: the margin, if that is what was minimised"""
+
+
+def pgd(
+    objective: Callable[[Tensor], Tensor],
+    like: Tensor,
+    epsilon: Tensor | float,
+    norm: Norm,
+    *,
+    steps: int = 40,
+    restarts: int = 3,
+    step_size: float = 2.5,
+    generator: torch.Generator | None = None,
+    bounds: tuple[Tensor, Tensor] | None = None,
+) -> Attack:
+    """Minimise an objective over changes of l_p norm at most epsilon by projected gradient descent (Madry et al. 2018).
+
+    The first start is no change at all, the others are uniform in the ball's cube or sphere; steps are along the sign
+    (l_inf) or the normalised gradient (l_2), of `step_size` * epsilon / steps; the best of all steps is kept.
+
+    Args:
+        objective: changes (N, d) -> (N,), one number per example that depends on that example's change alone.
+        like: (N, d), or any (N, ...): shape, dtype and device of the changes.
+        epsilon: a number, or (N,).
+        norm: 2 or infinity.
+        steps, restarts, step_size: see above.
+        generator: of the starts; default: seed 0 on the CPU.
+        bounds: least and largest change (N, ...) that is allowed at all, such as those that keep a pixel in [0, 255].
+
+    Raises ValueError for another norm.
+    """
+    if norm not in (2, math.inf):
+        raise ValueError(f"PGD is written for the norms 2 and infinity, got {norm!r}")
+    generator = generator or torch.Generator().manual_seed(0)
+    column = (len(like), *[1] * (like.ndim - 1))
+    epsilon = torch.as_tensor(epsilon, dtype=like.dtype, device=like.device).expand(len(like)).reshape(column)
+    best_value, best = like.new_full((len(like),), math.inf), torch.zeros_like(like)
+    for restart in range(restarts):
+        change = torch.zeros_like(like)
+        if restart:
+            change = _ball_start(like, norm, generator) * epsilon
+        for step in range(steps + 1):
+            change = _project(change, epsilon, norm, bounds).detach().requires_grad_(True)
+            value = objective(change)
+            with torch.no_grad():
+                better = value < best_value
+                best_value = torch.where(better, value, best_value)
+                best = torch.where(better.reshape(column), change, best)
+            if step == steps:
+                break
+            (gradient,) = torch.autograd.grad(value.sum(), change)
+            with torch.no_grad():
+                length = step_size * epsilon / steps
+                change = change - length * (gradient.sign() if norm != 2 else _unit(gradient))
+    return Attack(best.detach(), best_value.detach())
+
+
+def random_change(like: Tensor, epsilon: float, norm: Norm, generator: torch.Generator) -> Tensor:
+    """A random change of the shape of `like` (N, d) on the surface of the ball: the cube's corners, or the sphere."""
+    x = torch.randn(like.shape, generator=generator).to(like)
+    return epsilon * (_unit(x) if norm == 2 else x.sign())
+
+
+def _ball_start(like: Tensor, norm: Norm, generator: torch.Generator) -> Tensor:
+    if norm == 2:
+        return random_change(like, 1.0, norm, generator)
+    return (2 * torch.rand(like.shape, generator=generator) - 1).to(like)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Rows of l_2 norm 1; rows of zeros stay."""
+    return F.normalize(x.flatten(1), dim=1, eps=1e-30).view_as(x)
+
+
+def _project(change: Tensor, epsilon: Tensor, norm: Norm, bounds: tuple[Tensor, Tensor] | None) -> Tensor:
+    with torch.no_grad():
+        if norm == 2:
+            length = torch.linalg.vector_norm(change.flatten(1), dim=1).reshape(epsilon.shape)
+            change = change * (epsilon / length.clamp_min(1e-30)).clamp_max(1.0)
+        else:
+            change = torch.maximum(torch.minimum(change, epsilon), -epsilon)
+        if bounds is not None:  # shrinking coordinates towards 0 keeps the norm within epsilon
+            change = torch.maximum(torch.minimum(change, bounds[1]), bounds[0])
+        return change
