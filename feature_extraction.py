@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -42,9 +43,13 @@ def encode_images(
     workers: int | None = None,
     stop_at_bad: bool = True,
     only_check: bool = False,
+    change: Callable[[Image.Image, str], Image.Image] | None = None,
     progress: bool = True,
 ) -> dict[str, str]:
     """Bring the vectors of all files (digest -> path) into `cache`; returns digest -> reason of the undecodable ones.
+
+    With `change` (picture, digest) -> picture the changed pictures are encoded, and a digest stands for a file and what
+    is done to it.
 
     With `stop_at_bad` the first bad file ends the encoding, and with `only_check` it does not begin: files are decoded
     all the same, so that all bad ones are known.
@@ -59,7 +64,8 @@ def encode_images(
         if mine:
             how = image_preprocessing(config, source)
             wanted = [[digest not in cache for digest, _ in batch] for batch in mine]
-            batches = ImageBatches([[files[digest] for digest, _ in batch] for batch in mine], wanted, how)
+            keys = [[digest for digest, _ in batch] for batch in mine]
+            batches = ImageBatches([[files[key] for key in batch] for batch in keys], wanted, how, keys, change)
             decoded = _in_workers(batches, _worker_count(processes) if workers is None else workers)
             build = partial(ImageEncoder, config, source, processes.device)
             jobs = _image_jobs(mine, decoded, build, bad, stop_at_bad, only_check)

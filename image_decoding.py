@@ -5,7 +5,7 @@ import hashlib
 import io
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,8 +108,17 @@ def digest_images(paths: list[Path]) -> tuple[dict[Path, str], dict[Path, str]]:
 class ImageBatches:
     """Fixed batches of files, decoded by whichever worker process asks for them: a map-style data set of batches."""
 
-    def __init__(self, batches: list[list[Path]], wanted: list[list[bool]], how: Preprocessing) -> None:
+    def __init__(
+        self,
+        batches: list[list[Path]],
+        wanted: list[list[bool]],
+        how: Preprocessing,
+        keys: list[list[str]] | None = None,
+        change: Callable[[Image.Image, str], Image.Image] | None = None,
+    ) -> None:
+        """`change` (picture, key) -> picture is applied to every decoded picture of that key."""
         self.batches, self.wanted, self.how = batches, wanted, how
+        self.keys, self.change = keys, change
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -126,7 +135,10 @@ class ImageBatches:
             if not wanted[place] and not any(wanted[done] for done in pixels):
                 return index, [], None, reasons
             try:
-                pixels[place] = preprocess(decode_rgb(paths[place]), self.how)
+                picture = decode_rgb(paths[place])
+                if self.change is not None:
+                    picture = self.change(picture, self.keys[index][place])
+                pixels[place] = preprocess(picture, self.how)
             except Exception as error:  # a hostile file may raise nearly anything inside Pillow
                 reasons[place] = reason_unreadable(error)
         good = sorted(pixels)

@@ -129,7 +129,8 @@ class Experiment:
     claim: str
     """of the study, in its words as far as they can be tested"""
     question: str
-    measure: Callable[[Study, Run], Outcome]
+    measure: Callable[..., Outcome]
+    """(study, run) -> outcome; of a question about a trained run, whatever its own command makes of it"""
     decides: Callable[[str, Sequence[str]], bool] = lambda contrast, modalities: True
     """whether the verdict rests on the contrast of that name, in a corpus of those modalities"""
     modalities: int = 1
@@ -189,7 +190,33 @@ def execute(experiment: Experiment, options: Options) -> None:
     start = time.perf_counter()
     outcome = experiment.measure(study, Run(options, folder, device))
     seconds = time.perf_counter() - start
-    text = render(experiment, study, options, outcome)
+    record(
+        experiment,
+        study,
+        outcome,
+        folder,
+        seeds=options.seeds,
+        recipe=asdict(options.recipe),
+        seconds=seconds,
+        resumed=options.resume,
+        device=device,
+    )
+
+
+def record(
+    experiment: Experiment,
+    study: Study,
+    outcome: Outcome,
+    folder: Path,
+    *,
+    seeds: int,
+    recipe: dict[str, object],
+    seconds: float,
+    resumed: bool,
+    device: torch.device,
+) -> None:
+    """Print what came out, and leave table.txt, figure.png and results.json in the run's folder."""
+    text = render(experiment, study, seeds, outcome)
     print(text)
     write_text(folder / "table.txt", text)
     figure = Figure(figsize=outcome.size, layout="constrained")
@@ -204,8 +231,8 @@ def execute(experiment: Experiment, options: Options) -> None:
         "task": study.task,
         "examples": {part: len(rows) for part, rows in zip(("train", "dev", "test"), study.folds[0], strict=True)},
         "folds": len(study.folds),
-        "seeds": options.seeds,
-        "recipe": asdict(options.recipe),
+        "seeds": seeds,
+        "recipe": recipe,
         "verdict": outcome.verdict,
         "deciding": [c.name for c in outcome.contrasts if experiment.decides(c.name, list(study.input_dims))],
         "answer": outcome.answer,
@@ -214,7 +241,7 @@ def execute(experiment: Experiment, options: Options) -> None:
         "numbers": outcome.numbers,
         "notes": study.notes + outcome.notes,
         "seconds": round(seconds, 1),
-        "resumed": options.resume,
+        "resumed": resumed,
         "peak_memory_gb": round(peak_memory_gb(), 2),
         "torch": torch.__version__,
         "device": str(device) if device.type == "cpu" else torch.cuda.get_device_name(device),
@@ -250,12 +277,12 @@ def peak_memory_gb() -> float:
 # ---- text --------------------------------------------------------------------------------------------------------
 
 
-def render(experiment: Experiment, study: Study, options: Options, outcome: Outcome) -> str:
+def render(experiment: Experiment, study: Study, seeds: int, outcome: Outcome) -> str:
     """The printed page: question, table, contrasts, verdict."""
     folds = "" if len(study.folds) == 1 else f", {len(study.folds)} folds"
     lines = [
         "",
-        f"{experiment.name} on {study.name}: {len(study.test_rows)} test examples{folds}, {options.seeds} seeds",
+        f"{experiment.name} on {study.name}: {len(study.test_rows)} test examples{folds}, {seeds} seeds",
         experiment.question,
         "",
         outcome.table,

@@ -89,7 +89,7 @@ def study_of(corpora: Sequence[Corpus]) -> Study:
     pool = _Pool()
     folds, notes = [], list(first.notes)
     for corpus in corpora:
-        names = {"train": "train", "dev": corpus.selection, "test": _test_split(corpus)}
+        names = {"train": "train", "dev": corpus.selection, "test": tested_split(corpus)}
         if names["test"] == corpus.selection and corpus is first:
             notes.append(f"{corpus.selection} is tested on: no other labelled split is there")
         rows = {part: torch.tensor(pool.add(corpus.splits[name], name)) for part, name in names.items()}
@@ -141,7 +141,8 @@ def _is_same(one: Split, i: int, other: Split, k: int) -> bool:
     return features and torch.equal(one.target[i], other.target[k])
 
 
-def _test_split(corpus: Corpus) -> str:
+def tested_split(corpus: Corpus) -> str:
+    """Name of the split that a study tests on; raises InputError where none has labels."""
     labelled = [name for name, split in corpus.splits.items() if split.target is not None and len(split)]
     held_out = [name for name in labelled if name not in ("train", corpus.selection)]
     if corpus.selection not in labelled:

@@ -1,0 +1,98 @@
+"""Pictures and texts of a run's test examples, corrupted and encoded again through the cached loader."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from corruptions import IMAGE_CORRUPTIONS, TEXT_CORRUPTIONS
+from experiments.study import tested_split
+from experiments.trained_run import TrainedRun
+from feature_cache import FeatureCache, text_digest
+from feature_extraction import encode_images, encode_texts
+from frozen_encoders import find_image_encoder, find_text_encoder, image_identity, text_identity
+from image_decoding import digest_images
+from torchrun_processes import Processes
+
+LEVELS = (0.25, 0.5, 0.75)
+Key = tuple[str, str, float, int]
+"""modality, corruption, severity, draw"""
+
+
+def corruptions_of(run: TrainedRun) -> dict[str, list[str]]:
+    """{modality: corruptions that it can be put through}: of those whose pictures or texts are at hand."""
+    possible = {"image": list(IMAGE_CORRUPTIONS)} if run.memes else {}
+    texts = run.texts(run.corpora[0], tested_split(run.corpora[0]))
+    return possible | {name: list(TEXT_CORRUPTIONS) for name in texts}
+
+
+def encode_corrupted(run: TrainedRun, keys: Sequence[Key], device: str = "cpu") -> dict[Key, Tensor]:
+    """Features (n, d) of the test examples, fold after fold, under each corruption; what is cached is not encoded anew.
+
+    Raises InputError where a picture or an encoder is gone.
+    """
+    found = {}
+    if pictures := [key for key in keys if key[0] == "image" and run.memes]:
+        found |= _pictures(run, pictures, device)
+    if texts := [key for key in keys if key not in found]:
+        found |= _texts(run, texts, device)
+    return found
+
+
+def _pictures(run: TrainedRun, keys: Sequence[Key], device: str) -> dict[Key, Tensor]:
+    ids = [key for corpus in run.corpora for key in corpus.splits[tested_split(corpus)].ids]
+    paths = run.image_paths(ids)
+    digests, _ = digest_images(list(paths.values()))
+    encoders = run.encoders
+    source = find_image_encoder(encoders)
+    cache = FeatureCache(run.cache_dir, "corrupted_image", image_identity(encoders, source, device))
+    what: dict[str, Key] = {}
+    files: dict[str, Path] = {}
+    for key in keys:
+        for path in paths.values():
+            digest = _digest(digests[path], key)
+            what[digest], files[digest] = key, path
+    encode_images(files, cache, encoders, source, Processes(device=device), change=partial(_change, what))
+    return {key: torch.stack([cache.vectors[_digest(digests[paths[i]], key)] for i in ids]) for key in keys}
+
+
+def _digest(content: str, key: Key) -> str:
+    return hashlib.sha256(repr((content, key, "version 1")).encode()).hexdigest()
+
+
+def _change(what: Mapping[str, Key], picture: Image.Image, digest: str) -> Image.Image:
+    _, corruption, severity, _ = what[digest]
+    # the digest holds the draw: every picture, corruption, severity and draw has random numbers of its own
+    return IMAGE_CORRUPTIONS[corruption](picture, severity, np.random.default_rng(int(digest[:16], 16)))
+
+
+def _texts(run: TrainedRun, keys: Sequence[Key], device: str) -> dict[Key, Tensor]:
+    encoders = run.encoders
+    source = find_text_encoder(encoders)
+    cache = FeatureCache(run.cache_dir, "corrupted_text", text_identity(encoders, source, device))
+    mask = _mask_token(source.path) if any(corruption == "word mask" for _, corruption, _, _ in keys) else ""
+    corrupted: dict[Key, list[str]] = {}
+    by_split = [run.texts(corpus, tested_split(corpus)) for corpus in run.corpora]
+    for key in keys:
+        modality, corruption, severity, _ = key
+        corrupted[key] = []
+        for texts in by_split:
+            for text in texts[modality]:
+                rng = np.random.default_rng(int(_digest(text, key)[:16], 16))
+                corrupted[key].append(TEXT_CORRUPTIONS[corruption](text, severity, rng, mask))
+    unique = {text_digest(text): text for texts in corrupted.values() for text in texts}
+    encode_texts(unique, cache, encoders, source, Processes(device=device))
+    return {key: torch.stack([cache.vectors[text_digest(text)] for text in texts]) for key, texts in corrupted.items()}
+
+
+def _mask_token(folder: Path) -> str:
+    """The tokenizer's mask token; of a tokenizer without one, its unknown token, else nothing."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return tokenizer.mask_token or tokenizer.unk_token or ""
