@@ -126,10 +126,14 @@ class ImageEncoder:
         """Encode one batch."""
         # (b, S, S, 3) seen as (b, 3, S, S) is channels_last already
         x = torch.from_numpy(pixels).to(self.device, non_blocking=True).permute(0, 3, 1, 2)
-        x = (x.float() - self.mean) / self.std
+        return self.features(x.float()).cpu()
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """Float pixels (b, 3, S, S) from 0 to 255, on the encoder's device -> (b, d) there; differentiable."""
+        x = (pixels - self.mean) / self.std
         with _autocast(self.device):
             features = _image_features(self.model, x)
-        return features.float().cpu()
+        return features.float()
 
 
 class TextEncoder:
@@ -161,6 +165,10 @@ class TextEncoder:
     @torch.inference_mode()
     def __call__(self, tokens: list[list[int]]) -> Tensor:
         """Encode one batch of token id lists."""
+        return self.features(tokens).cpu()
+
+    def features(self, tokens: list[list[int]]) -> Tensor:
+        """Token id lists -> (b, d) on the encoder's device; differentiable in the model's token embeddings."""
         length = self.max_length if self.pads_fully else max(map(len, tokens))
         ids = torch.full((len(tokens), length), self.tokenizer.pad_token_id or 0)
         mask = torch.zeros_like(ids)
@@ -172,7 +180,7 @@ class TextEncoder:
             mask = torch.ones_like(mask)
         with _autocast(self.device):
             features = _text_features(self.model, ids, mask, self.pooling)
-        return features.float().cpu()
+        return features.float()
 
 
 def _autocast(device: str) -> torch.autocast:

@@ -128,7 +128,7 @@ def _split(layer: LowRankMultimodalFusion, x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Path:
+class FeaturePath:
     """An LMF model as a function of one modality's standardised features alone, the other modalities held fixed.
 
     y(x + change) = y + v . (gelu(a + W change) - gelu(a))
@@ -150,7 +150,7 @@ class Path:
 
 
 @torch.no_grad()
-def path(model: FusionModel, features: Mapping[str, Tensor], name: str) -> Path:
+def feature_path(model: FusionModel, features: Mapping[str, Tensor], name: str) -> FeaturePath:
     """What stands between one modality's features and the output.
 
     Args:
@@ -169,10 +169,10 @@ def path(model: FusionModel, features: Mapping[str, Tensor], name: str) -> Path:
     first, _, second = model.jwae.encoders[name]
     scale = model.rescale.std.unsqueeze(-1)  # (O, 1)
     coefficient = gradient @ second.weight * scale  # (N, O, L) (L, H) -> (N, O, H)
-    return Path(first.weight, first(standardised[name]), coefficient, model.rescale(model.fusion(latents)))
+    return FeaturePath(first.weight, first(standardised[name]), coefficient, model.rescale(model.fusion(latents)))
 
 
-def change_bounds(path: Path, direction: Tensor, epsilon: Tensor | float, norm: Norm) -> dict[str, Tensor]:
+def change_bounds(path: FeaturePath, direction: Tensor, epsilon: Tensor | float, norm: Norm) -> dict[str, Tensor]:
     """Upper bounds on direction * (y(x + change) - y(x)) over all changes of l_p norm at most epsilon.
 
     Args:
@@ -212,13 +212,13 @@ def change_bounds(path: Path, direction: Tensor, epsilon: Tensor | float, norm: 
     return {"interval": interval, "lipschitz": lipschitz, "mean value": mean_value}
 
 
-def certified_change(path: Path, direction: Tensor, epsilon: Tensor | float, norm: Norm) -> Tensor:
+def certified_change(path: FeaturePath, direction: Tensor, epsilon: Tensor | float, norm: Norm) -> Tensor:
     """The least of the bounds of `change_bounds`, (N, O)."""
     return torch.stack(list(change_bounds(path, direction, epsilon, norm).values())).amin(0)
 
 
 @torch.no_grad()
-def certified_feature_radius(path: Path, norm: Norm, largest: float = 1e4) -> Tensor:
+def certified_feature_radius(path: FeaturePath, norm: Norm, largest: float = 1e4) -> Tensor:
     """Lower bound on the l_p change of the features that brings an output to 0, by bisection: (N, O).
 
     In units of the standardised features, at most `largest`. Every bound grows with epsilon, so bisection is sound:

@@ -232,7 +232,7 @@ def close_run(folder: Path, results: Mapping[str, object]) -> None:
     """results.json, the last file of a run, and with it the end of the checkpoints, which only a resume needs."""
     write_json(folder / MARK_OF_COMPLETION, json.loads(json.dumps(results, default=_plain)))
     for leftover in (folder / "checkpoints", *folder.glob(".*")):  # hidden: what a kill left unfinished
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 
 def _plain(value: object) -> object:

@@ -1,0 +1,354 @@
+"""What does a trained run lose when its inputs are corrupted, missing, or attacked?
+
+    python -m experiments.robustness runs/demo
+    python -m experiments.robustness runs/demo --groups input features latents missing --pixels 8
+
+Every row of the run (jWAE-LMF, its baselines, lower rank, no prior), late fusion (the mean of the one-modality rows)
+and, beside experiments.train, the MKL-SVM see the same corrupted examples. Scores are accuracy, or -MAE in standard
+deviations of the target, of each example; nothing is scaled across methods. Of each curve over severity:
+
+- area: trapezoid rule over severity, from the clean point on, divided by the range: a mean score;
+- drop: clean minus the score at the largest severity;
+- effective robustness: mean over severities of (score - clean) minus the same of late fusion (Liang et al. 2021).
+
+Worst cases are certified from below and attacked from above (experiments/adversarial.py).
+
+The claim is tested as: in every group of conditions that was measured, jWAE-LMF loses less than late fusion, its
+effective robustness being above 0. All groups must hold. The other contrasts (rank 1, no prior, concatenation) do not
+decide. Differences run over seeds and test examples, means over the conditions of a group; draws are averaged.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import tyro
+from matplotlib.figure import Figure
+
+from atomic_files import write_safetensors, write_text
+from command_line import pick_device, run_command
+from corpus import InputError
+from experiments.adversarial import SIZES
+from experiments.corruption_curves import Corrupted, curves_csv, group_summary, measure_corrupted
+from experiments.corruption_grid import LATE_FUSION, Condition, Predictor, conditions
+from experiments.experiment import Experiment, Outcome, contrasts_on_test, record
+from experiments.pixel_attack import PixelAttack, attack_pixels
+from experiments.trained_run import TrainedRun, load_run
+from experiments.verdicts import combine
+from experiments.worst_cases import WorstCases, measure_worst_cases, worst_table
+from run_folder import check_resumable, choose_folder, is_complete, open_run
+
+Group = Literal["input", "features", "latents", "missing"]
+NORMS = (2, math.inf)
+CHECK_SIZE = 0.1  # rho at which an attack is checked
+
+
+@dataclass(frozen=True)
+class Options:
+    """Measure what a trained run loses when its inputs are corrupted, missing, or attacked."""
+
+    run: tyro.conf.Positional[Path]
+    """folder of a run of main_hateful_memes.py or experiments.train, such as runs/demo"""
+    groups: tuple[Group, ...] = ("features", "latents", "missing")
+    """input encodes every test example anew for each corruption and severity"""
+    draws: int = 3
+    """times that every random corruption is drawn (of inputs: once)"""
+    attack_seeds: int = 2
+    """members that are attacked; certificates on latents are for all"""
+    pixels: int = 0
+    """memes whose pixels are attacked through the image encoder; pictures before and after are kept"""
+    device: str = "cpu"
+    """where inputs are encoded; everything else is on the CPU"""
+    name: str | None = None
+    """results are kept in runs/NAME; default: robustness-RUN, with a number if that is taken"""
+    resume: bool = False
+    """measure again in the folder of that name where a kill left it"""
+
+
+def main(options: Options) -> None:
+    """Load, measure, and leave table, figure, curves, masks and results in the run's folder. Raises InputError."""
+    check_options(options)
+    device = pick_device(options.device)
+    folder = choose_folder(options.name, f"robustness-{options.run.name}", options.resume)
+    if options.resume:
+        check_resumable(folder, options)
+    run = load_run(options.run, str(device))
+    if options.pixels and run.memes is None:
+        raise InputError(f"--pixels {options.pixels}: {options.run} has no pictures; leave the flag out")
+    made = conditions(run, options.groups, options.draws)
+    empty = [group for group in options.groups if not any(c.group == group for c in made)]
+    if empty:
+        raise InputError(
+            f"--groups {empty[0]}: {options.run} has no such thing ("
+            + ("its features came as they are from a file" if empty[0] == "input" else "one modality alone")
+            + "); leave it out"
+        )
+    open_run(folder, options, {"experiment": EXPERIMENT.name, **run.study.description}, device)
+    if is_complete(folder):
+        print(f"{folder}: this run is complete; its table is in {folder / 'table.txt'}")
+        return
+    start = time.perf_counter()
+    outcome, kept = measure(run, options, made)
+    for name, text in kept.texts.items():
+        write_text(folder / name, text)
+    if kept.masks:
+        write_safetensors(folder / "masks.safetensors", kept.masks)
+    for attack in kept.pixels:
+        attack.save(folder / "pixels")
+    record(
+        EXPERIMENT,
+        run.study,
+        outcome,
+        folder,
+        seeds=run.seeds,
+        recipe={"run": run.settings},
+        seconds=time.perf_counter() - start,
+        resumed=options.resume,
+        device=device,
+    )
+    print(
+        f"and curves.csv{', masks.safetensors' if kept.masks else ''}{', pixels/' if kept.pixels else ''} beside them"
+    )
+
+
+def check_options(options: Options) -> None:
+    """Raise InputError for flags out of range."""
+    for name, least in (("draws", 1), ("attack_seeds", 0), ("pixels", 0)):
+        if getattr(options, name) < least:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)}: give at least {least}")
+    if not options.groups or len(set(options.groups)) < len(options.groups):
+        raise InputError("--groups: name each of input, features, latents, missing at most once, and at least one")
+
+
+@dataclass
+class Kept:
+    """What is written beside table, figure and results."""
+
+    texts: dict[str, str]
+    masks: dict[str, torch.Tensor]
+    pixels: list[PixelAttack]
+
+
+def measure(run: TrainedRun, options: Options, made: Sequence[Condition]) -> tuple[Outcome, Kept]:
+    """All curves, worst cases and contrasts of a run."""
+    trained_here = "experiment" in _begun_data(run)
+    predictor = Predictor(run, options.device, kernel_machine=trained_here)
+    predictor.prepare(made)
+    found = measure_corrupted(predictor, made)
+    worst = measure_worst_cases(run, options.attack_seeds)
+    pixels = attack_pixels(run, options.pixels, options.device) if options.pixels else []
+    named = differences(run, found)
+    contrasts = contrasts_on_test(run.study, named) if named else []
+    deciding = [c.verdict for c in contrasts if c.name.startswith(OVER_LATE_FUSION)]
+    notes = [
+        f"sizes rho of worst cases are relative: rho |s|_p with s the standard deviations in training; "
+        f"{options.attack_seeds} members were attacked"
+    ]
+    if not deciding:
+        notes.append("no late fusion: the run has not every modality alone; no verdict")
+    masks = {
+        f"{c.where}/{c.level:g}/{c.draw}/{name}": torch.from_numpy(mask).to(torch.uint8)
+        for c in made
+        if c.group == "missing"
+        for name, mask in predictor.masks(c).items()
+    }
+    outcome = Outcome(
+        table(run, found, worst, pixels),
+        contrasts,
+        combine(deciding, "all") if deciding else "too few data",
+        answer(run, found, worst),
+        numbers(found, worst, pixels),
+        lambda figure: draw(figure, run, found, worst),
+        (15.0, 8.4),
+        notes,
+    )
+    return outcome, Kept({"curves.csv": curves_csv(found)}, masks, pixels)
+
+
+def _begun_data(run: TrainedRun) -> dict:
+    return {"experiment": "train"} if "dataset" in run.settings else {}
+
+
+OVER_LATE_FUSION = "loses less than late fusion: "
+
+
+def differences(run: TrainedRun, found: Corrupted) -> dict[str, tuple[np.ndarray, str]]:
+    """Contrasts (S, n): how much less the main row loses than another, by group."""
+    others = {LATE_FUSION: OVER_LATE_FUSION}
+    candidates = {"rank 1": "jWAE-LMF, rank 1", "no prior": run.prior_free_row, "concatenation": "concatenation + MLP"}
+    others |= {row: f"loses less than {text}: " for text, row in candidates.items() if row in found.clean}
+    named = {}
+    for row, text in others.items():
+        for group, losses in found.losses.items():
+            if row in losses:
+                named[text + group] = (
+                    losses[run.main_row] - losses[row],
+                    f"{run.main_row} loses less score than {row}, mean over the conditions of this group",
+                )
+    return named
+
+
+# ---- text --------------------------------------------------------------------------------------------------------
+
+
+def table(run: TrainedRun, found: Corrupted, worst: WorstCases, pixels: Sequence[PixelAttack]) -> str:
+    """Corruption by group, worst cases by modality, checks, pixel attacks."""
+    width = max(map(len, found.clean))
+    groups = list(found.losses)
+    lines = [
+        f"score: {run.study.score_name}, mean +- std over seeds; per group of conditions (mean over its curves): area,",
+        "drop at the largest severity, effective robustness (change against that of late fusion)",
+        f"{'':{width}}  {'clean':>15}"
+        + "".join(f"  {group + ': area':>15} {'drop':>7} {'effective':>9}" for group in groups),
+    ]
+    for row, clean in found.clean.items():
+        cells = f"  {_spread(clean.mean(1)):>15}"
+        for group in groups:
+            made = group_summary(found, group, row)
+            if made is None:
+                cells += f"  {'-':>15} {'-':>7} {'-':>9}"
+                continue
+            effective = f"{made['effective'].mean():+.3f}" if "effective" in made else "-"
+            cells += f"  {_spread(made['area']):>15} {made['drop'].mean():7.3f} {effective:>9}"
+        lines.append(f"{row:{width}}{cells}")
+    lines += ["", *worst_table(run, worst, width)]
+    if worst.checks:
+        lines += ["", "checks of the attack on features (Carlini et al. 2019) and of PGD on latents"]
+        lines += [f"  {'ok ' if check.holds else 'NOT'}  {check.text}" for check in worst.checks]
+    if pixels:
+        lines += ["", "attack on pixels through the image encoder, rounded to 8 bits as saved (pixels/)"]
+        lines += [f"  {attack.line}" for attack in pixels]
+        flipped = sum(attack.flipped for attack in pixels)
+        lines.append(f"  {flipped} of {len(pixels)} change their sign")
+    return "\n".join(lines)
+
+
+def _spread(values: np.ndarray) -> str:
+    std = f"{values.std(ddof=1):.3f}" if len(values) > 1 else "-----"
+    return f"{values.mean():.3f} +- {std}"
+
+
+def answer(run: TrainedRun, found: Corrupted, worst: WorstCases) -> str:
+    """The main row in one sentence."""
+    parts = []
+    for group in found.losses:
+        made = group_summary(found, group, run.main_row)
+        effective = f", effective {made['effective'].mean():+.3f}" if "effective" in made else ""
+        parts.append(f"{group}: drop {made['drop'].mean():.3f}{effective}")
+    text = f"{run.main_row}, clean {found.clean[run.main_row].mean():.3f}. " + "; ".join(parts)
+    keys = [key for key in worst.certified if key[0] == run.main_row and key[2] == "l2"]
+    middle = len(SIZES) // 2
+    for _, name, norm in keys:
+        certified, attacked = (x[run.main_row, name, norm][middle].mean() for x in (worst.certified, worst.attacked))
+        text += f"; worst case of {name} at rho {SIZES[middle]:g} ({norm}): between {certified:.3f} and {attacked:.3f}"
+    return text + "."
+
+
+def numbers(found: Corrupted, worst: WorstCases, pixels: Sequence[PixelAttack]) -> dict[str, object]:
+    """Everything measured, JSON-able."""
+
+    def flat(of: Mapping[tuple, np.ndarray]) -> dict[str, list]:
+        return {" | ".join(key): values.tolist() for key, values in of.items()}
+
+    return {
+        "clean": {row: x.mean(1).tolist() for row, x in found.clean.items()},
+        "curves": {
+            f"{group} | {curve} | {row}": {
+                "levels": c.levels.tolist(),
+                "mean": c.scores.mean((1, 2)).tolist(),
+                "std over seeds": c.scores.mean(2).std(1, ddof=min(1, c.scores.shape[1] - 1)).tolist(),
+                "std over draws": c.scores.mean(1).std(1, ddof=min(1, c.scores.shape[2] - 1)).tolist(),
+                "area": c.area.tolist(),
+                "drop": c.drop.tolist(),
+            }
+            for (group, curve), rows in found.curves.items()
+            for row, c in rows.items()
+        },
+        "sizes": list(SIZES),
+        "latent, exact": flat(worst.latent),
+        "two latents, certified": flat(worst.joint),
+        "features, certified": flat(worst.certified),
+        "features, attacked": flat(worst.attacked),
+        "checks": {check.text: check.holds for check in worst.checks},
+        "pixels": [attack.line for attack in pixels],
+    }
+
+
+# ---- figure ------------------------------------------------------------------------------------------------------
+
+
+def panels(found: Corrupted) -> list[tuple[str, list[tuple[str, str]]]]:
+    """(title, curves to average) of at most five panels: inputs where they were measured, else latents."""
+    keys = list(found.curves)
+    several = [(g, c) for g, c in keys if c.endswith((", all", ", either"))] or keys
+    chosen = [(c, [(g, c)]) for g, c in several if g in ("features", "missing")]
+    modalities = sorted({c.split()[0] for g, c in keys if g == "input"})
+    for name in modalities:
+        mine = [(g, c) for g, c in keys if g == "input" and c.split()[0] == name]
+        chosen.append((f"{name} corrupted (mean of {len(mine)} kinds)", mine))
+    chosen += [(c, [(g, c)]) for g, c in several if g == "latents"]
+    return chosen[:5]
+
+
+def draw(figure: Figure, run: TrainedRun, found: Corrupted, worst: WorstCases) -> None:
+    """Curves of every row over severity, and the worst case of the main row between certificate and attack."""
+    axes = figure.subplots(2, 3).ravel()
+    colors = {row: f"C{k}" for k, row in enumerate(found.clean)}
+    chosen = panels(found)
+    for axis, (title, keys) in zip(axes, chosen, strict=False):
+        for row, color in colors.items():
+            curves = [found.curves[key][row] for key in keys if row in found.curves[key]]
+            if not curves:
+                continue
+            values = np.mean([c.scores.mean(-1) for c in curves], 0)  # (E, S)
+            mean, levels = values.mean(1), curves[0].levels
+            wide = 2.4 if row == run.main_row else 1.2
+            axis.plot(levels, mean, "o-", color=color, markersize=3, linewidth=wide, label=row)
+            if values.shape[1] > 1:
+                std = values.std(1, ddof=1)
+                axis.fill_between(levels, mean - std, mean + std, color=color, alpha=0.12, linewidth=0)
+        missing = keys[0][0] == "missing"
+        axis.set(title=title, xlabel="share of incomplete examples" if missing else "severity")
+        axis.set_ylabel(run.study.score_name)
+    last = axes[len(chosen)]
+    shown = [key for key in worst.certified if key[0] == run.main_row and key[2] == "l2"]
+    for k, key in enumerate(shown):
+        low, high = worst.certified[key].mean(-1), worst.attacked[key].mean(-1)
+        last.fill_between(SIZES, low, high, color=f"C{k}", alpha=0.25, linewidth=0)
+        last.plot(SIZES, high, "o-", color=f"C{k}", markersize=3, label=f"{key[1]}: attacked")
+        last.plot(SIZES, low, "s--", color=f"C{k}", markersize=3, label=f"{key[1]}: certified")
+    last.set_xscale("log")
+    last.set_xticks(SIZES, [f"{size:g}" for size in SIZES])
+    last.minorticks_off()
+    last.set(title="worst change of one modality's features (l2)", xlabel="size rho", ylabel=run.study.score_name)
+    if shown:
+        last.legend(frameon=False, fontsize=8)
+    for axis in axes[len(chosen) + 1 :]:
+        axis.axis("off")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(5, len(labels)), frameon=False)
+    figure.suptitle(f"{run.study.name}: what corruption, missing modalities and attacks cost (band: std over seeds)")
+
+
+EXPERIMENT = Experiment(
+    "robustness",
+    "Under corruption and with missing modalities jWAE-LMF loses less than late fusion (no numbered claim).",
+    "What does the run lose when its inputs are corrupted, missing or attacked, beside its baselines?",
+    measure,
+    decides=lambda contrast, modalities: contrast.startswith(OVER_LATE_FUSION),
+)
+
+
+def run(arguments: list[str]) -> int:
+    """`python -m experiments.robustness RUN FLAGS`."""
+    return run_command(main, Options, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))
