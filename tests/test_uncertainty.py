@@ -1,0 +1,309 @@
+"""The uncertainty of trained runs: what is fitted on dev, what is compared, and what the command leaves or refuses."""
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from scipy.special import expit
+
+import calibration
+from command_line import run_command
+from corpus import Corpus, InputError, Split
+from experiments import uncertainty
+from experiments.calibrated_predictors import PARTS, BinaryPredictor, GaussianPredictor, Row, Truth, truth_of
+from experiments.corruption_grid import Condition
+from experiments.study import study_of
+from experiments.uncertainty import Options
+from metrics import example_losses
+
+SEEDS = 4
+
+
+def toy_study(task="binary", outputs=None, folds=1, n=90, shift=0.0):
+    """Splits whose first feature is the logit, or the target's mean; `folds` of them, tested apart."""
+    rng = np.random.default_rng(0)
+    corpora = []
+    for f in range(folds):
+        splits = {}
+        for part in ("train", "dev", "test"):
+            x = rng.normal(size=n)
+            noise = rng.normal(size=n if outputs is None else (n, outputs))
+            target = rng.random(n) < expit(2 * x) if task == "binary" else 3 + (x if outputs is None else x[:, None])
+            target = target if task == "binary" else target + (noise + shift * (part == "test"))
+            splits[part] = Split(
+                {"text": torch.tensor(x, dtype=torch.float32).unsqueeze(1), "audio": torch.zeros(n, 1)},
+                torch.tensor(np.asarray(target), dtype=torch.float32),
+                [f"{part}{f}-{i}" for i in range(n)],
+            )
+        corpora.append(Corpus("toy", task, splits, "dev"))
+    return study_of(corpora)
+
+
+@dataclass
+class FakeRun:
+    """What uncertainty needs of a trained run."""
+
+    study: object = field(default_factory=toy_study)
+    folder: Path = Path("runs/fake")
+    trained_on_dev: bool = False
+    seeds: int = SEEDS
+    main_row: str = "jWAE-LMF, rank 4"
+    prior_free_row: str | None = "LMF without jWAE"
+    settings: dict = field(default_factory=lambda: {"hold_out_dev": True})
+
+
+class FakePredictor:
+    """Members that know the logit (or mean) but for noise; without the prior too sure; corruption adds noise."""
+
+    def __init__(self, run, device="cpu"):
+        self.study = run.study
+
+    def clean(self, row, part="test"):
+        rows = torch.cat([getattr(fold, part) for fold in self.study.folds])
+        x = self.study.pool.features["text"][rows, 0].numpy()
+        rng = np.random.default_rng(len(x) + (part == "dev"))
+        said = 2 * x + 0.4 * rng.normal(size=(SEEDS, len(x)))
+        if self.study.task == "binary":
+            return said * (3 if "without" in row else 1)
+        said = 3 + said / 2
+        return said if self.study.pool.target.ndim == 1 else np.repeat(said[..., None], self.study.output_dim, -1)
+
+    def corrupted(self, row, condition):
+        clean = self.clean(row)
+        return clean + 2 * condition.level * condition.rng().normal(size=clean.shape)
+
+
+CONDITIONS = [
+    Condition("features", "feature noise", where, level, draw)
+    for where in ("text", "all")
+    for level in (0.25, 0.5)
+    for draw in range(2)
+]
+
+
+def measured(run, made=CONDITIONS, alpha=0.1):
+    return uncertainty.measure(run, FakePredictor(run), made, alpha)
+
+
+# ---- predictors --------------------------------------------------------------------------------------------------
+
+
+def test_temperature_and_quantile_of_a_fold_come_from_its_own_dev_part():
+    data = toy_study(folds=3)
+    truth = truth_of(data, (0.1,))
+    dev = FakePredictor(FakeRun(data)).clean("row", "dev")
+    predictor = BinaryPredictor(dev, truth)
+    logits = calibration.ensemble_logits(dev)
+    for f in range(3):
+        rows = slice(90 * f, 90 * (f + 1))
+        assert predictor.temperature[f] == calibration.fit_temperature(logits[rows], truth.dev[rows])
+        right = np.where(truth.dev[rows] == 1, logits[rows], -logits[rows])
+        assert predictor.quantile[0.1][f] == pytest.approx(np.sort(1 - expit(right))[int(np.ceil(91 * 0.9)) - 1])
+    outputs = FakePredictor(FakeRun(data)).clean("row")
+    scaled = predictor.logits(outputs, "scaled") * np.repeat(predictor.temperature, 90)
+    np.testing.assert_allclose(scaled, predictor.logits(outputs))
+
+
+def test_conformal_intervals_cover_exchangeable_targets():
+    rng = np.random.default_rng(1)
+    covered = []
+    for _ in range(300):
+        error = rng.standard_t(4, size=(120, 2))  # not Gaussian: coverage does not mind
+        zeros = np.zeros(60, int)
+        truth = Truth("regression", error[:60], error[60:], zeros, zeros, np.ones(2), (0.1,))
+        predictor = GaussianPredictor(np.zeros((1, 60, 2)), truth)
+        covered.append(predictor.measures(np.zeros((1, 60, 2)))["coverage at 0.9"])
+    exact = np.ceil(61 * 0.9) / 61
+    assert exact >= 0.9
+    assert np.mean(covered) == pytest.approx(exact, abs=4 * np.std(covered) / 300**0.5)
+
+
+def test_variance_of_the_gaussian_is_the_error_that_dev_showed():
+    rng = np.random.default_rng(2)
+    mean, zeros = rng.normal(size=2000), np.zeros(2000, int)
+    target = (mean + 0.5 * rng.normal(size=2000))[:, None]
+    outputs = (mean + 0.3 * rng.normal(size=(5, 2000)))[..., None]
+    predictor = GaussianPredictor(outputs, Truth("regression", target, target, zeros, zeros, np.ones(1), (0.1,)))
+    square = np.square(target - outputs.mean(0)).mean()
+    assert predictor.moments(outputs)[1].mean() == pytest.approx(square)
+    alone = GaussianPredictor(outputs[:1], Truth("regression", target, target, zeros, zeros, np.ones(1), (0.1,)))
+    assert alone.moments(outputs[:1])[1] == pytest.approx(np.square(target - outputs[0]).mean())
+
+
+def test_parts_by_seed_have_the_ensembles_measure_as_mean():
+    for task, outputs in (("binary", None), ("regression", 2)):
+        data = toy_study(task, outputs)
+        truth, fake = truth_of(data, (0.1,)), FakePredictor(FakeRun(data))
+        row = Row(truth.in_units(fake.clean("row", "dev")), truth)
+        test = truth.in_units(fake.clean("row"))
+        measures = row.ensemble.measures(test)
+        for name, of in PARTS.items():
+            parts = row.by_seed(test, of)
+            assert parts.shape == (SEEDS, 90)
+            assert parts.mean() == pytest.approx(measures[name])
+        whole, s = row.ensemble.losses(test).mean(), 2
+        lacking = [p.losses(np.delete(test, k, 0)).mean() for k, p in enumerate(row.lacking)]
+        by_seed = row.by_seed(test, PARTS["NLL"]).mean(1)
+        assert by_seed[s] == pytest.approx(whole + (SEEDS - 1) * (np.mean(lacking) - lacking[s]))
+
+
+def test_spread_of_parts_over_seeds_is_that_of_ensembles_of_other_seeds():
+    data = toy_study()
+    truth = truth_of(data, (0.1,))
+    rng, x = np.random.default_rng(3), data.pool.features["text"][:, 0].numpy()
+    dev, test = (x[getattr(data.folds[0], part)] for part in ("dev", "test"))
+    losses, errors = [], []
+    for _ in range(60):
+        bias, slope = 0.5 * rng.normal(size=(2, 6, 1))  # of six members
+        row = Row((2 + slope) * dev + bias, truth)
+        outputs = (2 + slope) * test + bias
+        parts = row.by_seed(outputs, PARTS["NLL"])
+        losses.append(parts.mean())
+        errors.append(parts.mean(1).var(ddof=1) / 6)
+    # a standard deviation of 60 draws is known to 9 %, and the jackknife errs on the long side
+    assert 0.8 < np.mean(errors) ** 0.5 / np.std(losses) < 1.5
+
+
+def test_ensemble_is_the_mean_probability_and_never_loses_to_the_mean_member():
+    data = toy_study()
+    truth, fake = truth_of(data, (0.1,)), FakePredictor(FakeRun(data))
+    row = Row(fake.clean("row", "dev"), truth)
+    test = fake.clean("row")
+    np.testing.assert_allclose(expit(row.ensemble.logits(test)), expit(test).mean(0))
+    np.testing.assert_allclose(row.member_losses(test), example_losses(test, truth.test, "binary"))
+    assert row.ensemble.losses(test).mean() <= row.member_losses(test).mean()
+
+
+# ---- the experiment ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("task", "outputs", "folds"), [("binary", None, 3), ("regression", None, 1), ("regression", 2, 1)]
+)
+def test_outcome_is_complete_and_json(task, outputs, folds):
+    outcome = measured(FakeRun(toy_study(task, outputs, folds)))
+    json.dumps(outcome.numbers, allow_nan=False)
+    assert outcome.verdict in ("supported", "not supported", "too few data")
+    names = [c.name for c in outcome.contrasts]
+    assert set(uncertainty.DECIDING) <= set(names) and "ensemble over member, NLL" in names
+    assert len(outcome.numbers["corrupted"]) == 4  # two kinds, two levels; draws are averaged
+    figure = Figure(figsize=outcome.size, layout="constrained")
+    FigureCanvasAgg(figure)
+    outcome.draw(figure)
+    assert len(figure.axes) == 4
+
+
+def test_overconfident_row_without_prior_loses_in_nll_and_temperature_undoes_it():
+    outcome = measured(FakeRun())
+    found = {c.name: c for c in outcome.contrasts}
+    assert found["NLL, clean"].verdict == "supported"
+    assert abs(found["NLL after scaling, clean"].estimate) < 0.1 * found["NLL, clean"].estimate
+    assert abs(found["AURC, clean"].estimate) < 0.01  # the order is nearly the same
+    assert outcome.verdict != "supported"  # all four must hold
+
+
+def test_undisturbed_copies_are_detected_by_no_disagreement():
+    class Undisturbed(FakePredictor):
+        def corrupted(self, row, condition):
+            return self.clean(row)
+
+    run = FakeRun()
+    outcome = uncertainty.measure(run, Undisturbed(run), CONDITIONS, 0.1)
+    for condition in outcome.numbers["corrupted"]:
+        for scores in condition["detected"].values():
+            assert {score["auroc"] for score in scores.values()} == {0.5}
+    strong = measured(run).numbers["corrupted"][1]["detected"]["with jWAE"]["mutual information"]
+    assert strong["low"] > 0.5
+
+
+@pytest.mark.parametrize(
+    ("change", "made", "said"),
+    [({"prior_free_row": None}, CONDITIONS, "no row without the prior"), ({}, [], "no corruption was looked at")],
+)
+def test_without_its_comparison_the_claim_is_not_judged(change, made, said):
+    outcome = measured(replace(FakeRun(), **change), made)
+    assert outcome.verdict == "too few data"
+    assert any(said in note for note in outcome.notes)
+    figure = Figure(figsize=outcome.size, layout="constrained")
+    outcome.draw(figure)
+
+
+def test_dev_that_is_not_like_test_is_said():
+    alike, shifted = (measured(FakeRun(toy_study("regression", shift=s)), []) for s in (0.0, 2.0))
+    assert not any("dev is not like test" in note for note in alike.notes)
+    assert any("dev is not like test" in note for note in shifted.notes)
+    level = f"coverage at {0.9:g}"
+    coverage = [x.numbers["clean"]["with jWAE"]["ensemble"]["raw"][level] for x in (alike, shifted)]
+    assert coverage[0] == pytest.approx(0.9, abs=0.1) and coverage[1] < 0.7
+
+
+def test_run_selected_on_dev_is_said():
+    assert any("selected on dev" in note for note in measured(FakeRun(settings={}), []).notes)
+
+
+# ---- command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fake(monkeypatch, tmp_path):
+    """The command finds this run, whatever folder it is given."""
+    run = FakeRun()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(uncertainty, "load_run", lambda folder, device: run)
+    monkeypatch.setattr(uncertainty, "conditions", lambda run, groups, draws: CONDITIONS)
+    monkeypatch.setattr(uncertainty, "Predictor", FakePredictor)
+    return run
+
+
+def command(*arguments: str) -> int:
+    return run_command(uncertainty.execute, Options, list(arguments))
+
+
+def test_command_leaves_table_figure_and_results(fake, tmp_path, capsys):
+    assert command("runs/fake", "--device", "cpu") == 0
+    folder = tmp_path / "runs" / "uncertainty-fake"
+    results = json.loads((folder / "results.json").read_text())
+    assert results["experiment"] == "uncertainty" and results["seeds"] == SEEDS
+    assert results["deciding"] == list(uncertainty.DECIDING)
+    assert (folder / "figure.png").stat().st_size > 10_000
+    assert "verdict: " in (folder / "table.txt").read_text()
+    assert command("runs/fake", "--device", "cpu", "--resume") == 0
+    assert "complete" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"trained_on_dev": True}, "--hold-out-dev"),
+        ({"seeds": 1}, "one seed"),
+    ],
+)
+def test_run_trained_on_dev_or_of_one_seed_is_refused_with_exit_code_2(fake, change, said, tmp_path, capsys):
+    vars(fake).update(change)
+    with pytest.raises(SystemExit) as stop:
+        command("runs/fake", "--device", "cpu")
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert said in message and "runs/fake" in message and message.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_dev_that_is_tested_on_is_refused():
+    fold = SimpleNamespace(dev=torch.tensor([1, 2]), test=torch.tensor([2, 3]))
+    with pytest.raises(InputError, match="dev is what is tested on"):
+        uncertainty.refuse(FakeRun(SimpleNamespace(folds=[fold], name="toy")))
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"), [(("--draws", "0"), "--draws"), (("--alpha", "1"), "--alpha"), (("--groups", "x"), "groups")]
+)
+def test_flags_out_of_range_are_refused(flags, said, capsys):
+    with pytest.raises(SystemExit) as stop:
+        command("runs/none", *flags)
+    assert stop.value.code == 2 and said in capsys.readouterr().err
