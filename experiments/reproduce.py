@@ -7,6 +7,7 @@ Each experiment is a process of its own, run by the very command that RESULTS.md
 again with --resume.
 """
 
+import importlib
 import json
 import os
 import shutil
@@ -20,10 +21,26 @@ from atomic_files import write_atomically, write_text
 from command_line import parse, run_command
 from corpus import InputError
 from experiments.experiment import Options
+from experiments.experiment import options_of as experiment_options
 from experiments.grid import Recipe
 from run_folder import MARK_OF_COMPLETION, PACKAGES, RUNS, check_resumable, installed_version
 
-EXPERIMENTS = ("train", "rank_ablation", "jwae_ablation", "modality_dropout", "modality_balance", "rank_semantics")
+EXPERIMENTS = (
+    "train",
+    "rank_ablation",
+    "jwae_ablation",
+    "modality_dropout",
+    "modality_balance",
+    "rank_semantics",
+    "robustness",
+    "rank_robustness",
+    "uncertainty",
+)
+# these measure a trained run: one of experiments.train with dev held out, trained for them
+OF_A_RUN = ("robustness", "uncertainty")
+MODELS = "models"
+# whose pictures or texts can be corrupted and encoded anew
+WITH_INPUTS = ("demo", "mustard", "hateful_memes")
 # the first file that fits is taken
 FILES = {
     "cmu_mosi": ("cmu_mosi*.npz", "mosi*.npz", "*mosi*.pkl", "aligned_50.pkl", "unaligned_50.pkl"),
@@ -76,6 +93,22 @@ class Job:
         """Where it leaves its results."""
         return RUNS / f"reproduce-{self.experiment}-{self.dataset}"
 
+    @property
+    def models(self) -> "Job":
+        """The training whose models it measures."""
+        return Job(MODELS, self.dataset, self.data)
+
+    @property
+    def module(self) -> str:
+        """The module that is run."""
+        return "experiments.train" if self.experiment == MODELS else f"experiments.{self.experiment}"
+
+    @property
+    def options(self) -> type:
+        """The dataclass of its flags."""
+        module = importlib.import_module(self.module)
+        return module.Options if self.experiment in OF_A_RUN else experiment_options(module.EXPERIMENT)
+
 
 def main(config: Config) -> None:
     """Run, then write. Raises InputError, also where an experiment has stopped with one."""
@@ -92,12 +125,13 @@ def main(config: Config) -> None:
             continue
         print(f"\n[{number}/{len(jobs)}] {job.experiment} on {job.dataset}", flush=True)
         arguments = flags(job, config) + (["--resume"] if (job.folder / "run.json").exists() else [])
-        status = subprocess.run([sys.executable, "-m", f"experiments.{job.experiment}", *arguments]).returncode
+        status = subprocess.run([sys.executable, "-m", job.module, *arguments]).returncode
         if status:
             raise InputError(
-                f"experiments.{job.experiment} on {job.dataset} stopped with exit code {status}; "
+                f"{job.module} on {job.dataset} stopped with exit code {status}; "
                 "put right what it says above, then go on with --resume"
             )
+    jobs = [job for job in jobs if job.experiment != MODELS]
     results = {job: json.loads((job.folder / MARK_OF_COMPLETION).read_text(encoding="utf-8")) for job in jobs}
     for job in jobs:
         source = job.folder / "figure.png"
@@ -137,12 +171,17 @@ def find_jobs(config: Config) -> Iterator[Job]:
         raise InputError(f"--only {' '.join(sorted(missing))}: not found; name the folder of its file with --data-root")
     experiments = [e for e in EXPERIMENTS if not set(config.only) & set(EXPERIMENTS) or e in config.only]
     for dataset in datasets:
-        for experiment in experiments:
-            yield Job(experiment, dataset, found[dataset])
+        made = [Job(experiment, dataset, found[dataset]) for experiment in experiments]
+        measured = [job for job in made if job.experiment in OF_A_RUN]
+        yield from ([measured[0].models] if measured else []) + made
 
 
 def flags(job: Job, config: Config) -> list[str]:
     """Flags of the experiment's command."""
+    if job.experiment in OF_A_RUN:
+        inputs = ["input"] if job.dataset in WITH_INPUTS else []
+        groups = ["--groups", *inputs, "features", "latents", "missing"]
+        return [str(job.models.folder), *groups, "--name", job.folder.name]
     made = ["--dataset", job.dataset]
     if job.data is not None:
         made += ["--data", str(job.data)]
@@ -150,13 +189,16 @@ def flags(job: Job, config: Config) -> list[str]:
         made += ["--text-encoder", config.text_encoder]
     made += ["--seeds", str(config.seeds), "--epochs", str(config.epochs), *DEPARTURES.get(job.dataset, ())]
     made += ["--compile"] if config.compile else []
+    made += ["--hold-out-dev"] if job.experiment == MODELS else []
     return [*made, "--cache-dir", str(config.cache_dir), "--name", job.folder.name]
 
 
 def check_finished(job: Job, config: Config) -> None:
     """Raise InputError where a finished run was made with other settings than these (compiled or not is all one)."""
-    options = parse(Options, flags(job, config))
-    check_resumable(job.folder, replace(options, compile=_settings(job)["compile"]))
+    options = parse(job.options, flags(job, config))
+    if job.experiment not in OF_A_RUN:
+        options = replace(options, compile=_settings(job)["compile"])
+    check_resumable(job.folder, options)
 
 
 def _settings(job: Job) -> dict:
@@ -208,7 +250,8 @@ effect of interest. *Not supported*: the interval excludes that effect, or the o
 data*: neither, or what the rule needs is not there. *Not identified*: the quantity has no single value. Which contrasts
 decide, and whether all or any of them must hold, stands in each experiment's docstring; where all must, the weakest
 decides. Scores are accuracy, or -MAE in standard deviations of the target; the smallest effect of interest is .01 of
-either, .05 (5 %) for training losses, .1 for correlations of components, .3 for the rank correlation of the balance.
+either, .05 (5 %) for training losses and gradients, .1 for correlations of components, .3 for the rank correlation of
+the balance, .01 nats (or squared deviations) for test losses.
 The choice of the training data is not resampled. The common recipe was chosen for jWAE-LMF at rank 4, without the test
 splits; POM departs from it, as its commands show."""
 
@@ -242,7 +285,10 @@ def verdict_table(results: dict[Job, dict]) -> list[str]:
 
 def command(job: Job) -> str:
     """The command that made a run: what its own record says, without folders and defaults."""
-    settings, shown = _settings(job), [f"python -m experiments.{job.experiment} --dataset {job.dataset}"]
+    settings = _settings(job)
+    if job.experiment in OF_A_RUN:
+        return f"python -m {job.module} {Path(settings['run']).as_posix()} --groups {' '.join(settings['groups'])}"
+    shown = [f"python -m {job.module} --dataset {job.dataset}"]
     if settings["data"]:
         shown.append(f"--data {Path(settings['data']).name}")
     for name in ("text_encoder", "seeds", "epochs", "hidden_dim", "weight_decay", "compile"):
@@ -251,6 +297,7 @@ def command(job: Job) -> str:
             is_folder = name == "text_encoder" and Path(value).exists()
             text = "MODEL_FOLDER" if is_folder else str(value).removesuffix(".0")
             shown.append(f"--{name.replace('_', '-')}" + ("" if value is True else f" {text}"))
+    shown += [f"--hold-out-dev --name {job.folder.name}"] if job.experiment == MODELS else []
     return " ".join(shown)
 
 
@@ -282,6 +329,7 @@ def section(experiment: str, results: dict[Job, dict], config: Config) -> list[s
             "",
             result["answer"],
             "",
+            *([f"- the run: `{command(job.models)}`"] if experiment in OF_A_RUN else []),
             *[f"- {note}" for note in result["notes"]],
             "",
             "| contrast (positive: as claimed) | estimate | 95 % interval | p (Holm) | seeds needed | verdict |",

@@ -309,4 +309,5 @@ def test_folder_without_data_is_named(tmp_path):
 
 def test_without_a_data_root_the_demo_alone_is_run():
     jobs = list(reproduce.find_jobs(reproduce.Config()))
-    assert {job.dataset for job in jobs} == {"demo"} and len(jobs) == len(reproduce.EXPERIMENTS)
+    assert {job.dataset for job in jobs} == {"demo"} and jobs[0].experiment == reproduce.MODELS
+    assert [job.experiment for job in jobs[1:]] == list(reproduce.EXPERIMENTS)
