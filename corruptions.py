@@ -1,6 +1,7 @@
 """What may go wrong with an input: pictures, texts, features, latents, whole modalities.
 
-A severity lies in [0, 1]; 0 leaves the input as it is. Every random choice comes from a generator that the caller
+A severity lies in [0, 1]; 0 leaves the input as it is (JPEG excepted, which always loses; and white space of texts
+becomes single blanks). Every random choice comes from a generator that the caller
 seeds, so a corrupted example is a function of the example, the corruption, the severity and the seed.
 """
 
@@ -17,7 +18,8 @@ from torch import Tensor
 def image_noise(image: Image.Image, severity: float, rng: np.random.Generator) -> Image.Image:
     """Gaussian noise on every pixel, of standard deviation severity / 2 of the whole range."""
     pixels = np.asarray(image, np.float32)
-    return Image.fromarray((pixels + rng.normal(0, 127.5 * severity, pixels.shape)).clip(0, 255).astype(np.uint8))
+    noisy = pixels + rng.normal(0, 127.5 * severity, pixels.shape)
+    return Image.fromarray(noisy.round().clip(0, 255).astype(np.uint8))
 
 
 def image_blur(image: Image.Image, severity: float, rng: np.random.Generator) -> Image.Image:

@@ -228,14 +228,12 @@ def certified_feature_radius(path: FeaturePath, norm: Norm, largest: float = 1e4
     target = path.output.abs()
     low = torch.zeros_like(target)
     high = torch.full_like(target, 1e-2)
-    while bool((high < largest).any()):  # doubling first: the radius's order of magnitude is not known
-        safe = certified_change(path, direction, high, norm) < target
-        if not safe.any():
+    for _ in range(math.ceil(math.log2(largest / 1e-2)) + 1):  # doubling: the order of magnitude is not known
+        grows = (certified_change(path, direction, high, norm) < target) & (low < largest)
+        if not grows.any():
             break
-        low = torch.where(safe, high, low)
-        high = torch.where(safe, (2 * high).clamp_max(largest), high)
-        if bool((low >= largest).all()):
-            return low
+        low = torch.where(grows, high, low)
+        high = torch.where(grows, (2 * high).clamp_max(largest), high)
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
         safe = certified_change(path, direction, middle, norm) < target

@@ -4,17 +4,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from lmf_module import LowRankMultimodalFusion
+
 
 def normalise_spectrally(module: nn.Module, bound: float) -> None:
     """Give every Linear layer in `module` a weight whose spectral norm is at most `bound`, in place.
 
-    Raises ValueError for a bound that is not positive.
+    Masked ranks of an LMF layer take no part in the norm, so that it stays exactly the smaller layer. Raises ValueError for a bound that is not positive.
     """
     if not bound > 0:
         raise ValueError(f"the bound of a spectral norm is positive, not {bound}")
+    rows = {}
     for layer in module.modules():
-        if isinstance(layer, nn.Linear):
-            parametrize.register_parametrization(layer, "weight", SpectralNormalisation(bound))
+        if isinstance(layer, LowRankMultimodalFusion):
+            for projection in layer.projections:
+                # rows are rank-major: every rank has as many as the layer has outputs (or one, of shared factors)
+                rows[projection] = layer.rank_mask.repeat_interleave(projection.out_features // layer.rank)
+    for layer in [layer for layer in module.modules() if isinstance(layer, nn.Linear)]:
+        parametrize.register_parametrization(layer, "weight", SpectralNormalisation(bound, rows.get(layer)))
 
 
 class SpectralNormalisation(nn.Module):
@@ -27,12 +34,14 @@ class SpectralNormalisation(nn.Module):
 
     SQUARINGS = 6
 
-    def __init__(self, bound: float = 1.0) -> None:
+    def __init__(self, bound: float = 1.0, rows: Tensor | None = None) -> None:
         super().__init__()
         self.bound = bound
+        self.register_buffer("rows", rows)  # (n,) of 1 and 0: which rows count
 
     def forward(self, weight: Tensor) -> Tensor:
-        return weight * (self.bound / schatten_norm(weight, self.SQUARINGS))
+        seen = weight if self.rows is None else weight * self.rows.unsqueeze(-1)
+        return weight * (self.bound / schatten_norm(seen, self.SQUARINGS))
 
 
 def schatten_norm(weight: Tensor, squarings: int) -> Tensor:

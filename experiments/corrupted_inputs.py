@@ -62,7 +62,7 @@ def _pictures(run: TrainedRun, keys: Sequence[Key], device: str) -> dict[Key, Te
 
 
 def _digest(content: str, key: Key) -> str:
-    return hashlib.sha256(repr((content, key, "version 1")).encode()).hexdigest()
+    return hashlib.sha256(repr((content, key, "version 2")).encode()).hexdigest()
 
 
 def _change(what: Mapping[str, Key], picture: Image.Image, digest: str) -> Image.Image:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -52,7 +53,7 @@ class Corrupted:
     curves: dict[tuple[str, str], dict[str, Curve]]
     """{(group, curve): {row: Curve}}"""
     losses: dict[str, dict[str, np.ndarray]]
-    """{group: {row: (S, n)}}: mean over the group's conditions of score - clean, per example"""
+    """{group: {row: (S, n)}}: mean over curves and severities of score - clean, per example"""
 
 
 def measure_corrupted(predictor: Predictor, made: Sequence[Condition]) -> Corrupted:
@@ -65,9 +66,10 @@ def measure_corrupted(predictor: Predictor, made: Sequence[Condition]) -> Corrup
     clean = {row: scores(predictor.clean(row)) for row in predictor.rows}
     collected: dict[tuple[str, str], dict[str, dict[float, list[np.ndarray]]]] = {}
     sums: dict[str, dict[str, np.ndarray]] = {}
-    counts: dict[str, int] = {}
+    # draws are averaged, so that every severity of every curve weighs alike
+    draws = Counter((c.group, c.curve, c.level) for c in made)
+    points = Counter(group for group, _, _ in draws)
     for condition in tqdm(made, desc="corruptions", unit="condition", mininterval=0.5):
-        counts[condition.group] = counts.get(condition.group, 0) + 1
         for row in predictor.rows:
             said = predictor.corrupted(row, condition)
             if said is None:
@@ -76,12 +78,13 @@ def measure_corrupted(predictor: Predictor, made: Sequence[Condition]) -> Corrup
             by_level = collected.setdefault((condition.group, condition.curve), {}).setdefault(row, {})
             by_level.setdefault(condition.level, []).append(values.mean(1))
             group = sums.setdefault(condition.group, {})
-            group[row] = group.get(row, 0) + values - clean[row]
+            drawn = draws[condition.group, condition.curve, condition.level]
+            group[row] = group.get(row, 0) + (values - clean[row]) / drawn
     curves = {
         key: {row: _curve(clean[row].mean(1), by_level) for row, by_level in rows.items()}
         for key, rows in collected.items()
     }
-    losses = {group: {row: x / counts[group] for row, x in rows.items()} for group, rows in sums.items()}
+    losses = {group: {row: x / points[group] for row, x in rows.items()} for group, rows in sums.items()}
     return Corrupted(clean, curves, losses)
 
 

@@ -1,6 +1,5 @@
 """PGD on the pixels of a few memes, through the frozen image encoder, and the pictures before and after."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,9 +9,11 @@ from PIL import Image
 from torch import Tensor
 
 from atomic_files import write_atomically
+from corpus import Split
 from experiments.study import tested_split
 from experiments.trained_run import TrainedRun
 from frozen_encoders import ImageEncoder, find_image_encoder, image_preprocessing
+from fusion_model import FusionModel
 from image_decoding import decode_rgb, preprocess
 from robustness import pgd
 
@@ -70,13 +71,14 @@ def attack_pixels(run: TrainedRun, count: int, device: str = "cpu") -> list[Pixe
     source = find_image_encoder(run.encoders)
     how = image_preprocessing(run.encoders, source)
     encoder = ImageEncoder(run.encoders, source, device)
-    return [_attack(run, model, encoder, split.features, row, split, paths, how) for row in right]
+    pictures = {row: preprocess(decode_rgb(paths[split.ids[row]]), how) for row in right}
+    return [_attack(model, encoder, split, row, before) for row, before in pictures.items()]
 
 
-def _attack(run, model, encoder: ImageEncoder, features, row: int, split, paths, how) -> PixelAttack:
-    before = preprocess(decode_rgb(paths[split.ids[row]]), how)
+def _attack(model: FusionModel, encoder: ImageEncoder, split: Split, row: int, before: np.ndarray) -> PixelAttack:
+    """One meme; `before` (S, S, 3) are its pixels."""
     pixels = torch.from_numpy(before.astype(np.float32)).permute(2, 0, 1).unsqueeze(0)  # (1, 3, S, S)
-    others = {name: x[row : row + 1] for name, x in features.items()}
+    others = {name: x[row : row + 1] for name, x in split.features.items()}
     label = int(split.target[row])
 
     def logit(x: Tensor) -> Tensor:
@@ -97,8 +99,3 @@ def _attack(run, model, encoder: ImageEncoder, features, row: int, split, paths,
         chances = tuple(float(logit(x).sigmoid()) for x in (pixels, after))
     picture = after.squeeze(0).permute(1, 2, 0).to(torch.uint8).numpy()
     return PixelAttack(split.ids[row], np.array(before), np.ascontiguousarray(picture), chances, label)
-
-
-def flips(attacks: Sequence[PixelAttack]) -> int:
-    """How many changed the sign of their logit."""
-    return sum(attack.flipped for attack in attacks)

@@ -63,8 +63,8 @@ class Options:
     """members that are attacked; certificates on latents are for all"""
     pixels: int = 0
     """memes whose pixels are attacked through the image encoder; pictures before and after are kept"""
-    device: str = "cpu"
-    """where inputs are encoded; everything else is on the CPU"""
+    device: str = "auto"
+    """where inputs are encoded, as they were in training: cpu, cuda, ...; everything else is on the CPU"""
     name: str | None = None
     """results are kept in runs/NAME; default: robustness-RUN, with a number if that is taken"""
     resume: bool = False
@@ -75,7 +75,7 @@ def main(options: Options) -> None:
     """Load, measure, and leave table, figure, curves, masks and results in the run's folder. Raises InputError."""
     check_options(options)
     device = pick_device(options.device)
-    folder = choose_folder(options.name, f"robustness-{options.run.name}", options.resume)
+    folder = choose_folder(options.name, f"robustness-{options.run.resolve().name}", options.resume)
     if options.resume:
         check_resumable(folder, options)
     run = load_run(options.run, str(device))
@@ -137,12 +137,12 @@ class Kept:
 
 def measure(run: TrainedRun, options: Options, made: Sequence[Condition]) -> tuple[Outcome, Kept]:
     """All curves, worst cases and contrasts of a run."""
-    trained_here = "experiment" in _begun_data(run)
-    predictor = Predictor(run, options.device, kernel_machine=trained_here)
+    # beside main_hateful_memes.py there is no kernel machine to compare with
+    predictor = Predictor(run, str(pick_device(options.device)), kernel_machine="dataset" in run.settings)
     predictor.prepare(made)
     found = measure_corrupted(predictor, made)
     worst = measure_worst_cases(run, options.attack_seeds)
-    pixels = attack_pixels(run, options.pixels, options.device) if options.pixels else []
+    pixels = attack_pixels(run, options.pixels, predictor.device) if options.pixels else []
     named = differences(run, found)
     contrasts = contrasts_on_test(run.study, named) if named else []
     deciding = [c.verdict for c in contrasts if c.name.startswith(OVER_LATE_FUSION)]
@@ -169,10 +169,6 @@ def measure(run: TrainedRun, options: Options, made: Sequence[Condition]) -> tup
         notes,
     )
     return outcome, Kept({"curves.csv": curves_csv(found)}, masks, pixels)
-
-
-def _begun_data(run: TrainedRun) -> dict:
-    return {"experiment": "train"} if "dataset" in run.settings else {}
 
 
 OVER_LATE_FUSION = "loses less than late fusion: "
