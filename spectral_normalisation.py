@@ -10,7 +10,8 @@ from lmf_module import LowRankMultimodalFusion
 def normalise_spectrally(module: nn.Module, bound: float) -> None:
     """Give every Linear layer in `module` a weight whose spectral norm is at most `bound`, in place.
 
-    Masked ranks of an LMF layer take no part in the norm, so that it stays exactly the smaller layer. Raises ValueError for a bound that is not positive.
+    Masked ranks of an LMF layer take no part in the norm, so that it stays exactly the smaller layer. Raises ValueError
+    for a bound that is not positive.
     """
     if not bound > 0:
         raise ValueError(f"the bound of a spectral norm is positive, not {bound}")

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments import experiment, reproduce
+import explain
+from experiments import experiment, reproduce, robustness, train, uncertainty
 from main_hateful_memes import Config
 
 ROOT = Path(__file__).parent.parent
@@ -48,7 +49,8 @@ def test_every_module_is_in_the_file_table_and_in_the_package():
 
 
 def test_every_flag_and_benchmark_that_is_named_exists():
-    configs = (Config, experiment.Options, reproduce.Config)
+    configs = (Config, explain.Config, experiment.Options, train.TrainOptions, reproduce.Config)
+    configs += (robustness.Options, uncertainty.Options)
     known = {f"--{field.name.replace('_', '-')}" for config in configs for field in dataclasses.fields(config)}
     others = {"--help", "--nproc_per_node", "--no-deps"}
     for flag in set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README)):
