@@ -3,6 +3,7 @@
 import contextlib
 import io
 import itertools
+import os
 import sys
 from collections.abc import Callable
 from typing import TypeVar
@@ -23,6 +24,9 @@ def run_command(main: Callable[[Config], None], config_class: type[Config], argu
         main(parse(config_class, arguments))
     except (InputError, NonFiniteLoss) as error:
         current_processes().stop(error)
+    except BrokenPipeError:  # `... | head`: whoever read has gone, and there is nobody to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at exit
+        return 141
     except KeyboardInterrupt:
         print("interrupted; what is encoded is kept, and a run that has begun goes on with --resume", file=sys.stderr)
         return 130

@@ -1,6 +1,6 @@
 """What a run says: the printed tables, the account of the rank factors, and report.png."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +17,8 @@ from torch import Tensor
 from atomic_files import write_atomically
 from corpus import Corpus
 from fusion_model import FusionEnsemble, FusionModel
-from lmf_module import LowRankMultimodalFusion
 from metrics import BINARY_SCORES, Score
+from modality_attribution import parts_about
 from training import Trained
 
 DEMO_BANNER = """\
@@ -64,7 +64,7 @@ def rank_report(ensemble: FusionEnsemble, features: Mapping[str, Tensor]) -> Ran
         columns["strength"].append(layer.rank_strength().squeeze(-1).numpy()[order])
         columns["share"].append(share[order])
         columns["spectrum"].append(layer.canonical_factors([z.T.cov() for z in latents]).spectrum.squeeze(0).numpy())
-        for subset, part in centred_parts(layer, latents).items():
+        for subset, part in parts_about(layer, latents).items():
             part = part.squeeze(-1)  # (N, 1) -> (N,)
             if subset:
                 name = " x ".join(member.modalities[m] for m in subset)
@@ -79,18 +79,6 @@ def rank_report(ensemble: FusionEnsemble, features: Mapping[str, Tensor]) -> Ran
 def _covariance_share(part: Tensor, whole: Tensor) -> float:
     part, whole = part - part.mean(), whole - whole.mean()
     return ((part * whole).sum() / whole.square().sum().clamp_min(1e-30)).item()
-
-
-@torch.no_grad()
-def centred_parts(layer: LowRankMultimodalFusion, latents: Sequence[Tensor]) -> dict[tuple[int, ...], Tensor]:
-    """`subset_terms` (N, O) about the mean latents instead of about 0, so that the split does not depend on the origin.
-
-    The same function of z - mean has bias rows c_m + A_m mean_m. `layer` is left as it is.
-    """
-    layer, means = deepcopy(layer), [z.mean(0) for z in latents]
-    for projection, mean in zip(layer.projections, means, strict=True):
-        projection.bias += projection.weight @ mean  # (R * O,) + (R * O, d_m) (d_m,)
-    return layer.subset_terms([z - mean for z, mean in zip(latents, means, strict=True)])
 
 
 # ---- printed tables ----------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ NORMS: tuple[Norm, ...] = (1, 2, math.inf)
 # gelu'' = phi(x) (2 - x^2): the slope is extreme at +-sqrt(2); gelu itself is least where its slope is 0
 STEEPEST = 2**0.5
 GELU_LEAST_AT = -0.7517915246935645
-GELU_LIPSCHITZ = 1.1289042232562544
+GELU_LIPSCHITZ = 0.5 * (1 + math.erf(1.0)) + math.exp(-1.0) / math.pi**0.5  # its slope at sqrt(2)
 BISECTIONS = 30
 
 

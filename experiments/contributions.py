@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lmf_module import LowRankMultimodalFusion
-from report import centred_parts
+from modality_attribution import parts_about
 
 
 @torch.no_grad()
@@ -17,7 +17,7 @@ def variance_shares(layer: LowRankMultimodalFusion, latents: Sequence[Tensor]) -
 
         share_S = sum_o cov(part_So, y_o) / sum_o var(y_o),    y = sum_S part_S
 
-    The parts are those of `report.centred_parts`.
+    The parts are those of `modality_attribution.parts_about`.
 
     Args:
         layer: of M modalities and O outputs; left as it is.
@@ -29,7 +29,7 @@ def variance_shares(layer: LowRankMultimodalFusion, latents: Sequence[Tensor]) -
 
     Raises ValueError for latents that do not fit the layer.
     """
-    parts = centred_parts(deepcopy(layer).double(), [z.double() for z in latents])  # (n, O) each
+    parts = parts_about(deepcopy(layer).double(), [z.double() for z in latents])  # (n, O) each
     parts = {subset: part - part.mean(0) for subset, part in parts.items() if subset}
     whole = sum(parts.values())
     total = whole.square().sum().clamp_min(1e-30)

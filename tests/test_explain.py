@@ -1,0 +1,450 @@
+"""The command as a user meets it, and the account against direct formulas."""
+
+import csv
+import os
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small_memes import write_bert, write_memes
+
+import experiments.trained_run as trained_run
+import explanation
+import main_hateful_memes
+from corpus import Corpus, Split
+from experiments.study import study_of
+from experiments.trained_run import TrainedRun
+from explain import run
+from explainer import ensemble_losses
+from explanation import RankComponents, account_for, exact_layer, latents_of
+from fusion_model import FusionEnsemble, FusionModel
+from lmf_module import LowRankMultimodalFusion
+
+# ---- runs to explain
+
+
+@pytest.fixture(scope="module")
+def memes(tmp_path_factory) -> Path:
+    """The working folder of a finished run of two seeds on tiny memes."""
+    place = tmp_path_factory.mktemp("memes")
+    write_bert(place / "bert")
+    write_memes(place, {"train": 48, "dev": 16, "test": 6})
+    before = Path.cwd()
+    os.chdir(place)
+    flags = {
+        "jsonl": "train.jsonl",
+        "image-encoder": "random:resnet50",
+        "image-size": 64,
+        "text-encoder": "random:bert",
+        "latent-dim": 4,
+        "hidden-dim": 8,
+        "rank": 2,
+        "epochs": 2,
+        "batch-size": 16,
+        "device": "cpu",
+        "seeds": "3 5",
+        "name": "trial",
+    }
+    arguments = [part for key, value in flags.items() for part in (f"--{key}", *str(value).split())]
+    try:
+        assert main_hateful_memes.run(arguments) == 0
+    finally:
+        os.chdir(before)
+    return place
+
+
+@pytest.fixture
+def here(memes, tmp_path, monkeypatch) -> Path:
+    """A working folder from which the run can be read; what is written lies in its own `explanations`."""
+    for name in ("bert", "img", "cache", "runs", "train.jsonl", "dev.jsonl", "test.jsonl"):
+        (tmp_path / name).symlink_to(memes / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def small_run(modalities=("audio", "text", "video"), outputs=2, folds=1, task="regression") -> TrainedRun:
+    """Untrained members on random features, as `load_run` would give them."""
+    torch.manual_seed(0)
+    corpora = []
+    for fold in range(folds):
+        splits = {}
+        for name, n in (("train", 40), ("dev", 12), ("test", 9)):
+            target = torch.randn(n, outputs) * 2 + 3 if task == "regression" else torch.arange(n) % 2.0
+            ids = [f"{fold}-{name}-{i}" for i in range(n)]
+            words = {"transcript": [f"<b>words</b> & more of {key}" for key in ids]}
+            splits[name] = Split({m: torch.randn(n, 5) + 1 for m in modalities}, target, ids, words)
+        names = [f"trait_{k}" for k in range(outputs)] if outputs > 1 else []
+        corpora.append(Corpus("toy", task, splits, "dev", target_names=names))
+    ensemble = FusionEnsemble(dict.fromkeys(modalities, 5), 2 * folds, 4, 8, rank=3, output_dim=outputs).eval()
+    for member in ensemble.members:
+        member.fit_standardisation(corpora[0].splits["train"].features)
+        if task == "regression":
+            member.rescale.fit(corpora[0].splits["train"].target)
+    ensemble.requires_grad_(False)
+    fields = {"encoders": None, "memes": None, "cache_dir": Path("cache"), "trained_on_dev": False}
+    return TrainedRun(Path("runs/toy"), study_of(corpora), corpora, {"jWAE-LMF": ensemble}, 2, {"seeds": 2}, **fields)
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    """Lets the command find a small run in place of one on disk."""
+    monkeypatch.chdir(tmp_path)
+
+    def use(**shape) -> TrainedRun:
+        made = small_run(**shape)
+        monkeypatch.setattr(trained_run, "load_run", lambda folder, device: made)
+        return made
+
+    return use
+
+
+class Page(HTMLParser):
+    """Checks that tags nest, and keeps what a reader would look for."""
+
+    VOID = ("meta", "img", "br", "link")
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.source = path.read_text(encoding="utf-8")
+        self.open, self.tags, self.words = [], [], []
+        self.feed(self.source)
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in self.VOID and not tag.startswith(("rect", "line")):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join("".join(self.words).split())
+
+    @property
+    def ids(self) -> list[str]:
+        return re.findall(r"<h2>(.*?)</h2>", self.source)
+
+
+def refused(capsys, arguments: list[str]) -> str:
+    """Run; expect exit code 2, one line on stderr and nothing written; return the line."""
+    with pytest.raises(SystemExit) as stop:
+        run(arguments)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1 and error[0].startswith("error: "), error
+    assert not Path("explanations").exists()
+    return error[0]
+
+
+# ---- one meme
+
+
+def test_one_meme_is_printed_and_drawn(here, capsys):
+    assert run(["runs/trial", "--image", "img/00050.png", "--text", "my dogs love you"]) == 0
+    out = capsys.readouterr().out
+    for phrase in ("probability of label 1", "over 2 seeds", "certified radius", "image x text", "image alone", "bias"):
+        assert phrase in out
+    for phrase in ("parts sum to the logit", "canonical component", "rank terms of seed 3", "dogs", "[special]"):
+        assert phrase in out
+    parts = [float(re.search(rf"  {name} +(\S+) \+-", out)[1]) for name in ("bias", "image alone", "text alone")]
+    interaction, total = (float(re.search(rf"  {name} +(\S+) \+-", out)[1]) for name in ("image x text", "sum"))
+    assert sum(parts) + interaction == pytest.approx(total, abs=3e-3)  # as printed
+    with Image.open(here / "explanations/trial-00050.png") as image:
+        image.load()
+        assert image.width > 1200
+        assert len(image.convert("RGB").getcolors(1 << 24)) > 500
+
+
+def test_meme_of_the_corpus_is_said_of_what_its_cached_features_say(here, capsys):
+    row = next(csv.DictReader(Path("runs/trial/predictions_dev.csv").open()))
+    text = trained_run.load_run(Path("runs/trial")).corpora[0].splits["dev"].metadata["transcript"][0]
+    assert run(["runs/trial", "--image", row["id"], "--text", text, "--out", "one.png"]) == 0
+    said = float(re.search(r"probability of label 1: (\S+)", capsys.readouterr().out)[1])
+    assert said == pytest.approx(float(row["probability"]), abs=1e-3)
+    assert not Path("explanations").exists() and Path("one.png").exists()
+
+
+def test_text_that_looks_like_a_formula_or_is_no_latin_is_drawn(here, capsys, recwarn):
+    assert run(["runs/trial", "--image", "img/00050.png", "--text", "$5 ^_ \\frac{ $ for 狗 \U0001f415"]) == 0
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
+
+
+def test_one_named_example_is_printed_too(toy, capsys):
+    toy(outputs=2)
+    assert run(["runs/toy", "--ids", "0-dev-3"]) == 0
+    out = capsys.readouterr().out
+    for phrase in (
+        "trait_0: ",
+        "largest change",
+        "audio x text x video",
+        "trait_0 less its bias",
+        "1 example explained",
+    ):
+        assert phrase in out
+
+
+def test_rank_maps_that_component_of_that_seed(here, capsys):
+    command = ["runs/trial", "--image", "img/00050.png", "--text", "a big dog", "--rank", "2", "--seed", "5"]
+    assert run(command) == 0
+    assert "that feed component 2 of seed 5" in capsys.readouterr().out
+
+
+# ---- pages
+
+
+def test_worst_of_a_split_are_those_with_the_largest_loss_worst_first(here, capsys):
+    assert run(["runs/trial", "--split", "dev", "--worst", "4"]) == 0
+    page = Page(here / "explanations/trial-dev-worst-4.html")
+    rows = list(csv.DictReader(Path("runs/trial/predictions_dev.csv").open()))
+    loss = {r["id"]: -np.log(np.abs(1 - int(r["label"]) - float(r["probability"]))) for r in rows}
+    assert page.ids == sorted(loss, key=loss.get, reverse=True)[:4]
+    assert "EMAP" in page.text and "Shapley" in page.text
+
+
+def test_page_needs_no_other_file_and_describes_its_pictures(here):
+    assert run(["runs/trial", "--split", "test", "--maps"]) == 0  # without labels
+    page = Page(here / "explanations/trial-test.html")
+    assert len(page.ids) == 6
+    images = [attributes for tag, attributes in page.tags if tag == "img"]
+    assert len(images) == 12  # each meme, and its map
+    assert all(x["src"].startswith("data:image/jpeg;base64,") and x["alt"] for x in images)
+    links = [x for _, attributes in page.tags for k, x in attributes.items() if k in ("src", "href") and x]
+    assert all(link.startswith("data:") for link in links)
+    assert not re.search(r"url\((?!data:)|<script|http", page.source)
+    assert "prefers-color-scheme: dark" in page.source
+    drawings = [attributes for tag, attributes in page.tags if tag == "svg"]
+    assert len(drawings) == 6 and all("image x text" in x["aria-label"] for x in drawings)
+    assert "span" in {tag for tag, _ in page.tags}
+
+
+def test_named_examples_of_any_split_come_in_the_order_given(here):
+    assert run(["runs/trial", "--ids", "img/00050.png", "img/00001.png", "--out", "some/page.html"]) == 0
+    page = Page(Path("some/page.html"))
+    assert page.ids == ["img/00050.png", "img/00001.png"]
+    nearest = page.source.split("<article>")[2]
+    assert "<td>img/00001.png" not in nearest  # it is in train, and no neighbour of its own
+
+
+def test_unreadable_picture_is_said_in_its_place(here, monkeypatch):
+    import explanation_page
+
+    def decode(path):
+        if path.name == "00050.png":
+            raise OSError("<truncated>")
+        return Image.new("RGB", (8, 8))
+
+    monkeypatch.setattr(explanation_page, "decode_rgb", decode)
+    assert run(["runs/trial", "--ids", "img/00050.png", "img/00051.png"]) == 0
+    assert "img/00050.png: &lt;truncated&gt;" in Path("explanations/trial-ids.html").read_text()
+
+
+def test_summary_is_printed_without_a_page(here, capsys):
+    assert run(["runs/trial", "--summary"]) == 0
+    out = capsys.readouterr().out
+    for phrase in ("full model", "its EMAP", "concatenation + MLP", "Shapley", "relevance", "image x text", "on dev"):
+        assert phrase in out
+    assert not Path("explanations").exists()
+
+
+@pytest.mark.parametrize("modalities", [("audio",), ("audio", "text"), ("audio", "text", "video", "words")])
+def test_regression_of_any_number_of_modalities_is_explained_by_value(toy, modalities, capsys):
+    toy(modalities=modalities)
+    assert run(["runs/toy", "--split", "test", "--output", "1", "--summary"]) == 0
+    page = Page(Path("explanations/toy-test.html"))
+    assert "trait_1:" in page.text and "the target is" in page.text and "probability" not in page.text
+    bars = next(attributes["aria-label"] for tag, attributes in page.tags if tag == "svg").split("; ")
+    assert len(bars) == 2 ** len(modalities) + 1
+    values = [float(bar.rsplit(" ", 1)[1]) for bar in bars]
+    assert sum(values[:-1]) == pytest.approx(values[-1], abs=0.01 * len(bars))
+    assert "correlation" in capsys.readouterr().out
+
+
+def test_texts_are_escaped(toy):
+    toy(task="binary", outputs=1)
+    assert run(["runs/toy", "--split", "test"]) == 0
+    page = Page(Path("explanations/toy-test.html"))
+    assert "<b>" not in page.source
+    assert "<b>words</b> & more of 0-test-0" in page.text
+
+
+def test_fold_chooses_models_and_splits(toy, capsys):
+    toy(folds=2)
+    assert run(["runs/toy", "--split", "test", "--fold", "1", "--out", "page.html"]) == 0
+    assert Page(Path("page.html")).ids[0] == "1-test-0"
+    assert "0-test-0" in refused(capsys, ["runs/toy", "--ids", "0-test-0", "--fold", "1"])
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["runs/none", "--split", "dev"], "runs/none"),
+        (["runs/trial"], "--image"),
+        (["runs/trial", "--image", "img/00050.png"], "give --text too"),
+        (["runs/trial", "--text", "a dog"], "give --image too"),
+        (["runs/trial", "--image", "img/00050.png", "--text", " "], "--text"),
+        (["runs/trial", "--image", "img/none.png", "--text", "a dog"], "--image img/none.png: no such file"),
+        (["runs/trial", "--image", "train.jsonl", "--text", "a dog"], "--image train.jsonl: not an image"),
+        (["runs/trial", "--image", "img/00050.png", "--text", "a dog", "--split", "dev"], "leave --split out"),
+        (["runs/trial", "--image", "img/00050.png", "--text", "a dog", "--summary"], "--summary"),
+        (["runs/trial", "--ids", "img/0005.png"], "--ids img/0005.png"),
+        (["runs/trial", "--ids", "img/00050.png", "--split", "dev"], "--ids"),
+        (["runs/trial", "--split", "holdout"], "--split holdout: hateful_memes has train, dev, test"),
+        (["runs/trial", "--split", "dev", "--worst", "0"], "--worst 0"),
+        (["runs/trial", "--split", "test", "--worst", "3"], "--worst: test has no labels"),
+        (["runs/trial", "--ids", "img/00050.png", "--worst", "3"], "--worst"),
+        (["runs/trial", "--split", "dev", "--rank", "1"], "--rank 1: says what is mapped"),
+        (["runs/trial", "--split", "dev", "--maps", "--rank", "0"], "--rank 0"),
+        (["runs/trial", "--split", "dev", "--maps", "--rank", "3"], "--rank 3: this run has ranks 1 to 2"),
+        (["runs/trial", "--split", "dev", "--seed", "0"], "--seed 0: this run's seeds are 3, 5"),
+        (["runs/trial", "--split", "dev", "--output", "1"], "--output 1"),
+        (["runs/trial", "--split", "dev", "--fold", "1"], "--fold 1"),
+        (["runs/trial", "--split", "dev", "--neighbours", "0"], "--neighbours 0"),
+        (["runs/trial", "--split", "dev", "--out", "img"], "--out img: is a folder"),
+        (["runs/trial", "--split", "dev", "--device", "toaster"], "--device toaster"),
+        (["runs/trial", "--splits", "dev"], "--splits"),
+    ],
+)
+def test_mistake_is_one_line_and_nothing_is_written(here, capsys, arguments, expected):
+    assert expected in refused(capsys, arguments)
+
+
+def test_meme_is_refused_by_a_run_without_pictures(toy, capsys):
+    toy()
+    assert "--image a.png" in refused(capsys, ["runs/toy", "--image", "a.png", "--text", "a dog"])
+
+
+def test_folder_that_cannot_be_written_is_one_line(here, capsys):
+    Path("taken").write_text("a file")
+    assert "taken/page.html" in refused(capsys, ["runs/trial", "--split", "dev", "--out", "taken/page.html"])
+    assert Path("taken").read_text() == "a file"
+
+
+# ---- the account
+
+
+def member_of(modalities: int, outputs: int, fused_dim: int | None = None, dtype=torch.float32) -> FusionModel:
+    torch.manual_seed(modalities + outputs)
+    names = [f"m{k}" for k in range(modalities)]
+    model = FusionModel(dict.fromkeys(names, 6), 5, 8, rank=3, output_dim=outputs, active_rank=2, fused_dim=fused_dim)
+    model.fit_standardisation({name: torch.randn(30, 6) for name in names})
+    model.rescale.fit(torch.randn(30, outputs) * 3 + 2)
+    return model.to(dtype).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("fused_dim", [None, 4])
+@pytest.mark.parametrize(("modalities", "outputs"), [(1, 1), (2, 1), (2, 3), (3, 2)])
+def test_account_sums_to_the_prediction_whatever_the_head(modalities, outputs, fused_dim):
+    member = member_of(modalities, outputs, fused_dim, torch.float64)
+    features, train = ({name: torch.randn(n, 6).double() for name in member.modalities} for n in (7, 20))
+    whole = member(features).prediction
+    torch.testing.assert_close(exact_layer(member)(latents_of(member, features)), whole, rtol=1e-10, atol=1e-10)
+    account = account_for([member], features, train, outputs - 1)
+    assert len(account.parts) == 2**modalities
+    np.testing.assert_allclose(sum(account.parts.values())[0], whole[:, -1], rtol=1e-10, atol=1e-10)
+    ranks = RankComponents(member, train, outputs - 1).account(features, 3, [None] * 7)
+    what = account.parts["m0 x m1"][0] if modalities == 2 else whole[:, -1].numpy() - ranks.raw_bias
+    np.testing.assert_allclose(ranks.terms.sum(1), what, rtol=1e-8, atol=1e-8)
+    np.testing.assert_allclose(ranks.weight * ranks.coordinates.prod(-1), ranks.terms, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("fused_dim", [None, 4])
+def test_exact_layer_takes_shared_factors_masks_and_computed_weights(fused_dim):
+    member = member_of(2, 3, fused_dim, torch.float64)
+    layer = LowRankMultimodalFusion([5, 5], fused_dim or 3, 3, shared_factors=True, active_rank=2).double()
+    torch.nn.utils.parametrizations.weight_norm(layer.projections[0])
+    if fused_dim:
+        member.fusion.layer = layer
+    else:
+        member.fusion = layer
+    features = {name: torch.randn(7, 6).double() for name in member.modalities}
+    state = torch.random.get_rng_state()
+    exact = exact_layer(member)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    torch.testing.assert_close(exact(latents_of(member, features)), member(features).prediction)
+
+
+def test_bias_is_the_prediction_at_the_mean_latents_and_parts_are_what_a_latent_changes():
+    member = member_of(2, 1, dtype=torch.float64)
+    features, train = ({name: torch.randn(n, 6).double() for name in member.modalities} for n in (7, 20))
+    account = account_for([member], features, train)
+    layer, z, reference = exact_layer(member), latents_of(member, features), latents_of(member, train)
+    mean = [x.mean(0).expand(7, -1) for x in reference]
+    bias, first = layer(mean)[:, 0], layer([z[0], mean[1]])[:, 0]
+    np.testing.assert_allclose(account.parts["bias"][0], bias)
+    np.testing.assert_allclose(account.parts["m0 alone"][0], first - bias)
+
+
+def test_radius_is_attained_and_nothing_nearer_changes_the_decision():
+    member = member_of(2, 1, dtype=torch.float64)
+    features = {name: torch.randn(5, 6).double() for name in member.modalities}
+    account = account_for([member], features, features)
+    layer, z = exact_layer(member), latents_of(member, features)
+    radius = torch.tensor(account.radius["m1"][0])
+    gradient = layer.modality_gradient(z, 1)[:, 0]
+    step = -layer(z)[:, :1].sign() * gradient / gradient.norm(dim=1, keepdim=True) * radius[:, None]
+    torch.testing.assert_close(layer([z[0], z[1] + step])[:, 0], torch.zeros(5).double(), rtol=0, atol=1e-9)
+    random = torch.randn(200, 5, 5).double()
+    moved = z[1] + 0.999 * radius[:, None] * random / random.norm(dim=-1, keepdim=True)
+    assert (layer([z[0].expand_as(moved), moved]).sign() == layer(z).sign()).all()
+
+
+def test_account_that_does_not_sum_is_an_error(monkeypatch):
+    member = member_of(2, 1)
+    features = {name: torch.randn(5, 6) for name in member.modalities}
+    honest = explanation.parts_about
+    monkeypatch.setattr(explanation, "parts_about", lambda *a: {k: v + 1e-3 for k, v in honest(*a).items()})
+    with pytest.raises(ArithmeticError):
+        account_for([member], features, features)
+
+
+def test_canonical_terms_do_not_depend_on_the_basis_of_the_factors():
+    member, other = member_of(2, 1, dtype=torch.float64), member_of(2, 1, dtype=torch.float64)
+    features, train = ({name: torch.randn(n, 6).double() for name in member.modalities} for n in (7, 20))
+    # ranks in another order, scale moved between the factors: the same function
+    fusion, order = other.fusion, [1, 0, 2]
+    fusion.projections[0].weight.copy_(member.fusion.projections[0].weight[order] * 3)
+    fusion.projections[0].bias.copy_(member.fusion.projections[0].bias[order] * 3)
+    fusion.projections[1].weight.copy_(member.fusion.projections[1].weight[order] / 3)
+    fusion.projections[1].bias.copy_(member.fusion.projections[1].bias[order] / 3)
+    fusion.rank_weights.copy_(member.fusion.rank_weights[order])
+    a, b = (RankComponents(m, train).account(features, 2, [None] * 7) for m in (member, other))
+    np.testing.assert_allclose(a.terms, b.terms, atol=1e-9)
+    assert np.abs(a.raw_terms - b.raw_terms).max() > 1e-3
+    assert np.array_equal(a.neighbours[:, :2], b.neighbours[:, :2])  # the third, of no weight, is nobody's
+
+
+def test_neighbours_are_the_nearest_in_both_coordinates_and_never_oneself():
+    member = member_of(2, 1, dtype=torch.float64)
+    train = {name: torch.randn(20, 6).double() for name in member.modalities}
+    components = RankComponents(member, train)
+    account = components.account(train, 3, list(range(20)))
+    coordinates = components.train_coordinates.numpy()  # (n, R, M)
+    np.testing.assert_allclose(coordinates[:, :2].std(0, ddof=1), 1, rtol=1e-6)
+    for r in range(2):
+        distance = np.linalg.norm(coordinates[:, None, r] - coordinates[None, :, r], axis=-1)
+        np.fill_diagonal(distance, np.inf)
+        np.testing.assert_array_equal(account.neighbours[:, r], np.argsort(distance, 1)[:, :3])
+
+
+def test_loss_of_the_ensemble_is_that_of_the_mean_probability():
+    logits, target = np.array([[2.0, -900.0, 1.0], [-1.0, -800.0, 3.0]]), np.array([1.0, 1.0, 0.0])
+    p = (1 / (1 + np.exp(-logits[:, [0, 2]]))).mean(0)
+    losses = ensemble_losses(logits, target, "binary")
+    np.testing.assert_allclose(losses[[0, 2]], [-np.log(p[0]), -np.log(1 - p[1])])
+    assert losses[1] == pytest.approx(800 + np.log(2))  # where the probability itself is 0
+    np.testing.assert_allclose(ensemble_losses(logits, target, "regression")[0], (0.5 - 1) ** 2)

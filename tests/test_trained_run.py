@@ -1,0 +1,224 @@
+"""A finished run read again: the very members that its table is about, in their order, and what is refused."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import accuracy_score, roc_auc_score
+from test_experiments import write_mosi
+
+from corpus import Corpus, InputError, Split
+from experiments import datasets, robustness, train, trained_run
+from experiments.experiment import execute, run
+from experiments.train import TrainOptions
+from experiments.trained_run import load_run
+from fusion_model import FusionEnsemble
+
+FOLDS, SEEDS = 2, 2
+
+
+def toy_corpora(*_: object) -> list[Corpus]:
+    """Two folds with test parts of their own; the sum of two modalities decides."""
+    rng = torch.Generator().manual_seed(0)
+    features = {name: torch.randn(120, d, generator=rng) for name, d in (("text", 5), ("audio", 3))}
+    target = (features["text"][:, 0] + features["audio"][:, 0] > 0).float()
+    corpora = []
+    for fold in range(FOLDS):
+        test = list(range(fold, 120, 4))
+        rest = [i for i in range(120) if i not in test]
+        rows = {"train": rest[30:], "dev": rest[:30], "test": test}
+        splits = {
+            part: Split({m: x[r] for m, x in features.items()}, target[r], [str(i) for i in r])
+            for part, r in rows.items()
+        }
+        corpora.append(Corpus("toy", "binary", splits, "dev"))
+    return corpora
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A working folder with three runs: two folds, the same with dev held out, and one by the command line."""
+    folder, before = tmp_path_factory.mktemp("runs"), Path.cwd()
+    os.chdir(folder)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(datasets, "load_corpora", toy_corpora)
+        options = {"dataset": "cmu_mosi", "data": Path("toy.npz"), "seeds": SEEDS, "epochs": 2, "device": "cpu"}
+        execute(train.EXPERIMENT, TrainOptions(**options, name="folds"))
+        execute(train.EXPERIMENT, TrainOptions(**options, name="held-out", hold_out_dev=True))
+    mosi = write_mosi(folder / "mosi.npz")
+    flags = ["--dataset", "cmu_mosi", "--data", str(mosi), "--seeds", "2", "--epochs", "1", "--device", "cpu"]
+    assert run(train.EXPERIMENT, [*flags, "--name", "mosi"]) == 0
+    yield folder
+    os.chdir(before)
+
+
+@pytest.fixture
+def toy(place, monkeypatch):
+    monkeypatch.setattr(trained_run, "load_corpora", toy_corpora)
+    return load_run(place / "runs/folds")
+
+
+def refused(capsys, *arguments: object) -> str:
+    """What the command that reads runs says before it exits with code 2: one line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        robustness.run([str(a) for a in arguments])
+    lines = [line for line in capsys.readouterr().err.splitlines() if "Loading weights" not in line]
+    assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
+    return lines[0]
+
+
+def copy_of(folder: Path, to: Path) -> Path:
+    return Path(shutil.copytree(folder, to / folder.name))
+
+
+# ---- what is read ----------------------------------------------------------------------------------------------------
+
+
+def test_members_of_a_row_score_what_its_table_says_of_each_seed_and_fold(toy):
+    said = json.loads((toy.folder / "results.json").read_text())["numbers"]
+    seen = set()
+    for row in toy.ensembles:
+        for f, fold in enumerate(toy.study.folds):
+            target = toy.study.pool.target[fold.test].numpy()
+            members = toy.members(row, f)
+            assert len(members) == SEEDS
+            for s, model in enumerate(members):
+                features = {name: toy.study.pool.features[name][fold.test] for name in model.modalities}
+                logits = model(features).prediction.squeeze(-1).numpy()
+                auroc = said[row]["auroc"]["per seed and fold"][s][f]
+                assert roc_auc_score(target, logits) == pytest.approx(auroc, abs=1e-9)
+                accuracy = said[row]["accuracy"]["per seed and fold"][s][f]
+                assert accuracy_score(target, logits >= 0) == pytest.approx(accuracy, abs=1e-9)
+                seen.add((row, auroc))
+    assert len(seen) > 3 * len(toy.ensembles), "of equal scores the order would not show"
+
+
+def test_members_stand_seed_by_seed_and_within_a_seed_fold_by_fold(toy):
+    # standardisation belongs to the fold, the initial weights to the seed
+    for row, ensemble in toy.ensembles.items():
+        means = [next(iter(member.standardise.values())).mean for member in ensemble.members]
+        assert len(means) == SEEDS * FOLDS
+        assert torch.equal(means[0], means[2]) and torch.equal(means[1], means[3])
+        assert not torch.equal(means[0], means[1])
+        for f, fold in enumerate(toy.study.folds):
+            for model in toy.members(row, f):
+                for name, module in model.standardise.items():
+                    expected = toy.study.pool.features[name][fold.train]
+                    dev = toy.study.pool.features[name][fold.dev]
+                    torch.testing.assert_close(module.mean, torch.cat([expected, dev]).mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_rows_are_all_neural_methods_in_the_order_of_the_table(toy):
+    said = json.loads((toy.folder / "results.json").read_text())["numbers"]
+    assert list(toy.ensembles) == [row for row in said if "SVM" not in row and "training" not in row]
+    assert toy.main_row == train.MAIN and toy.prior_free_row == "LMF without jWAE"
+    assert (toy.seeds, len(toy.study.folds), toy.task) == (SEEDS, FOLDS, "binary")
+    assert toy.settings["epochs"] == 2 and toy.texts(toy.corpora[0], "test") == {}
+    assert toy.encoders is None and toy.memes is None
+    for ensemble in toy.ensembles.values():
+        assert not ensemble.training and not any(p.requires_grad for p in ensemble.parameters())
+
+
+def test_dev_is_said_to_be_trained_on_exactly_where_it_was(toy, place):
+    assert toy.trained_on_dev
+    held = load_run(place / "runs/held-out")
+    assert not held.trained_on_dev
+    fold = held.study.folds[0]
+    mean = held.members(held.main_row)[0].standardise["text"].mean
+    torch.testing.assert_close(mean, held.study.pool.features["text"][fold.train].mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_run_of_the_command_line_is_read_with_its_data(place):
+    found = load_run(place / "runs/mosi")
+    said = json.loads((place / "runs/mosi/results.json").read_text())["numbers"]
+    (fold,) = found.study.folds
+    features = {name: x[fold.test] for name, x in found.study.pool.features.items()}
+    target = found.study.pool.target[fold.test].numpy()
+    for s, model in enumerate(found.members(found.main_row)):
+        logits = model(features).prediction.squeeze(-1).numpy()
+        assert roc_auc_score(target, logits) == pytest.approx(said[train.MAIN]["auroc"]["per seed and fold"][s][0])
+    np.testing.assert_array_equal(fold.test.numpy(), found.study.test_rows)
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+
+
+def test_folder_that_holds_no_run_is_named(place, capsys):
+    assert "runs/nothing: holds no run" in refused(capsys, "runs/nothing")
+    (place / "empty").mkdir()
+    assert "empty: holds no run (no run.json); train one" in refused(capsys, "empty")
+
+
+def test_run_that_has_not_ended_is_to_be_resumed(place, tmp_path, capsys):
+    folder = copy_of(place / "runs/mosi", tmp_path)
+    (folder / "results.json").unlink()
+    assert "has not come to its end; go on with it with --resume" in refused(capsys, folder)
+
+
+def test_run_of_another_experiment_keeps_no_models(place, tmp_path, capsys):
+    folder = copy_of(place / "runs/mosi", tmp_path)
+    begun = json.loads((folder / "run.json").read_text())
+    begun["data"]["experiment"] = "rank_ablation"
+    (folder / "run.json").write_text(json.dumps(begun))
+    assert "a run of experiments.rank_ablation keeps no models" in refused(capsys, folder)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"data": {}}', '{"data": {}, "settings": 3}'])
+def test_damaged_description_is_named(place, tmp_path, capsys, content):
+    folder = copy_of(place / "runs/mosi", tmp_path)
+    (folder / "run.json").write_text(content)
+    assert "run.json: damaged" in refused(capsys, folder)
+
+
+@pytest.mark.parametrize("where", [".", "baselines/concatenation-MLP"])
+def test_missing_model_file_is_named(place, tmp_path, capsys, where):
+    folder = copy_of(place / "runs/mosi", tmp_path)
+    (folder / where / "model.safetensors").unlink()
+    line = refused(capsys, folder)
+    assert str(folder / where) in line and "train" in line
+
+
+@pytest.mark.parametrize("where", [".", "baselines/concatenation-MLP"])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_cut_file_is_named(place, tmp_path, capsys, where, name):
+    folder = copy_of(place / "runs/mosi", tmp_path)
+    content = (folder / where / name).read_bytes()
+    (folder / where / name).write_bytes(content[: len(content) // 2])
+    assert f"{folder / where}: its model cannot be read" in refused(capsys, folder)
+
+
+def test_data_that_changed_since_are_refused(place, tmp_path, capsys):
+    folder = copy_of(place / "runs/mosi", tmp_path)
+    data = dict(np.load(place / "mosi.npz"))
+    data["text_train"][0, 0] += 1
+    np.savez(tmp_path / "mosi.npz", **data)
+    begun = json.loads((folder / "run.json").read_text())
+    begun["settings"]["data"] = str(tmp_path / "mosi.npz")
+    (folder / "run.json").write_text(json.dumps(begun))
+    assert "was trained on other data" in refused(capsys, folder)
+    (tmp_path / "mosi.npz").unlink()
+    assert "mosi.npz" in refused(capsys, folder)
+
+
+def test_files_of_several_runs_in_one_folder_are_refused(place, tmp_path, capsys):
+    folder = copy_of(place / "runs/mosi", tmp_path)
+    baseline = folder / "baselines/concatenation-MLP"
+    config = json.loads((baseline / "config.json").read_text())
+    ensemble = FusionEnsemble.from_pretrained(baseline)
+    ensemble.members = ensemble.members[:1]
+    ensemble.save_pretrained(baseline)
+    (baseline / "config.json").write_text(json.dumps(config | {"members": 1}))
+    assert "'concatenation + MLP' has 1 members, not 2 seeds x 1 folds" in refused(capsys, folder)
+
+
+def test_nothing_is_left_behind_by_a_refusal(place, tmp_path, capsys):
+    before = sorted(path.name for path in (place / "runs").iterdir())
+    refused(capsys, "runs/nothing", "--name", "new")
+    assert sorted(path.name for path in (place / "runs").iterdir()) == before == ["folds", "held-out", "mosi"]
+    with pytest.raises(InputError, match="holds no run"):
+        load_run(tmp_path)
