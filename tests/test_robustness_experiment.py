@@ -1,0 +1,597 @@
+"""What experiments.robustness measures of a trained run: whole runs in small, each number against a slow way to it."""
+
+import csv
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from small_memes import write_bert, write_memes, write_rows
+from test_experiments import write_mosi
+from test_robustness import model_of
+
+import feature_extraction
+import main_hateful_memes
+from corruptions import IMAGE_CORRUPTIONS, TEXT_CORRUPTIONS
+from experiments import corrupted_inputs, robustness, train
+from experiments.adversarial import (
+    SIZES,
+    Truth,
+    attacked_scores,
+    feature_certificates,
+    joint_scores,
+    latent_attack_gap,
+    latent_scores,
+    latent_stds,
+    outputs_under_change,
+    unit,
+)
+from experiments.corrupted_inputs import encode_corrupted
+from experiments.corruption_curves import Curve, _curve, curve_area
+from experiments.corruption_grid import KERNEL_MACHINE, LATE_FUSION, Condition, Predictor, conditions
+from experiments.experiment import run as run_experiment
+from experiments.grid import Grid, Setting, outputs_of
+from experiments.robustness import OVER_LATE_FUSION
+from experiments.trained_run import load_run
+from frozen_encoders import ImageEncoder, find_image_encoder, image_preprocessing
+from fusion_model import FusionModel
+from hateful_memes_loader import load_hateful_memes
+from image_decoding import decode_rgb, digest_images, preprocess
+from lmf_module import LowRankMultimodalFusion
+from robustness import pgd
+
+GROUPS = ("input", "features", "latents", "missing")
+MAIN = "jWAE-LMF, rank 2"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A working folder with a run on memes and what the experiment leaves of it."""
+    folder, before = tmp_path_factory.mktemp("robust"), Path.cwd()
+    os.chdir(folder)
+    write_bert(folder / "bert")
+    write_memes(folder / "memes", {"train": 40, "dev": 12, "test": 4, "dev_unseen": 16})
+    flags = (
+        "--jsonl memes/train.jsonl --image-encoder random:resnet50 --image-size 32 --text-encoder random:bert "
+        "--latent-dim 4 --hidden-dim 6 --rank 2 --epochs 3 --batch-size 16 --device cpu --seeds 0 1 --name memes"
+    )
+    assert main_hateful_memes.run(flags.split()) == 0
+    measured = "runs/memes --groups input features latents missing --draws 2 --pixels 2 --name measured"
+    assert robustness.run(measured.split()) == 0
+    yield folder
+    os.chdir(before)
+
+
+@pytest.fixture(scope="module")
+def mosi(place):
+    """A run of experiments.train without pictures: three modalities, an MKL-SVM beside them."""
+    data = write_mosi(place / "mosi.npz")
+    flags = ["--dataset", "cmu_mosi", "--data", str(data), "--seeds", "2", "--epochs", "1", "--device", "cpu"]
+    assert run_experiment(train.EXPERIMENT, [*flags, "--name", "mosi"]) == 0
+    return load_run(Path("runs/mosi"))
+
+
+@pytest.fixture(scope="module")
+def memes(place):
+    return load_run(Path("runs/memes"))
+
+
+@pytest.fixture(scope="module")
+def predictor(memes):
+    return Predictor(memes)
+
+
+@pytest.fixture(scope="module")
+def results(place):
+    return json.loads(Path("runs/measured/results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def curves(place) -> dict[tuple, float]:
+    """{(group, curve, row, severity, seed, draw): score} of curves.csv."""
+    with Path("runs/measured/curves.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    made = {
+        (r["group"], r["curve"], r["row"], float(r["severity"]), int(r["seed"]), int(r["draw"])): float(r["score"])
+        for r in rows
+    }
+    assert len(made) == len(rows), "no line may stand twice"
+    return made
+
+
+def part_tested(run) -> tuple[dict[str, torch.Tensor], np.ndarray]:
+    (fold,) = run.study.folds
+    return {name: x[fold.test] for name, x in run.study.pool.features.items()}, run.study.pool.target[fold.test].numpy()
+
+
+def of_model(model: FusionModel, features: dict, present: dict | None = None) -> np.ndarray:
+    mine = {name: features[name] for name in model.modalities}
+    masks = {name: mask for name, mask in (present or {}).items() if name in mine}
+    with torch.no_grad():
+        return model(mine, reconstruct=False, present=masks).prediction.squeeze(-1).numpy()
+
+
+def accuracy(logits: np.ndarray, target: np.ndarray) -> float:
+    return float(((logits >= 0) == (target == 1)).mean())
+
+
+# ---- what a run leaves -----------------------------------------------------------------------------------------------
+
+
+def test_run_leaves_its_files_and_every_number_is_finite(place, results):
+    folder = Path("runs/measured")
+    assert {path.name for path in folder.iterdir()} == {
+        "run.json", "table.txt", "figure.png", "results.json", "curves.csv", "masks.safetensors", "pixels",
+    }  # fmt: skip
+    assert (
+        len(list((folder / "pixels").glob("*-before.png"))) == len(list((folder / "pixels").glob("*-after.png"))) == 2
+    )
+    with Image.open(folder / "figure.png") as figure:
+        assert figure.width > 1000
+    json.dumps(results, allow_nan=False)
+    assert results["verdict"] in ("supported", "not supported", "too few data")
+    assert sorted(results["deciding"]) == sorted(OVER_LATE_FUSION + group for group in GROUPS)
+    table = (folder / "table.txt").read_text()
+    assert all(row in table for row in results["numbers"]["clean"]) and "late fusion" in table
+
+
+def test_curves_hold_every_row_severity_seed_and_draw_and_begin_at_the_clean_score(curves, results, memes):
+    clean = results["numbers"]["clean"]
+    assert set(clean) == {*memes.ensembles, LATE_FUSION}
+    features, target = part_tested(memes)
+    for row in memes.ensembles:
+        assert clean[row] == [accuracy(of_model(model, features), target) for model in memes.members(row)]
+    kinds = {(group, curve) for group, curve, *_ in curves}
+    assert len(kinds) == len(IMAGE_CORRUPTIONS) + len(TEXT_CORRUPTIONS) + 6 + 6 + 3
+    for group, curve in kinds:
+        levels = (0, 0.25, 0.5, 0.75, 1) if group == "missing" else (0, 0.25, 0.5, 0.75)
+        draws = {"input": 1}.get(group, 2)
+        for row in clean:
+            expected = {(e, s, k) for e in levels for s in range(2) for k in range(draws)}
+            assert {key[3:] for key in curves if key[:3] == (group, curve, row)} == expected
+            for s in range(2):
+                for k in range(draws):
+                    assert curves[group, curve, row, 0, s, k] == pytest.approx(clean[row][s], abs=1e-6)
+
+
+def test_results_hold_means_areas_and_drops_of_those_curves(curves, results):
+    for label, cells in results["numbers"]["curves"].items():
+        group, curve, row = label.split(" | ")
+        scores = np.array(
+            [[[v for k, v in curves.items() if k[:5] == (group, curve, row, e, s)] for s in range(2)]
+             for e in cells["levels"]]
+        )  # (E, S, draws)  # fmt: skip
+        assert cells["mean"] == pytest.approx(scores.mean((1, 2)), abs=2e-6)
+        assert cells["drop"] == pytest.approx((scores[0] - scores[-1]).mean(-1), abs=2e-6)
+        area = np.trapezoid(scores.mean(-1), cells["levels"], axis=0) / cells["levels"][-1]
+        assert cells["area"] == pytest.approx(area, abs=2e-6)
+
+
+def test_contrast_is_the_effective_robustness_of_the_table(curves, results):
+    by_name = {contrast["name"]: contrast["estimate"] for contrast in results["contrasts"]}
+    for group in GROUPS:
+        points = {key[:4] for key in curves if key[0] == group and key[2] == MAIN and key[3] > 0}
+        per_point = []
+        for _, curve, _, level in points:
+            change = {
+                row: np.mean([v for k, v in curves.items() if k[:4] == (group, curve, row, level)])
+                - np.mean([v for k, v in curves.items() if k[:4] == (group, curve, row, 0)])
+                for row in (MAIN, LATE_FUSION)
+            }
+            per_point.append(change[MAIN] - change[LATE_FUSION])
+        assert by_name[OVER_LATE_FUSION + group] == pytest.approx(np.mean(per_point), abs=1e-5)
+
+
+def test_masks_that_are_kept_give_the_curve_of_missing_modalities_by_hand(memes, curves):
+    kept = load_file("runs/measured/masks.safetensors")
+    features, target = part_tested(memes)
+    seen = set()
+    for key in {key.rpartition("/")[0] for key in kept}:
+        where, level, draw = key.split("/")
+        masks = {name: kept[f"{key}/{name}"].float() for name in ("image", "text")}
+        assert sum(int((1 - mask).sum()) for mask in masks.values()) == round(float(level) * 16)
+        for row in memes.ensembles:
+            for s, model in enumerate(memes.members(row)):
+                score = curves["missing", f"missing, {where}", row, float(level), s, int(draw)]
+                assert accuracy(of_model(model, features, masks), target) == pytest.approx(score, abs=1e-6)
+                seen.add(score)
+    assert len(seen) > 4
+
+
+def test_complete_run_is_said_to_be_complete_and_other_flags_are_refused(place, capsys):
+    flags = "runs/memes --groups input features latents missing --draws 2 --pixels 2 --name measured --resume"
+    before = {path: path.stat().st_mtime_ns for path in Path("runs/measured").rglob("*")}
+    assert robustness.run(flags.split()) == 0 and "complete" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in Path("runs/measured").rglob("*")}
+    assert "--draws 2, not 3" in refused(capsys, flags.replace("--draws 2", "--draws 3"))
+
+
+# ---- predictions under a condition -----------------------------------------------------------------------------------
+
+
+def test_late_fusion_is_the_mean_of_the_one_modality_rows(memes, predictor):
+    features, _ = part_tested(memes)
+    singles = ["image only", "text only"]
+    by_hand = [[of_model(m, features) for m in memes.members(row)] for row in singles]
+    np.testing.assert_allclose(predictor.clean(LATE_FUSION), np.mean(by_hand, axis=0), atol=1e-6)
+    made = Condition("missing", "missing", "either", 0.5, 0)
+    masks = {name: torch.from_numpy(mask) for name, mask in predictor.masks(made).items()}
+    by_hand = [[of_model(m, features, masks) for m in memes.members(row)] for row in singles]
+    np.testing.assert_allclose(predictor.corrupted(LATE_FUSION, made), np.mean(by_hand, axis=0), atol=1e-6)
+
+
+def test_score_where_all_lack_a_modality_is_that_of_the_grid_without_it(memes, predictor):
+    models = list(memes.ensembles[MAIN].members)
+    outputs = outputs_of(memes.study, models)
+    grid = Grid(memes.study, [Setting(MAIN, 2)], [0, 1], models, outputs.reshape(1, 2, 1, -1), {})
+    (_, target) = part_tested(memes)
+    for name in ("image", "text"):
+        said = predictor.corrupted(MAIN, Condition("missing", "missing", name, 1.0, 0))
+        np.testing.assert_array_equal((said >= 0) == (target == 1), grid.without([name], [0])[0] == 1)
+        np.testing.assert_allclose(said, outputs_of(memes.study, models, [name])[:, memes.study.test_rows], atol=1e-6)
+
+
+@pytest.mark.parametrize("where", ["text", "image"])
+def test_accuracy_is_linear_in_the_rate_of_missing_modalities(memes, predictor, where):
+    _, target = part_tested(memes)
+
+    def right(condition: Condition) -> np.ndarray:
+        return (predictor.corrupted(MAIN, condition) >= 0) == (target == 1)
+
+    none = (predictor.clean(MAIN)[0] >= 0) == (target == 1)
+    whole = right(Condition("missing", "missing", where, 1.0, 0))[0]
+    for rate in (0.25, 0.75):
+        scores = [right(Condition("missing", "missing", where, rate, k))[0].mean() for k in range(300)]
+        line = (1 - rate) * none.mean() + rate * whole.mean()
+        error = np.std(scores) / 300**0.5
+        assert np.mean(scores) == pytest.approx(line, abs=4 * error + 1e-9)
+
+
+@pytest.mark.parametrize("group", ["feature", "latent"])
+def test_all_coordinates_dropped_leave_the_prediction_at_the_training_mean(memes, predictor, group):
+    (fold,) = memes.study.folds
+    said = predictor.corrupted(MAIN, Condition(f"{group}s", f"{group} dropout", "all", 1.0, 0))
+    for s, model in enumerate(memes.members(MAIN)):
+        train_features = {name: x[fold.train] for name, x in memes.study.pool.features.items()}
+        if group == "feature":
+            expected = model({k: x.mean(0, keepdim=True) for k, x in train_features.items()}).prediction
+        else:
+            means = {k: z.mean(0, keepdim=True) for k, z in model.encode(train_features).items()}
+            expected = model.fusion([means[name] for name in model.modalities])
+        np.testing.assert_allclose(said[s], np.full(16, expected.item()), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["feature noise", "latent noise"])
+def test_noise_on_one_modality_leaves_the_row_of_the_other_alone_and_is_the_same_for_all_rows(predictor, name):
+    condition = Condition(f"{name.split()[0]}s", name, "image", 0.5, 1)
+    np.testing.assert_array_equal(predictor.corrupted("text only", condition), predictor.clean("text only"))
+    assert np.abs(predictor.corrupted("image only", condition) - predictor.clean("image only")).max() > 1e-3
+    np.testing.assert_array_equal(predictor.corrupted(MAIN, condition), predictor.corrupted(MAIN, condition))
+    both = condition._replace(where="all")
+    assert np.abs(predictor.corrupted("text only", both) - predictor.clean("text only")).max() > 1e-4
+
+
+def test_noise_of_a_latent_moves_the_logit_by_the_length_of_its_gradient(memes, predictor):
+    # exact for LMF: y is affine in one latent, so noise s adds a deviation |s * dy/dz|_2
+    features, _ = part_tested(memes)
+    model = memes.members(MAIN)[0]
+    (fold,) = memes.study.folds
+    stds = latent_stds(model, {name: x[fold.train] for name, x in memes.study.pool.features.items()})
+    latents = [model.encode(features)[name] for name in model.modalities]
+    gradient = model.fusion.modality_gradient(latents, 0)[:, 0]  # (n, L)
+    expected = 0.5 * (gradient * stds["image"]).norm(dim=1)
+    moved = [predictor.corrupted(MAIN, Condition("latents", "latent noise", "image", 0.5, k))[0] for k in range(800)]
+    change = np.stack(moved) - predictor.clean(MAIN)[0]
+    np.testing.assert_allclose(change.std(0), expected.numpy(), rtol=0.15)  # 2.5 % of sampling error each
+    assert change.std(0).mean() == pytest.approx(expected.mean().item(), rel=0.03)
+    assert np.abs(change.mean(0) / (change.std(0) / 800**0.5)).max() < 5
+
+
+def test_random_numbers_belong_to_the_condition_alone():
+    one = Condition("missing", "missing", "text", 0.5, 0)
+    draws = [one, one._replace(draw=1), one._replace(level=0.25), one._replace(where="image")]
+    values = [condition.rng().random() for condition in draws]
+    assert len(set(values)) == 4 and one.rng().random() == values[0]
+
+
+# ---- corrupted inputs ------------------------------------------------------------------------------------------------
+
+
+def test_corrupted_inputs_are_encoded_once(memes, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise AssertionError("an encoder was built")
+
+    monkeypatch.setattr(feature_extraction, "ImageEncoder", refuse)
+    monkeypatch.setattr(feature_extraction, "TextEncoder", refuse)
+    made = conditions(memes, ("input",), 2)
+    assert len(made) == 3 * (len(IMAGE_CORRUPTIONS) + len(TEXT_CORRUPTIONS))
+    again = Predictor(memes)
+    again.prepare(made)
+    for condition in made:
+        again.corrupted(MAIN, condition)
+    for new in (made[0]._replace(level=0.9), made[-1]._replace(level=0.9)):
+        with pytest.raises(AssertionError, match="an encoder was built"):
+            again.prepare([new])
+
+
+def test_corrupted_memes_get_the_vectors_of_such_memes_on_disk(memes, tmp_path):
+    pictures = ("image", "rotation", 0.5, 0), ("image", "noise", 0.25, 0)
+    words = ("text", "typos", 0.75, 0), ("text", "word mask", 0.5, 0)
+    found = encode_corrupted(memes, [*pictures, *words])
+    ids = memes.corpora[0].splits["dev_unseen"].ids
+    paths = memes.image_paths(ids)
+    digests, _ = digest_images(list(paths.values()))
+    for number, (picture, word) in enumerate(zip(pictures, words, strict=True)):
+        folder = tmp_path / str(number)
+        shutil.copytree("memes", folder)
+        rows = [json.loads(line) for line in (folder / "dev_unseen.jsonl").read_text().splitlines()]
+        for row in rows:
+            key = row["img"]
+            seed = int(corrupted_inputs._digest(digests[paths[key]], picture)[:16], 16)
+            changed = IMAGE_CORRUPTIONS[picture[1]](decode_rgb(paths[key]), picture[2], np.random.default_rng(seed))
+            changed.save(folder / key)
+            seed = int(corrupted_inputs._digest(row["text"], word)[:16], 16)
+            row["text"] = TEXT_CORRUPTIONS[word[1]](row["text"], word[2], np.random.default_rng(seed), "[MASK]")
+        write_rows(folder / "dev_unseen.jsonl", rows)
+        loaded = load_hateful_memes(folder / "train.jsonl", None, memes.encoders, Path("cache"))
+        split = loaded.splits["dev_unseen"]
+        assert split.ids == ids
+        clean = memes.corpora[0].splits["dev_unseen"].features
+        for name, key in (("image", picture), ("text", word)):
+            torch.testing.assert_close(found[key], split.features[name], rtol=1e-4, atol=1e-5)
+            assert (found[key] - clean[name]).abs().max() > 1e-2
+
+
+# ---- worst cases -----------------------------------------------------------------------------------------------------
+
+
+def test_worst_scores_fall_with_size_and_attack_lies_between_certificate_and_clean(results):
+    numbers = results["numbers"]
+    assert numbers["sizes"] == list(SIZES)
+    tables = {kind: numbers[kind] for kind in ("latent, exact", "features, certified", "features, attacked")}
+    tables["joint"] = numbers["two latents, certified"]
+    for table in tables.values():
+        assert table
+        for key, values in table.items():
+            clean = np.array(numbers["clean"][key.split(" | ")[0]])
+            scores = np.vstack([clean, values])  # (1 + sizes, S)
+            assert (np.diff(scores, axis=0) <= 1e-6).all(), key
+    for key, values in tables["features, certified"].items():
+        assert (np.array(values) <= np.array(tables["features, attacked"][key]) + 1e-6).all(), key
+    for key, values in tables["joint"].items():
+        row = key.split(" | ")[0]
+        for name in ("image", "text"):
+            assert (np.array(values) <= np.array(tables["latent, exact"][f"{row} | {name} | l2"]) + 1e-6).all()
+    assert {key.split(" | ")[0] for key in tables["features, attacked"]} == {
+        MAIN, "jWAE-LMF, rank 1", "jWAE-LMF, no prior", "concatenation + MLP",
+    }  # fmt: skip
+    closed = [text for text in numbers["checks"] if "closed form" in text]
+    assert len(closed) == 4 and all(numbers["checks"][text] for text in closed)
+
+
+@pytest.mark.parametrize("outputs", [None, 2])
+@pytest.mark.parametrize("norm", [2, math.inf])
+def test_of_every_example_certified_attacked_and_clean_scores_are_in_this_order(norm, outputs):
+    model = model_of({"a": 4, "b": 3}, 0, output_dim=outputs or 1).float()
+    features = {"a": torch.randn(60, 4), "b": torch.randn(60, 3)}
+    output = model(features).prediction.detach()
+    if outputs is None:
+        truth = Truth((torch.rand(60, 1) > 0.3) * (output > 0).float(), True, torch.ones(1))
+    else:
+        truth = Truth(output + torch.randn(60, 2), False, torch.tensor([1.0, 3.0]))
+    clean = truth.score(truth.margin(output))
+    for name in ("a", "b"):
+        certified = feature_certificates(model, features, truth, name, norm)
+        attacked = attacked_scores(model, features, truth, name, norm)
+        assert certified.shape == attacked.shape == (len(SIZES), 60)
+        assert (certified <= attacked + 1e-5).all() and (attacked <= clean + 1e-5).all()
+        assert (attacked[-1] < clean - 1e-3).any() and (certified[0] > certified[-1]).any()
+
+
+def test_change_that_is_found_at_one_size_is_allowed_at_every_larger_one():
+    torch.manual_seed(0)
+    model = model_of({"a": 4, "b": 3}, 5).float()
+    features = {"a": torch.randn(200, 4), "b": torch.randn(200, 3)}
+    truth, sizes = Truth(model(features).prediction.detach() + 1, False, torch.ones(1)), (0.2, 1.0, 5.0)
+    outputs = outputs_under_change(model, features, "a")
+    alone = [
+        pgd(lambda c: truth.margin(outputs(c)), torch.zeros(200, 4), size * 2, 2, steps=1, restarts=1).value
+        for size in sizes
+    ]
+    assert (alone[2] > alone[1] + 1e-3).any(), "one step must overshoot somewhere"
+    found = attacked_scores(model, features, truth, "a", 2, sizes, steps=1, restarts=1)
+    torch.testing.assert_close(found, torch.stack(alone).cummin(0).values)
+
+
+@pytest.mark.parametrize("norm", [1, 2, math.inf])
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_exact_score_of_a_moved_latent_is_what_its_worst_change_leaves(norm, outputs):
+    model = model_of({"a": 4, "b": 3}, 1, output_dim=outputs)
+    features = {"a": torch.randn(40, 4).double(), "b": torch.randn(40, 3).double()}
+    output = model(features).prediction.detach()
+    truth = Truth((torch.rand(40, 1) > 0.5).double(), True, torch.ones(1).double())
+    if outputs == 2:
+        truth = Truth(output + torch.randn(40, 2), False, torch.tensor([1.0, 3.0]).double())
+    stds = latent_stds(model, features)
+    scores = latent_scores(model, features, truth, stds, norm)
+    encoded = model.encode(features)
+    latents = [encoded[name] for name in model.modalities]
+    for m, name in enumerate(model.modalities):
+        gradient = model.fusion.modality_gradient(latents, m)  # (n, O, L)
+        steepest = {
+            1: gradient.sign() * (gradient.abs() == gradient.abs().amax(-1, keepdim=True)),
+            2: gradient / gradient.norm(dim=-1, keepdim=True),
+            math.inf: gradient.sign(),
+        }[norm]
+        for size, score in zip(SIZES, scores[name], strict=True):
+            epsilon, worst = size * unit(stds[name], norm), []
+            for o in range(outputs):
+                tried = []
+                for sign in (-1, 1):
+                    there = list(latents)
+                    there[m] = there[m] + sign * epsilon * steepest[:, o]
+                    tried.append(model.rescale(model.fusion(there))[:, o])
+                if outputs == 1:
+                    margins = [(2 * truth.target[:, 0] - 1) * y for y in tried]
+                    worst.append((torch.minimum(*margins) > 0).double())
+                else:
+                    errors = [(y - truth.target[:, o]).abs() / truth.scale[o] for y in tried]
+                    worst.append(-torch.maximum(*errors))
+            torch.testing.assert_close(score, torch.stack(worst).mean(0), rtol=1e-9, atol=1e-9)
+
+
+def test_joint_scores_count_what_is_right_and_beyond_reach():
+    model = model_of({"a": 4, "b": 3}, 2)
+    model.rescale.mean.zero_()  # of a logit there is nothing to rescale
+    model.rescale.std.fill_(1)
+    features = {"a": torch.randn(40, 4).double(), "b": torch.randn(40, 3).double()}
+    output = model(features).prediction.detach()
+    truth = Truth((output + 5 * torch.randn(40, 1) > 0).double(), True, torch.ones(1))
+    stds = latent_stds(model, features)
+    (scores,) = joint_scores(model, features, truth, stds, sizes=(0.0, 0.01, 0.1)).values()
+    assert torch.equal(scores[0] == 1, truth.margin(output) > 0) and 0 < scores[1].mean() < scores[0].mean()
+    assert scores[2].mean() < scores[1].mean()
+
+
+@pytest.mark.parametrize("norm", [2, math.inf])
+def test_attack_on_a_latent_is_the_closed_form(norm):
+    model = model_of({"a": 4, "b": 3, "c": 2}, 3, output_dim=2).float()
+    features = {name: torch.randn(30, d) for name, d in (("a", 4), ("b", 3), ("c", 2))}
+    assert all(latent_attack_gap(model, features, name, norm) < 1e-9 for name in features)
+
+
+@pytest.mark.parametrize("fusion", ["lmf", "concatenation", "tensor"])
+def test_outputs_under_a_change_are_the_models_own_for_any_head(fusion):
+    model = model_of({"a": 4, "b": 3}, 4, fusion=fusion, output_dim=2)
+    assert isinstance(model.fusion, LowRankMultimodalFusion) == (fusion == "lmf")
+    features = {"a": torch.randn(9, 4).double(), "b": torch.randn(9, 3).double()}
+    change = torch.randn(9, 3).double()
+    moved = features | {"b": features["b"] + change * model.standardise["b"].std}
+    torch.testing.assert_close(outputs_under_change(model, features, "b")(change), model(moved).prediction)
+
+
+# ---- pixels ----------------------------------------------------------------------------------------------------------
+
+
+def test_pictures_that_are_saved_give_the_probabilities_that_are_printed(memes, results):
+    source = find_image_encoder(memes.encoders)
+    how, encoder = image_preprocessing(memes.encoders, source), ImageEncoder(memes.encoders, source, "cpu")
+    features, target = part_tested(memes)
+    ids, model = memes.corpora[0].splits["dev_unseen"].ids, memes.members(MAIN)[0]
+    right = [i for i, y in enumerate(of_model(model, features)) if (y >= 0) == (target[i] == 1)][:2]
+    assert len(right) == len(results["numbers"]["pixels"]) == 2
+    paths = memes.image_paths(ids)
+    for i, line in zip(right, results["numbers"]["pixels"], strict=True):
+        assert line.startswith(f"{ids[i]}: label {int(target[i])}, probability")
+        stem = ids[i].replace("/", "_").removesuffix(".png")
+        pictures = [np.asarray(Image.open(f"runs/measured/pixels/{stem}-{kind}.png")) for kind in ("before", "after")]
+        assert np.array_equal(pictures[0], preprocess(decode_rgb(paths[ids[i]]), how))
+        largest = np.abs(pictures[0].astype(int) - pictures[1]).max()
+        assert 0 < largest <= 8 and f"no pixel moved by more than {largest} of 255" in line
+        chances = []
+        for pixels in pictures:
+            x = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float()
+            with torch.no_grad():
+                vector = {"image": encoder.features(x).float(), "text": features["text"][i : i + 1]}
+            chances.append(1 / (1 + math.exp(-of_model(model, vector).item())))
+        assert f"probability {chances[0]:.3f} -> {chances[1]:.3f}" in line
+        assert (2 * target[i] - 1) * (chances[1] - chances[0]) < 0  # away from the label
+        assert ("flipped" in line) == ((chances[0] >= 0.5) != (chances[1] >= 0.5))
+
+
+# ---- a run of experiments.train --------------------------------------------------------------------------------------
+
+
+def test_kernel_machine_is_that_of_the_training_and_has_no_latents(mosi):
+    measured = Predictor(mosi, kernel_machine=True)
+    said = json.loads((mosi.folder / "results.json").read_text())["numbers"]
+    _, target = part_tested(mosi)
+    assert measured.rows[-2:] == [LATE_FUSION, KERNEL_MACHINE]
+    assert (
+        accuracy(measured.clean(KERNEL_MACHINE)[0], target)
+        == said[KERNEL_MACHINE]["accuracy"]["per seed and fold"][0][0]
+    )
+    assert measured.corrupted(KERNEL_MACHINE, Condition("latents", "latent noise", "all", 0.5, 0)) is None
+    everywhere = [Condition("missing", "missing", name, 1.0, 0) for name in mosi.study.input_dims]
+    assert all(np.ptp(measured.corrupted(KERNEL_MACHINE, c)) > 1e-6 for c in everywhere)
+    with torch.no_grad():  # without the text: its features at their training mean
+        features, _ = part_tested(mosi)
+        mean = mosi.members(mosi.main_row)[0].standardise["text"].mean
+        filled = features | {"text": mean.expand_as(features["text"])}
+        expected = measured._machines[0].decision({name: x.numpy() for name, x in filled.items()})
+    np.testing.assert_allclose(measured.corrupted(KERNEL_MACHINE, everywhere[1])[0], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_three_modalities_are_measured_to_the_end(mosi, capsys):
+    flags = "runs/mosi --groups missing latents --draws 1 --attack-seeds 0 --name mosi-measured"
+    assert robustness.run(flags.split()) == 0
+    results = json.loads(Path("runs/mosi-measured/results.json").read_text())
+    assert {KERNEL_MACHINE, LATE_FUSION, mosi.main_row} <= set(results["numbers"]["clean"])
+    assert f"missing | missing, either | {KERNEL_MACHINE}" in results["numbers"]["curves"]
+    assert not any("latents" in k and KERNEL_MACHINE in k for k in results["numbers"]["curves"])
+    assert not results["numbers"]["features, attacked"] and results["numbers"]["latent, exact"]
+    assert not Path("runs/mosi-measured/pixels").exists()
+
+
+# ---- curves ----------------------------------------------------------------------------------------------------------
+
+
+def test_area_of_a_line_is_its_middle_and_a_point_measured_once_stands_for_all_draws():
+    levels = np.array([0.0, 0.25, 1.0])
+    assert curve_area(1 - 0.4 * levels, levels) == pytest.approx(0.8)
+    assert curve_area(np.stack([levels, 2 * levels]), levels) == pytest.approx([0.5, 1.0])
+    clean = np.array([0.9, 0.8])
+    made = _curve(clean, {0.5: [np.array([0.7, 0.6]), np.array([0.5, 0.8])], 1.0: [np.array([0.1, 0.2])]})
+    assert made.levels.tolist() == [0, 0.5, 1] and made.scores.shape == (3, 2, 2)
+    assert made.drop == pytest.approx([0.8, 0.6])
+    assert made.area == pytest.approx([0.25 * (0.9 + 2 * 0.6 + 0.1), 0.25 * (0.8 + 2 * 0.7 + 0.2)])
+    assert Curve(made.levels, made.scores).losses == pytest.approx([(-0.3 - 0.8) / 2, (-0.1 - 0.6) / 2])
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+
+
+def refused(capsys, arguments: str) -> str:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        robustness.run(arguments.split())
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("runs/memes --draws 0", "--draws 0: give at least 1"),
+        ("runs/memes --attack-seeds -1", "--attack-seeds -1: give at least 0"),
+        ("runs/memes --pixels -1", "--pixels -1: give at least 0"),
+        ("runs/memes --groups missing missing", "--groups: name each"),
+        ("runs/memes --groups", "--groups"),
+        ("runs/memes --groups pixels", "--groups"),
+        ("runs/memes --device toaster", "--device toaster"),
+        ("runs/memes --name a/b", "--name"),
+        ("runs/memes --name measured", "this run exists"),
+        ("runs/measured", "a run of experiments.robustness keeps no models"),
+        ("runs/mosi --pixels 1", "--pixels 1: runs/mosi has no pictures"),
+        ("runs/mosi --groups input", "--groups input: runs/mosi has no such thing (its features came as they are"),
+    ],
+)
+def test_what_makes_no_sense_is_one_line_and_leaves_nothing(mosi, capsys, flags, said):
+    before = sorted(path.name for path in Path("runs").iterdir())
+    assert said in refused(capsys, flags)
+    assert sorted(path.name for path in Path("runs").iterdir()) == before
+
+
+def test_pictures_that_are_gone_are_named(mosi, capsys):
+    Path("memes/img").rename("memes/gone")
+    try:
+        assert "img" in refused(capsys, "runs/memes --groups input --pixels 1")
+    finally:
+        Path("memes/gone").rename("memes/img")
