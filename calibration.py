@@ -265,32 +265,42 @@ def detection(
     groups: Sequence[str] | None = None,
     resamples: int = RESAMPLES,
     seed: int = 0,
+    affected: np.ndarray | None = None,
 ) -> Detection:
-    """AUROC of a score that should be larger on corrupted copies of the same examples, mean over draws of them.
+    """AUROC of a score that should be larger on corrupted copies of the same examples, over all draws of them.
 
     Clean and corrupted are copies of the same N examples, so it is examples that are resampled, each with all its
-    copies: resampling copies would take them for independent. With M_ij = 1 where copy j scores above clean i (a tie
-    counts half) and counts w_i, AUROC = sum_ij w_i w_j M_ij / (sum_i w_i)^2.
+    copies: resampling copies would take them for independent. With M_ij the number of copies of j that score above
+    clean i (a tie counts half), c_j the number of copies of j and counts w_i,
+    AUROC = sum_ij w_i w_j M_ij / (sum_i w_i sum_j w_j c_j).
 
     Args:
         clean: (N,); corrupted: (D, N), or (N,) for one draw.
         groups: N names of what is resampled together (utterances of one video).
+        affected: (D, N) bool, or (N,): which copies really differ; the others do not count. Default: all.
+
+    Raises ValueError where no copy is affected.
     """
     clean, corrupted = np.asarray(clean, np.float64), np.atleast_2d(np.asarray(corrupted, np.float64))
+    affected = np.ones(corrupted.shape, bool) if affected is None else np.broadcast_to(affected, corrupted.shape)
+    if not affected.any():
+        raise ValueError("no copy is affected: there is nothing to detect")
     n = clean.size
-    above = np.zeros((n, n), np.float32)  # float32: multiples of 1 / (2 D), and sums of few thousand
-    for copy in corrupted:
-        above += (copy > clean[:, None]) + 0.5 * (copy == clean[:, None])
-    above /= len(corrupted)
+    above = np.zeros((n, n), np.float32)  # float32: halves up to the number of draws, and sums of few thousand
+    for copy, counted in zip(corrupted, affected, strict=True):
+        above += ((copy > clean[:, None]) + 0.5 * (copy == clean[:, None])) * counted
+    copies = affected.sum(0)  # (N,)
     if groups is None:
         counts = bootstrap_counts(n, seed, resamples)
     else:
         _, index = np.unique(np.asarray(groups), return_inverse=True)
         counts = bootstrap_counts(int(index.max()) + 1, seed, resamples)[:, index]
     w = counts.astype(np.float32)  # (K, N)
-    resampled = ((w @ above) * w).sum(1, dtype=np.float64) / counts.sum(1) ** 2  # (K, N) @ (N, N)
-    low, high = np.percentile(resampled, [2.5, 97.5])
-    return Detection(float(above.mean(dtype=np.float64)), float(low), float(high))
+    pairs = counts.sum(1) * (counts @ copies)
+    hits = ((w @ above) * w).sum(1, dtype=np.float64)  # (K, N) @ (N, N)
+    resampled = np.divide(hits, pairs, out=np.full(len(hits), np.nan), where=pairs > 0)
+    low, high = np.nanpercentile(resampled, [2.5, 97.5])
+    return Detection(float(above.sum(dtype=np.float64) / (n * copies.sum())), float(low), float(high))
 
 
 # ---- checks ------------------------------------------------------------------------------------------------------

@@ -63,6 +63,9 @@ IMAGE_CORRUPTIONS: dict[str, Callable[[Image.Image, float, np.random.Generator],
     "rotation": image_rotation,
 }
 
+WITHOUT_CHANCE = ("blur", "jpeg", "contrast")
+"""corruptions that draw no random numbers"""
+
 # ---- texts -------------------------------------------------------------------------------------------------------
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"

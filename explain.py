@@ -128,6 +128,11 @@ def check(config: Config) -> None:
             raise InputError(f"--{name} {value}: give a number from {least} up")
     if config.out is not None and config.out.is_dir():
         raise InputError(f"--out {config.out}: is a folder; name the file to write")
+    suffix = ".html" if config.image is None else ".png"
+    if config.out is not None and config.out.suffix.lower() != suffix:
+        raise InputError(f"--out {config.out}: what is written is a {suffix} file; name it so")
+    if config.out is not None and config.image is not None and config.out.resolve() == config.image.resolve():
+        raise InputError(f"--out {config.out}: is the picture itself; name another file")
 
 
 def default_path(folder: Path, what: str, kind: str) -> Path:

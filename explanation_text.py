@@ -20,16 +20,19 @@ def headline(explanation: Explanation, row: int) -> str:
 
 
 def reach(explanation: Explanation, row: int) -> str:
-    """How far each latent is from changing the decision, or how much it moves a value; mean over seeds."""
+    """How far each latent may move before any seed changes its decision, or how much it moves a value (mean).
+
+    Every seed has latents of its own, so radii are counted in each one's rms std of the latent.
+    """
     account, cells = explanation.account, []
     for name in account.modalities:
         if explanation.task == "binary":
-            radius = account.radius[name][:, row]
-            cells.append(f"{name} {radius.mean():.2f} ({(radius / account.latent_std[name]).mean():.2f} x its std)")
+            radius = account.radius[name][:, row] / account.latent_std[name]
+            cells.append(f"{name} {radius.min():.2f} (seeds' mean {radius.mean():.2f})")
         else:
             cells.append(f"{name} {(account.slope[name][:, row] * account.latent_std[name]).mean():.2g}")
     if explanation.task == "binary":
-        return "certified l2 radius of one latent, all else held: " + ", ".join(cells)
+        return "certified l2 radius of one latent in its std, least over seeds: " + ", ".join(cells)
     return f"largest change of the {explanation.output} as one latent moves by its std: " + ", ".join(cells)
 
 
@@ -43,14 +46,14 @@ def print_explanation(explanation: Explanation, row: int = 0) -> None:
     binary = explanation.task == "binary"
     print(f"\n{'certified radius (l2)' if binary else 'largest change (l2)':24}", end="")
     print(
-        "a latent's least change that changes the decision, mean over seeds; in its rms std on train"
+        "the least change of one latent that changes a seed's own decision, in its rms std on train"
         if binary
         else f"of the {explanation.output} as one latent moves by its rms std on train, mean over seeds"
     )
     for name in account.modalities:
         if binary:
-            radius = account.radius[name][:, row]
-            print(f"  {name:20}  {_cell(radius)}   {_cell(radius / account.latent_std[name])} x")
+            radius = account.radius[name][:, row] / account.latent_std[name]
+            print(f"  {name:20}  least over seeds {radius.min():.3f}; {_cell(radius)}")
         else:
             print(f"  {name:20}  {_cell(account.slope[name][:, row] * account.latent_std[name])}")
 

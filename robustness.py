@@ -243,14 +243,14 @@ def certified_feature_radius(path: FeaturePath, norm: Norm, largest: float = 1e4
 
 def _slope_range(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     """Least and largest slope of GELU on [low, high], exact."""
-    ends = _gelu_slope(low), _gelu_slope(high)
+    ends = gelu_slope(low), gelu_slope(high)
     least, most = torch.minimum(*ends), torch.maximum(*ends)
-    top, bottom = _gelu_slope(low.new_tensor(STEEPEST)), _gelu_slope(low.new_tensor(-STEEPEST))
+    top, bottom = gelu_slope(low.new_tensor(STEEPEST)), gelu_slope(low.new_tensor(-STEEPEST))
     least = torch.where((low < -STEEPEST) & (high > -STEEPEST), bottom, least)
     return least, torch.where((low < STEEPEST) & (high > STEEPEST), top, most)
 
 
-def _gelu_slope(x: Tensor) -> Tensor:
+def gelu_slope(x: Tensor) -> Tensor:
     """Phi(x) + x phi(x)."""
     density = torch.exp(-x.square() / 2) / (2 * math.pi) ** 0.5
     return torch.special.ndtr(x) + x * density

@@ -19,7 +19,6 @@ from frozen_encoders import find_image_encoder, find_text_encoder, image_identit
 from image_decoding import digest_images
 from torchrun_processes import Processes
 
-LEVELS = (0.25, 0.5, 0.75)
 Key = tuple[str, str, float, int]
 """modality, corruption, severity, draw"""
 
@@ -77,13 +76,14 @@ def _texts(run: TrainedRun, keys: Sequence[Key], device: str) -> dict[Key, Tenso
     cache = FeatureCache(run.cache_dir, "corrupted_text", text_identity(encoders, source, device))
     mask = _mask_token(source.path) if any(corruption == "word mask" for _, corruption, _, _ in keys) else ""
     corrupted: dict[Key, list[str]] = {}
-    by_split = [run.texts(corpus, tested_split(corpus)) for corpus in run.corpora]
+    splits = [(run.texts(c, tested_split(c)), c.splits[tested_split(c)].ids) for c in run.corpora]
     for key in keys:
         modality, corruption, severity, _ = key
         corrupted[key] = []
-        for texts in by_split:
-            for text in texts[modality]:
-                rng = np.random.default_rng(int(_digest(text, key)[:16], 16))
+        for texts, ids in splits:
+            for example, text in zip(ids, texts[modality], strict=True):
+                # the example's own, so that equal texts do not share their errors
+                rng = np.random.default_rng(int(_digest(f"{example} {text}", key)[:16], 16))
                 corrupted[key].append(TEXT_CORRUPTIONS[corruption](text, severity, rng, mask))
     unique = {text_digest(text): text for texts in corrupted.values() for text in texts}
     encode_texts(unique, cache, encoders, source, Processes(device=device))
@@ -91,8 +91,8 @@ def _texts(run: TrainedRun, keys: Sequence[Key], device: str) -> dict[Key, Tenso
 
 
 def _mask_token(folder: Path) -> str:
-    """The tokenizer's mask token; of a tokenizer without one, its unknown token, else nothing."""
+    """The tokenizer's mask token; of a tokenizer without one, its unknown token, else an underscore."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    return tokenizer.mask_token or tokenizer.unk_token or ""
+    return tokenizer.mask_token or tokenizer.unk_token or "_"

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from corruptions import add_noise, drop_coordinates, missing_masks
+from corpus import InputError
+from corruptions import WITHOUT_CHANCE, add_noise, drop_coordinates, missing_masks
 from experiments.corrupted_inputs import corruptions_of, encode_corrupted
 from experiments.trained_run import TrainedRun
 from fusion_model import FusionModel
@@ -40,19 +41,46 @@ class Condition(NamedTuple):
         return self.name if self.group == "input" else f"{self.name}, {self.where}"
 
     def rng(self) -> np.random.Generator:
-        """Random numbers of this condition alone, the same for every model."""
-        return np.random.default_rng([zlib.crc32(repr(self[:4]).encode()), self.draw])
+        """Random numbers of this curve and draw: the same for every model, and for every severity.
+
+        So the examples that lack a modality at a low rate lack it at every higher one too.
+        """
+        return np.random.default_rng([zlib.crc32(repr(self[:3]).encode()), self.draw])
+
+
+def check_flags(groups: Sequence[str], draws: int) -> None:
+    """Raise InputError for groups that are named twice, or none, or no draws; needs no run."""
+    if not groups or len(set(groups)) < len(groups):
+        raise InputError(f"--groups {' '.join(groups)}: name at least one of {', '.join(GROUPS)}, each once")
+    if draws < 1:
+        raise InputError(f"--draws {draws}: give at least 1")
 
 
 def conditions(run: TrainedRun, groups: Sequence[str] = GROUPS[1:], draws: int = 3) -> list[Condition]:
-    """All conditions of these groups; of inputs one draw, since every one is encoded anew."""
+    """All conditions of these groups; what involves no chance is there once.
+
+    Raises InputError naming the flag, as `check_flags` and where the run has no such thing.
+    """
+    check_flags(groups, draws)
+    made = _conditions(run, groups, draws)
+    for group in groups:
+        if not any(c.group == group for c in made):
+            why = "its features came as they are from a file" if group == "input" else "it has one modality alone"
+            raise InputError(f"--groups {group}: {run.folder} has no such thing ({why}); leave it out")
+    return made
+
+
+def _conditions(run: TrainedRun, groups: Sequence[str], draws: int) -> list[Condition]:
     names = list(run.study.input_dims)
     several = [*names, "all"] if len(names) > 1 else names
     made = []
     if "input" in groups:
         for modality, corruptions in corruptions_of(run).items():
             made += [
-                Condition("input", f"{modality} {name}", modality, level, 0) for name in corruptions for level in LEVELS
+                Condition("input", f"{modality} {name}", modality, level, draw)
+                for name in corruptions
+                for level in LEVELS
+                for draw in range(1 if name in WITHOUT_CHANCE else draws)
             ]
     for group, kind in (("features", "feature"), ("latents", "latent")):
         if group in groups:
@@ -75,8 +103,9 @@ def conditions(run: TrainedRun, groups: Sequence[str] = GROUPS[1:], draws: int =
 class Predictor:
     """Predictions of all rows of a run under any condition; the same random numbers for all rows and seeds.
 
-    Late fusion is the mean of the one-modality rows' predictions (Kiela et al. 2020), the kernel machine that of
-    experiments.train, trained anew (it is deterministic).
+    Late fusion is the mean of the one-modality rows' predictions (Kiela et al. 2020), of those whose modality is there.
+    A missing latent is 0 to every neural row; to the kernel machine, that of experiments.train trained anew (it is
+    deterministic), a missing modality is the training mean.
     """
 
     def __init__(self, run: TrainedRun, device: str = "cpu", kernel_machine: bool = False) -> None:
@@ -115,7 +144,7 @@ class Predictor:
     def corrupted(self, row: str, condition: Condition) -> np.ndarray | None:
         """The same on the test part under a condition; None for latents of a row that has none."""
         if row == LATE_FUSION:
-            return np.mean([self.corrupted(single, condition) for single in self.singles], axis=0)
+            return self._late_fusion(condition)
         if row == KERNEL_MACHINE and condition.group == "latents":
             return None
         changed = self._changed(condition) if condition.group in ("input", "features") else {}
@@ -142,6 +171,15 @@ class Predictor:
             folds.append(said)
         return self._joined(folds)
 
+    def _late_fusion(self, condition: Condition) -> np.ndarray:
+        said = np.stack([self.corrupted(single, condition) for single in self.singles])  # (M, S, n[, O])
+        if condition.group != "missing":
+            return said.mean(0)
+        present = self._present(condition)
+        there = np.stack([present[self.run.ensembles[row].members[0].modalities[0]] for row in self.singles])  # (M, n)
+        weight = (there / there.sum(0)).reshape(len(there), 1, -1, *[1] * (said.ndim - 3))
+        return (said * weight).sum(0)
+
     # ---- what is corrupted ----------------------------------------------------------------------------------------
 
     def prepare(self, conditions: Sequence[Condition]) -> None:
@@ -152,6 +190,12 @@ class Predictor:
     def masks(self, condition: Condition) -> dict[str, np.ndarray]:
         """{modality: (n,) of 1 and 0}: which test examples have which modality under a missing condition."""
         return self._present(condition)
+
+    def affected(self, condition: Condition) -> np.ndarray:
+        """(n,) bool: the test examples that a condition changes; all, unless a modality is missing in some."""
+        if condition.group != "missing":
+            return np.ones(len(self.study.test_rows), bool)
+        return np.any([mask == 0 for mask in self._present(condition).values()], axis=0)
 
     def _key(self, condition: Condition) -> tuple[str, str, float, int]:
         name = condition.name.removeprefix(f"{condition.where} ")
@@ -169,13 +213,12 @@ class Predictor:
         rng, made = condition.rng(), {}
         for name in self._where(condition):
             folds = []
-            for f, fold in enumerate(self.study.folds):
-                scale = self.run.members(self.run.main_row, f)[0].standardise[name]
-                x = self.study.pool.features[name][fold.test]
+            for fold in self.study.folds:
+                x, train = (self.study.pool.features[name][rows] for rows in (fold.test, fold.train))
                 if condition.name == "feature noise":
-                    folds.append(add_noise(x, condition.level, scale.std, rng))
+                    folds.append(add_noise(x, condition.level, train.std(0), rng))
                 else:
-                    folds.append(drop_coordinates(x, condition.level, scale.mean, rng))
+                    folds.append(drop_coordinates(x, condition.level, train.mean(0), rng))
             made[name] = torch.cat(folds)
         return made
 

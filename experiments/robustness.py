@@ -11,14 +11,15 @@ deviations of the target, of each example; nothing is scaled across methods. Of 
 - drop: clean minus the score at the largest severity;
 - effective robustness: mean over severities of (score - clean) minus the same of late fusion (Liang et al. 2021).
 
-Worst cases are certified from below and attacked from above (experiments/adversarial.py).
+Worst cases are certified from below and attacked from above (experiments/adversarial.py, where sizes rho are defined).
 
 The claim is tested as: in every group of conditions that was measured, jWAE-LMF loses less than late fusion, its
-effective robustness being above 0. All groups must hold. The other contrasts (rank 1, no prior, concatenation) do not
-decide. Differences run over seeds and test examples, means over the conditions of a group; draws are averaged.
+effective robustness being above 0. All groups must hold. Where late fusion does not score above a constant prediction
+by the smallest effect of interest it has nothing to lose: too few data. The other contrasts (rank 1, without the prior,
+concatenation) do not decide, and a row that scores less has less to lose. Differences run over seeds and test examples,
+means over the conditions of a group; draws are averaged.
 """
 
-import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -34,19 +35,20 @@ from matplotlib.figure import Figure
 from atomic_files import write_safetensors, write_text
 from command_line import pick_device, run_command
 from corpus import InputError
+from experiments import train
 from experiments.adversarial import SIZES
 from experiments.corruption_curves import Corrupted, curves_csv, group_summary, measure_corrupted
-from experiments.corruption_grid import LATE_FUSION, Condition, Predictor, conditions
-from experiments.experiment import Experiment, Outcome, contrasts_on_test, record
+from experiments.corruption_grid import LATE_FUSION, Condition, Predictor, check_flags, conditions
+from experiments.experiment import SCORE_EFFECT, Experiment, Outcome, contrasts_on_test, record
+from experiments.grid import per_example
 from experiments.pixel_attack import PixelAttack, attack_pixels
 from experiments.trained_run import TrainedRun, load_run
 from experiments.verdicts import combine
 from experiments.worst_cases import WorstCases, measure_worst_cases, worst_table
+from metrics import example_scores
 from run_folder import check_resumable, choose_folder, is_complete, open_run
 
 Group = Literal["input", "features", "latents", "missing"]
-NORMS = (2, math.inf)
-CHECK_SIZE = 0.1  # rho at which an attack is checked
 
 
 @dataclass(frozen=True)
@@ -58,9 +60,9 @@ class Options:
     groups: tuple[Group, ...] = ("features", "latents", "missing")
     """input encodes every test example anew for each corruption and severity"""
     draws: int = 3
-    """times that every random corruption is drawn (of inputs: once)"""
+    """times that every random corruption is drawn"""
     attack_seeds: int = 2
-    """members that are attacked; certificates on latents are for all"""
+    """seeds, the first ones, whose members are attacked; certificates on latents are for all"""
     pixels: int = 0
     """memes whose pixels are attacked through the image encoder; pictures before and after are kept"""
     device: str = "auto"
@@ -82,19 +84,17 @@ def main(options: Options) -> None:
     if options.pixels and run.memes is None:
         raise InputError(f"--pixels {options.pixels}: {options.run} has no pictures; leave the flag out")
     made = conditions(run, options.groups, options.draws)
-    empty = [group for group in options.groups if not any(c.group == group for c in made)]
-    if empty:
-        raise InputError(
-            f"--groups {empty[0]}: {options.run} has no such thing ("
-            + ("its features came as they are from a file" if empty[0] == "input" else "one modality alone")
-            + "); leave it out"
-        )
-    open_run(folder, options, {"experiment": EXPERIMENT.name, **run.study.description}, device)
+    # beside main_hateful_memes.py there is no kernel machine to compare with
+    predictor = Predictor(run, str(device), kernel_machine="dataset" in run.settings)
+    if not is_complete(folder):
+        predictor.prepare(made)  # may find a picture gone: before anything is written
+    description = {"experiment": EXPERIMENT.name, "models": run.identity, **run.study.description}
+    open_run(folder, options, description, device)
     if is_complete(folder):
         print(f"{folder}: this run is complete; its table is in {folder / 'table.txt'}")
         return
     start = time.perf_counter()
-    outcome, kept = measure(run, options, made)
+    outcome, kept = measure(predictor, options, made)
     for name, text in kept.texts.items():
         write_text(folder / name, text)
     if kept.masks:
@@ -119,11 +119,10 @@ def main(options: Options) -> None:
 
 def check_options(options: Options) -> None:
     """Raise InputError for flags out of range."""
-    for name, least in (("draws", 1), ("attack_seeds", 0), ("pixels", 0)):
+    check_flags(options.groups, options.draws)
+    for name, least in (("attack_seeds", 0), ("pixels", 0)):
         if getattr(options, name) < least:
             raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)}: give at least {least}")
-    if not options.groups or len(set(options.groups)) < len(options.groups):
-        raise InputError("--groups: name each of input, features, latents, missing at most once, and at least one")
 
 
 @dataclass
@@ -135,11 +134,9 @@ class Kept:
     pixels: list[PixelAttack]
 
 
-def measure(run: TrainedRun, options: Options, made: Sequence[Condition]) -> tuple[Outcome, Kept]:
+def measure(predictor: Predictor, options: Options, made: Sequence[Condition]) -> tuple[Outcome, Kept]:
     """All curves, worst cases and contrasts of a run."""
-    # beside main_hateful_memes.py there is no kernel machine to compare with
-    predictor = Predictor(run, str(pick_device(options.device)), kernel_machine="dataset" in run.settings)
-    predictor.prepare(made)
+    run = predictor.run
     found = measure_corrupted(predictor, made)
     worst = measure_worst_cases(run, options.attack_seeds)
     pixels = attack_pixels(run, options.pixels, predictor.device) if options.pixels else []
@@ -147,11 +144,16 @@ def measure(run: TrainedRun, options: Options, made: Sequence[Condition]) -> tup
     contrasts = contrasts_on_test(run.study, named) if named else []
     deciding = [c.verdict for c in contrasts if c.name.startswith(OVER_LATE_FUSION)]
     notes = [
-        f"sizes rho of worst cases are relative: rho |s|_p with s the standard deviations in training; "
-        f"{options.attack_seeds} members were attacked"
+        f"sizes rho are relative to the standard deviations in training; features: first {worst.seeds} seed(s)",
+        "a row that scores less has less to lose: compare losses beside the clean scores",
     ]
-    if not deciding:
+    if "dataset" in run.settings and "missing" in options.groups:
+        notes.append("rows of several modalities were trained with modality dropout, those of one without")
+    if LATE_FUSION not in found.clean:
         notes.append("no late fusion: the run has not every modality alone; no verdict")
+    elif (lead := lead_over_constant(run, found)) < SCORE_EFFECT:
+        deciding = []
+        notes.append(f"late fusion is {lead:+.3f} from a constant prediction: it has nothing to lose; no verdict")
     masks = {
         f"{c.where}/{c.level:g}/{c.draw}/{name}": torch.from_numpy(mask).to(torch.uint8)
         for c in made
@@ -174,11 +176,17 @@ def measure(run: TrainedRun, options: Options, made: Sequence[Condition]) -> tup
 OVER_LATE_FUSION = "loses less than late fusion: "
 
 
+def lead_over_constant(run: TrainedRun, found: Corrupted) -> float:
+    """Clean score of late fusion minus that of the training majority (or mean)."""
+    constant = per_example(run.study, train.constant(run.study).predictions, "test", example_scores)
+    return float(found.clean[LATE_FUSION].mean() - constant.mean())
+
+
 def differences(run: TrainedRun, found: Corrupted) -> dict[str, tuple[np.ndarray, str]]:
     """Contrasts (S, n): how much less the main row loses than another, by group."""
     others = {LATE_FUSION: OVER_LATE_FUSION}
-    candidates = {"rank 1": "jWAE-LMF, rank 1", "no prior": run.prior_free_row, "concatenation": "concatenation + MLP"}
-    others |= {row: f"loses less than {text}: " for text, row in candidates.items() if row in found.clean}
+    candidates = ("jWAE-LMF, rank 1", run.prior_free_row, "concatenation + MLP")
+    others |= {row: f"loses less than {row}: " for row in candidates if row in found.clean}
     named = {}
     for row, text in others.items():
         for group, losses in found.losses.items():
@@ -213,7 +221,7 @@ def table(run: TrainedRun, found: Corrupted, worst: WorstCases, pixels: Sequence
             effective = f"{made['effective'].mean():+.3f}" if "effective" in made else "-"
             cells += f"  {_spread(made['area']):>15} {made['drop'].mean():7.3f} {effective:>9}"
         lines.append(f"{row:{width}}{cells}")
-    lines += ["", *worst_table(run, worst, width)]
+    lines += ["", *worst_table(worst, width)]
     if worst.checks:
         lines += ["", "checks of the attack on features (Carlini et al. 2019) and of PGD on latents"]
         lines += [f"  {'ok ' if check.holds else 'NOT'}  {check.text}" for check in worst.checks]
@@ -242,7 +250,11 @@ def answer(run: TrainedRun, found: Corrupted, worst: WorstCases) -> str:
     middle = len(SIZES) // 2
     for _, name, norm in keys:
         certified, attacked = (x[run.main_row, name, norm][middle].mean() for x in (worst.certified, worst.attacked))
-        text += f"; worst case of {name} at rho {SIZES[middle]:g} ({norm}): between {certified:.3f} and {attacked:.3f}"
+        clean = worst.clean[run.main_row][: worst.seeds].mean()
+        text += (
+            f"; worst case of {name} at rho {SIZES[middle]:g} ({norm}), first {worst.seeds} seed(s), "
+            f"clean {clean:.3f}: between {certified:.3f} and {attacked:.3f}"
+        )
     return text + "."
 
 
@@ -312,19 +324,18 @@ def draw(figure: Figure, run: TrainedRun, found: Corrupted, worst: WorstCases) -
         missing = keys[0][0] == "missing"
         axis.set(title=title, xlabel="share of incomplete examples" if missing else "severity")
         axis.set_ylabel(run.study.score_name)
-    last = axes[len(chosen)]
-    shown = [key for key in worst.certified if key[0] == run.main_row and key[2] == "l2"]
+    last, shown = axes[len(chosen)], [key for key in worst.certified if key[0] == run.main_row and key[2] == "l2"]
+    places = range(len(SIZES) + 1)  # the clean score of the members that were attacked comes first
     for k, key in enumerate(shown):
-        low, high = worst.certified[key].mean(-1), worst.attacked[key].mean(-1)
-        last.fill_between(SIZES, low, high, color=f"C{k}", alpha=0.25, linewidth=0)
-        last.plot(SIZES, high, "o-", color=f"C{k}", markersize=3, label=f"{key[1]}: attacked")
-        last.plot(SIZES, low, "s--", color=f"C{k}", markersize=3, label=f"{key[1]}: certified")
-    last.set_xscale("log")
-    last.set_xticks(SIZES, [f"{size:g}" for size in SIZES])
-    last.minorticks_off()
-    last.set(title="worst change of one modality's features (l2)", xlabel="size rho", ylabel=run.study.score_name)
+        clean = worst.clean[run.main_row][: worst.seeds].mean()
+        low, high = ([clean, *of[key].mean(-1)] for of in (worst.certified, worst.attacked))
+        last.fill_between(places, low, high, color=f"C{k}", alpha=0.25, linewidth=0)
+        last.plot(places, high, "o-", color=f"C{k}", markersize=3, label=f"{key[1]}: attacked")
+        last.plot(places, low, "s--", color=f"C{k}", markersize=3, label=f"{key[1]}: certified")
+    last.set_xticks(places, ["clean", *(f"{size:g}" for size in SIZES)])
+    last.set(title=f"{run.main_row}: worst change of one modality (l2)", xlabel="size rho", ylabel=run.study.score_name)
     if shown:
-        last.legend(frameon=False, fontsize=8)
+        last.legend(frameon=False, fontsize=8, title=f"first {worst.seeds} seed(s)", title_fontsize=8)
     for axis in axes[len(chosen) + 1 :]:
         axis.axis("off")
     handles, labels = axes[0].get_legend_handles_labels()

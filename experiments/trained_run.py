@@ -4,6 +4,7 @@ Two commands leave models behind: `python main_hateful_memes.py` and `python -m 
 """
 
 import contextlib
+import hashlib
 import io
 import json
 from collections.abc import Sequence
@@ -69,6 +70,11 @@ class TrainedRun:
     def prior_free_row(self) -> str | None:
         """The same model trained without the prior (and, in `experiments.train`, without any jWAE term)."""
         return next((row for row in ("LMF without jWAE", "jWAE-LMF, no prior") if row in self.ensembles), None)
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 of the main row's weights: which models a measurement was made of."""
+        return hashlib.sha256((self.folder / "model.safetensors").read_bytes()).hexdigest()
 
     def members(self, row: str, fold: int = 0) -> list[FusionModel]:
         """The members of one row that were trained on one fold, one per seed."""

@@ -37,7 +37,7 @@ from calibration import detection
 from command_line import pick_device, run_command
 from corpus import InputError
 from experiments.calibrated_predictors import ENSEMBLE, PARTS, RAW, SCALED, BinaryPredictor, Row, truth_of
-from experiments.corruption_grid import Condition, Predictor, conditions
+from experiments.corruption_grid import Condition, Predictor, check_flags, conditions
 from experiments.experiment import Experiment, Outcome, contrasts_on_test, record
 from experiments.study import Study
 from experiments.trained_run import TrainedRun, load_run
@@ -52,7 +52,7 @@ NLL_EFFECT = 0.01  # nats
 AURC_EFFECT = 0.01
 DETECTION_RESAMPLES = 500
 ALPHAS = (0.05,)  # beside --alpha
-CLAIM = "The jWAE prior improves uncertainty: lower NLL and lower AURC of the ensemble than without the prior."
+CLAIM = "The jWAE improves uncertainty: lower NLL and lower AURC of the ensemble than without it (or its prior)."
 DECIDING = ("NLL, clean", "NLL, corrupted", "AURC, clean", "AURC, corrupted")
 
 
@@ -107,8 +107,12 @@ def measure_corrupted(
                 found.parts[name][f"{part}, corrupted"] = found.parts[name].get(f"{part}, corrupted", 0) + here
             clean = row.ensemble.disagreement(found.outputs[name])
             spoiled = [row.ensemble.disagreement(x) for x in drawn]
+            # of a missing modality, the examples that lack it: the others are the clean examples themselves
+            affected = np.stack([predictor.affected(condition) for condition in same])
             found.detected[key][name] = {
-                score: detection(values, np.stack([x[score] for x in spoiled]), groups, DETECTION_RESAMPLES)
+                score: detection(
+                    values, np.stack([x[score] for x in spoiled]), groups, DETECTION_RESAMPLES, affected=affected
+                )
                 for score, values in clean.items()
             }
 
@@ -230,12 +234,9 @@ class Options:
 
 def execute(options: Options) -> None:
     """Load the run, measure, print, and leave table.txt, figure.png and results.json in a folder of its own."""
-    if options.draws < 1:
-        raise InputError(f"--draws {options.draws}: give at least 1")
+    check_flags(options.groups, options.draws)
     if not 0 < options.alpha < 1:
         raise InputError(f"--alpha {options.alpha}: give a share between 0 and 1, such as 0.1")
-    if not options.groups:
-        raise InputError("--groups: name at least one of input, features, latents, missing")
     device = pick_device(options.device)
     folder = choose_folder(options.name, f"uncertainty-{options.run.resolve().name}", options.resume)
     if options.resume:
@@ -246,7 +247,7 @@ def execute(options: Options) -> None:
     chosen = [c for c in conditions(trained, options.groups, options.draws) if c.level in LEVELS]
     if "input" in options.groups and not is_complete(folder):
         predictor.prepare(chosen)  # may find a picture gone: before anything is written
-    open_run(folder, options, {"experiment": EXPERIMENT.name, **study.description}, device)
+    open_run(folder, options, {"experiment": EXPERIMENT.name, "models": trained.identity, **study.description}, device)
     if is_complete(folder):
         print(f"{folder}: this run is complete; its table is in {folder / 'table.txt'}")
         return

@@ -1,8 +1,10 @@
 """Worst-case scores of every row of a run: exact on latents, certified and attacked on features; and their table."""
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,16 +13,24 @@ from tqdm import tqdm
 from experiments import adversarial
 from experiments.adversarial import NAMES, SIZES, Check, Truth
 from experiments.trained_run import TrainedRun
+from fusion_model import FusionModel, TensorHead
 from lmf_module import LowRankMultimodalFusion
 
 NORMS = (2, math.inf)
 CHECK_SIZE = 0.1  # rho at which an attack is checked
 
 
+TENSOR_PRODUCTS = 5000  # of latents: a tensor product head of more is not attacked, each step would take a second
+
+
 @dataclass
 class WorstCases:
     """Scores under the worst change of one modality, mean over test examples; sizes are adversarial.SIZES."""
 
+    seeds: int
+    """that were attacked: the first ones"""
+    clean: dict[str, np.ndarray]
+    """{row: (S,)}"""
     latent: dict[tuple[str, str, str], np.ndarray]
     """{(row, modality, norm): (sizes, S)} exact, LMF rows"""
     joint: dict[tuple[str, str], np.ndarray]
@@ -32,115 +42,136 @@ class WorstCases:
     checks: list[Check]
 
 
-def measure_worst_cases(run: TrainedRun, attack_seeds: int) -> WorstCases:
-    """Certificates on all LMF rows of two or more modalities, attacks on these and on concatenation.
+class _Fold(NamedTuple):
+    """What a fold's models are measured on."""
 
-    The tensor product is not attacked: three modalities of width 33 are 36,000 products for each example and step.
-    """
+    test: dict[str, torch.Tensor]
+    train: dict[str, torch.Tensor]
+    truth: Truth
+
+
+Measure = Callable[[FusionModel, _Fold], Mapping[str, torch.Tensor]]
+
+
+def measure_worst_cases(run: TrainedRun, attack_seeds: int) -> WorstCases:
+    """Certificates on all LMF rows, attacks on every row but tensor products that are too large."""
     study = run.study
-    rows = [row for row, e in run.ensembles.items() if len(e.members[0].modalities) > 1]
-    lmf = [row for row in rows if isinstance(run.members(row)[0].fusion, LowRankMultimodalFusion)]
-    attacked_rows = lmf + [row for row in rows if row.startswith("concatenation")]
     folds = [
-        (
+        _Fold(
             {name: x[fold.test] for name, x in study.pool.features.items()},
             {name: x[fold.train] for name, x in study.pool.features.items()},
             Truth(study.pool.target[fold.test].reshape(len(fold.test), -1), study.task == "binary", study.target_scale),
         )
         for fold in study.folds
     ]
-    latent, joint, certified, attacked = {}, {}, {}, {}
-    seeds = range(min(attack_seeds, run.seeds))
-    for row in tqdm(attacked_rows, desc="worst cases", unit="row"):
-        names = run.members(row)[0].modalities
+    seeds = min(attack_seeds, run.seeds)
+    worst = WorstCases(seeds, {}, {}, {}, {}, {}, [])
+    rows = [row for row in run.ensembles if _attackable(run.members(row)[0])]
+    for row in tqdm(rows, desc="worst cases", unit="row"):
+        _measure_row(run, row, folds, worst)
+    if seeds:
+        worst.checks = _checks(run, folds[0], worst)
+    return worst
 
-        def over_folds(measure, row: str = row, count: int = run.seeds):
-            """measure(model, features, train, truth) -> {key: (sizes, n)}, pooled over folds: {key: (sizes, seeds)}."""
-            made: dict[str, list[np.ndarray]] = {}
-            for s in range(count):
-                parts: dict[str, list[torch.Tensor]] = {}
-                for f, (features, train, truth) in enumerate(folds):
-                    for key, values in measure(run.members(row, f)[s], features, train, truth).items():
-                        parts.setdefault(key, []).append(values)
-                for key, values in parts.items():
-                    made.setdefault(key, []).append(torch.cat(values, 1).mean(1).numpy())
-            return {key: np.stack(values, -1) for key, values in made.items()}
 
-        for norm in adversarial.NAMES if row in lmf else ():
-            exact = over_folds(
-                lambda m, x, train, t, norm=norm: adversarial.latent_scores(
-                    m, x, t, adversarial.latent_stds(m, train), norm
-                )
+def _attackable(model: FusionModel) -> bool:
+    large = (model.jwae.latent_dim + 1) ** len(model.modalities) > TENSOR_PRODUCTS
+    return not (isinstance(model.fusion, TensorHead) and large)
+
+
+def _measure_row(run: TrainedRun, row: str, folds: Sequence[_Fold], worst: WorstCases) -> None:
+    """Enter everything about one row."""
+    names = run.members(row)[0].modalities
+    is_lmf = isinstance(run.members(row)[0].fusion, LowRankMultimodalFusion)
+
+    def each(measure: Measure, seeds: int = run.seeds) -> dict[str, np.ndarray]:
+        return _over_folds(run, row, folds, measure, seeds)
+
+    worst.clean[row] = each(lambda m, f: {"clean": adversarial.clean_scores(m, f.test, f.truth)[None]})["clean"][0]
+    for norm, label in NAMES.items() if is_lmf else ():
+        made = each(
+            lambda m, f, norm=norm: adversarial.latent_scores(
+                m, f.test, f.truth, adversarial.latent_stds(m, f.train), norm
             )
-            latent |= {(row, name, NAMES[norm]): values for name, values in exact.items()}
-        if row in lmf and study.task == "binary":
-            pairs = over_folds(
-                lambda m, x, train, t: adversarial.joint_scores(m, x, t, adversarial.latent_stds(m, train))
-            )
-            joint |= {(row, pair): values for pair, values in pairs.items()}
-        for norm in NORMS if seeds else ():
-            if row in lmf:
-                bounds = over_folds(
-                    lambda m, x, train, t, norm=norm, names=names: {
-                        name: adversarial.feature_certificates(m, x, t, name, norm) for name in names
-                    },
-                    count=len(seeds),
-                )
-                certified |= {(row, name, NAMES[norm]): values for name, values in bounds.items()}
-            attacks = over_folds(
-                lambda m, x, train, t, norm=norm, names=names: {
-                    name: adversarial.attacked_scores(m, x, t, name, norm) for name in names
+        )
+        worst.latent.update({(row, name, label): values for name, values in made.items()})
+    if is_lmf and run.task == "binary":
+        made = each(lambda m, f: adversarial.joint_scores(m, f.test, f.truth, adversarial.latent_stds(m, f.train)))
+        worst.joint.update({(row, pair): values for pair, values in made.items()})
+    for norm in NORMS if worst.seeds else ():
+        kinds = [(worst.attacked, adversarial.attacked_scores)]
+        kinds += [(worst.certified, adversarial.feature_certificates)] if is_lmf else []
+        for of, measure in kinds:
+            made = each(
+                lambda m, f, norm=norm, measure=measure: {
+                    name: measure(m, f.test, f.truth, name, norm) for name in names
                 },
-                count=len(seeds),
+                worst.seeds,
             )
-            attacked |= {(row, name, NAMES[norm]): values for name, values in attacks.items()}
-    checks = _checks(run, folds[0], attacked) if len(seeds) > 1 else []
-    return WorstCases(latent, joint, certified, attacked, checks)
+            of.update({(row, name, NAMES[norm]): values for name, values in made.items()})
 
 
-def _checks(run: TrainedRun, fold: tuple, attacked: Mapping[tuple[str, str, str], np.ndarray]) -> list[Check]:
-    """Carlini's checks on the first two members, in the modality that attacks hurt most; PGD on latents of all."""
-    features, _, truth = fold
-    model, other = run.members(run.main_row)[:2]
+def _over_folds(
+    run: TrainedRun, row: str, folds: Sequence[_Fold], measure: Measure, seeds: int
+) -> dict[str, np.ndarray]:
+    """{key: (sizes, seeds)}: mean over all folds' test examples of what `measure` gives, {key: (sizes, n)}."""
+    made: dict[str, list[np.ndarray]] = {}
+    for s in range(seeds):
+        parts: dict[str, list[torch.Tensor]] = {}
+        for f, fold in enumerate(folds):
+            for key, values in measure(run.members(row, f)[s], fold).items():
+                parts.setdefault(key, []).append(values)
+        for key, values in parts.items():
+            made.setdefault(key, []).append(torch.cat(values, 1).mean(1).numpy())
+    return {key: np.stack(values, -1) for key, values in made.items()}
+
+
+def _checks(run: TrainedRun, fold: _Fold, worst: WorstCases) -> list[Check]:
+    """Carlini's checks on the main row and on concatenation (first member, first fold, the modality hurt most).
+
+    And PGD on latents against the closed form, and that no attack on any row has got below its certificate.
+    """
     checks = []
-    for norm in NORMS:
+    rows = [run.main_row, *(row for row in worst.clean if row.startswith("concatenation"))]
+    for row, norm in itertools.product(rows, NORMS):
         label = NAMES[norm]
-        worst = min(model.modalities, key=lambda name: attacked[run.main_row, name, label].mean())
-        checks += [
-            Check(f"{label}, {worst}: {check.text}", check.holds)
-            for check in adversarial.attack_checks(model, other, features, truth, worst, norm, CHECK_SIZE)
-        ]
-        for name in model.modalities:
-            gap = adversarial.latent_attack_gap(model, features, name, norm)
-            checks.append(
-                Check(f"{label}, latent of {name}: PGD against the closed form differ by {gap:.1e}", gap < 1e-4)
-            )
+        model, *others = run.members(row)[:2]
+        hurt = min(model.modalities, key=lambda name: worst.attacked[row, name, label].mean())
+        for check in adversarial.attack_checks(
+            model, others[0] if others else None, fold.test, fold.truth, hurt, norm, CHECK_SIZE
+        ):
+            checks.append(Check(f"{row}, {label}, {hurt}: {check.text}", check.holds))
+    model = run.members(run.main_row)[0]
+    for norm, name in itertools.product(NORMS, model.modalities):
+        gap = adversarial.latent_attack_gap(model, fold.test, name, norm)
+        text = f"{run.main_row}, {NAMES[norm]}, latent of {name}: PGD and the closed form differ by {gap:.1e} of it"
+        checks.append(Check(text, gap < 1e-4))
+    least = min(float((worst.attacked[key] - values).min()) for key, values in worst.certified.items())
+    checks.append(Check(f"least gap between an attacked and a certified score: {least:.4f}", least >= -1e-6))
     return checks
 
 
-def worst_table(run: TrainedRun, worst: WorstCases, width: int) -> list[str]:
+def worst_table(worst: WorstCases, width: int) -> list[str]:
     """Scores at every size: exact on latents; on features certified, attacked and the gap between."""
-    head = "".join(f"  rho {size:<5g}" for size in SIZES)
-    lines = [f"worst change of one latent, exact{'':{max(0, width - 3)}}{head}"]
-    labels = sorted({(name, norm) for _, name, norm in worst.latent})
-    rows = list(dict.fromkeys(row for row, _, _ in worst.attacked or worst.latent))
-    for name, norm in labels:
-        for row in rows:
-            if (row, name, norm) in worst.latent:
-                lines.append(_sized(f"{name} {norm}", row, worst.latent[row, name, norm], width))
+    head = f"{'clean':>11}" + "".join(f"  rho {size:<5g}" for size in SIZES)
+    lines = [f"{'worst change of one latent, exact (of two: a bound), all seeds':{width + 32}}{head}"]
+    for row, name, norm in sorted(worst.latent, key=lambda key: key[1:]):
+        lines.append(_sized(f"{name} {norm}", row, worst.clean[row], worst.latent[row, name, norm], width))
     for (row, pair), values in worst.joint.items():
-        lines.append(_sized(f"{pair} l2", row, values, width))
+        lines.append(_sized(f"{pair} l2", row, worst.clean[row], values, width))
     if worst.attacked:
-        lines += ["", f"worst change of one modality's features: certified, then attacked (PGD){head}"]
-        for name, norm in sorted({(name, norm) for _, name, norm in worst.attacked}):
-            for row in rows:
-                if (row, name, norm) in worst.certified:
-                    lines.append(_sized(f"{name} {norm} certified", row, worst.certified[row, name, norm], width))
-                lines.append(_sized(f"{name} {norm} attacked", row, worst.attacked[row, name, norm], width))
+        title = f"worst change of one modality's features, first {worst.seeds} seed(s)"
+        lines += ["", f"{title:{width + 32}}{head}"]
+        for row, name, norm in sorted(worst.attacked, key=lambda key: key[1:]):
+            for kind, of in (("certified", worst.certified), ("attacked", worst.attacked)):
+                if (row, name, norm) in of:
+                    clean = worst.clean[row][: worst.seeds]
+                    lines.append(_sized(f"{name} {norm} {kind}", row, clean, of[row, name, norm], width))
         gaps = [worst.attacked[key] - values for key, values in worst.certified.items()]
         lines.append(f"gap between attack and certificate: mean {np.mean(gaps):.3f}, largest {np.max(gaps):.3f}")
     return lines
 
 
-def _sized(what: str, row: str, values: np.ndarray, width: int) -> str:
-    return f"  {what:28}  {row:{width}}" + "".join(f"  {value:9.3f}" for value in values.mean(-1))
+def _sized(what: str, row: str, clean: np.ndarray, values: np.ndarray, width: int) -> str:
+    cells = "".join(f"  {value:9.3f}" for value in (clean.mean(), *values.mean(-1)))
+    return f"  {what:28}  {row:{width}}{cells}"
