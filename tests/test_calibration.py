@@ -302,3 +302,16 @@ def test_detection_resamples_groups_together():
 def test_what_does_not_fit_is_an_error(call, said):
     with pytest.raises(ValueError, match=said):
         call()
+
+
+def test_only_affected_copies_count_in_detection():
+    rng = np.random.default_rng(0)
+    clean, spoiled = rng.normal(size=200), rng.normal(size=(2, 200)) + 3
+    affected = rng.random((2, 200)) < 0.25
+    mixed = np.where(affected, spoiled, clean)
+    alone = detection(clean, mixed, affected=affected)
+    by_hand = np.mean([value > clean for value in spoiled[affected]])
+    assert alone.auroc == pytest.approx(by_hand, abs=1e-6) and alone.low < by_hand < alone.high
+    assert detection(clean, mixed).auroc < 0.7 < alone.auroc
+    with pytest.raises(ValueError, match="no copy is affected"):
+        detection(clean, mixed, affected=np.zeros(200, bool))

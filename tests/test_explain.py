@@ -315,6 +315,11 @@ def test_fold_chooses_models_and_splits(toy, capsys):
         (["runs/trial", "--split", "dev", "--fold", "1"], "--fold 1"),
         (["runs/trial", "--split", "dev", "--neighbours", "0"], "--neighbours 0"),
         (["runs/trial", "--split", "dev", "--out", "img"], "--out img: is a folder"),
+        (["runs/trial", "--split", "dev", "--out", "page.png"], "--out page.png: what is written is a .html file"),
+        (
+            ["runs/trial", "--image", "img/00050.png", "--text", "a dog", "--out", "img/00050.png"],
+            "--out img/00050.png: is the picture itself",
+        ),
         (["runs/trial", "--split", "dev", "--device", "toaster"], "--device toaster"),
         (["runs/trial", "--splits", "dev"], "--splits"),
     ],

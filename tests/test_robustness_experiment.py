@@ -18,7 +18,7 @@ from test_robustness import model_of
 
 import feature_extraction
 import main_hateful_memes
-from corruptions import IMAGE_CORRUPTIONS, TEXT_CORRUPTIONS
+from corruptions import IMAGE_CORRUPTIONS, TEXT_CORRUPTIONS, WITHOUT_CHANCE
 from experiments import corrupted_inputs, robustness, train
 from experiments.adversarial import (
     SIZES,
@@ -33,11 +33,11 @@ from experiments.adversarial import (
     unit,
 )
 from experiments.corrupted_inputs import encode_corrupted
-from experiments.corruption_curves import Curve, _curve, curve_area
+from experiments.corruption_curves import Corrupted, Curve, _curve, curve_area
 from experiments.corruption_grid import KERNEL_MACHINE, LATE_FUSION, Condition, Predictor, conditions
 from experiments.experiment import run as run_experiment
 from experiments.grid import Grid, Setting, outputs_of
-from experiments.robustness import OVER_LATE_FUSION
+from experiments.robustness import OVER_LATE_FUSION, lead_over_constant
 from experiments.trained_run import load_run
 from frozen_encoders import ImageEncoder, find_image_encoder, image_preprocessing
 from fusion_model import FusionModel
@@ -151,7 +151,8 @@ def test_curves_hold_every_row_severity_seed_and_draw_and_begin_at_the_clean_sco
     assert len(kinds) == len(IMAGE_CORRUPTIONS) + len(TEXT_CORRUPTIONS) + 6 + 6 + 3
     for group, curve in kinds:
         levels = (0, 0.25, 0.5, 0.75, 1) if group == "missing" else (0, 0.25, 0.5, 0.75)
-        draws = {"input": 1}.get(group, 2)
+        without_chance = group == "input" and curve.removeprefix("image ") in WITHOUT_CHANCE
+        draws = 1 if without_chance else 2
         for row in clean:
             expected = {(e, s, k) for e in levels for s in range(2) for k in range(draws)}
             assert {key[3:] for key in curves if key[:3] == (group, curve, row)} == expected
@@ -222,8 +223,28 @@ def test_late_fusion_is_the_mean_of_the_one_modality_rows(memes, predictor):
     np.testing.assert_allclose(predictor.clean(LATE_FUSION), np.mean(by_hand, axis=0), atol=1e-6)
     made = Condition("missing", "missing", "either", 0.5, 0)
     masks = {name: torch.from_numpy(mask) for name, mask in predictor.masks(made).items()}
-    by_hand = [[of_model(m, features, masks) for m in memes.members(row)] for row in singles]
-    np.testing.assert_allclose(predictor.corrupted(LATE_FUSION, made), np.mean(by_hand, axis=0), atol=1e-6)
+    said = predictor.corrupted(LATE_FUSION, made)
+    there = {name: masks[name].numpy() > 0 for name in ("image", "text")}
+    assert not there["image"].all() and not there["text"].all()
+    both, image_alone = there["image"] & there["text"], there["image"] & ~there["text"]
+    np.testing.assert_allclose(said[:, both], np.mean(by_hand, axis=0)[:, both], atol=1e-6)
+    np.testing.assert_allclose(said[:, image_alone], np.array(by_hand[0])[:, image_alone], atol=1e-6)
+
+
+def test_effective_robustness_has_no_verdict_where_late_fusion_has_nothing_to_lose(memes, predictor):
+    clean = {LATE_FUSION: np.zeros((2, len(memes.study.test_rows)))}
+    found = Corrupted(clean, {}, {})
+    assert lead_over_constant(memes, found) < 0
+    clean[LATE_FUSION] += 1
+    assert lead_over_constant(memes, found) > 0
+
+
+def test_examples_that_lack_a_modality_at_a_low_rate_lack_it_at_every_higher_one(predictor):
+    masks = [predictor.masks(Condition("missing", "missing", "either", e, 1)) for e in (0.25, 0.5, 0.75)]
+    for name in ("image", "text"):
+        assert (masks[0][name] >= masks[1][name]).all() and (masks[1][name] >= masks[2][name]).all()
+    affected = predictor.affected(Condition("missing", "missing", "either", 0.5, 1))
+    assert affected.sum() == round(0.5 * len(affected))
 
 
 def test_score_where_all_lack_a_modality_is_that_of_the_grid_without_it(memes, predictor):
@@ -295,9 +316,10 @@ def test_noise_of_a_latent_moves_the_logit_by_the_length_of_its_gradient(memes, 
 
 def test_random_numbers_belong_to_the_condition_alone():
     one = Condition("missing", "missing", "text", 0.5, 0)
-    draws = [one, one._replace(draw=1), one._replace(level=0.25), one._replace(where="image")]
+    draws = [one, one._replace(draw=1), one._replace(name="other"), one._replace(where="image")]
     values = [condition.rng().random() for condition in draws]
     assert len(set(values)) == 4 and one.rng().random() == values[0]
+    assert one._replace(level=0.25).rng().random() == values[0]  # severities share them
 
 
 # ---- corrupted inputs ------------------------------------------------------------------------------------------------
@@ -310,7 +332,8 @@ def test_corrupted_inputs_are_encoded_once(memes, monkeypatch):
     monkeypatch.setattr(feature_extraction, "ImageEncoder", refuse)
     monkeypatch.setattr(feature_extraction, "TextEncoder", refuse)
     made = conditions(memes, ("input",), 2)
-    assert len(made) == 3 * (len(IMAGE_CORRUPTIONS) + len(TEXT_CORRUPTIONS))
+    drawn = 2 * (len(IMAGE_CORRUPTIONS) + len(TEXT_CORRUPTIONS)) - len(WITHOUT_CHANCE)
+    assert len(made) == 3 * drawn
     again = Predictor(memes)
     again.prepare(made)
     for condition in made:
@@ -336,7 +359,7 @@ def test_corrupted_memes_get_the_vectors_of_such_memes_on_disk(memes, tmp_path):
             seed = int(corrupted_inputs._digest(digests[paths[key]], picture)[:16], 16)
             changed = IMAGE_CORRUPTIONS[picture[1]](decode_rgb(paths[key]), picture[2], np.random.default_rng(seed))
             changed.save(folder / key)
-            seed = int(corrupted_inputs._digest(row["text"], word)[:16], 16)
+            seed = int(corrupted_inputs._digest(f"{key} {row['text']}", word)[:16], 16)
             row["text"] = TEXT_CORRUPTIONS[word[1]](row["text"], word[2], np.random.default_rng(seed), "[MASK]")
         write_rows(folder / "dev_unseen.jsonl", rows)
         loaded = load_hateful_memes(folder / "train.jsonl", None, memes.encoders, Path("cache"))
@@ -369,7 +392,7 @@ def test_worst_scores_fall_with_size_and_attack_lies_between_certificate_and_cle
         for name in ("image", "text"):
             assert (np.array(values) <= np.array(tables["latent, exact"][f"{row} | {name} | l2"]) + 1e-6).all()
     assert {key.split(" | ")[0] for key in tables["features, attacked"]} == {
-        MAIN, "jWAE-LMF, rank 1", "jWAE-LMF, no prior", "concatenation + MLP",
+        MAIN, "jWAE-LMF, rank 1", "jWAE-LMF, no prior", "concatenation + MLP", "image only", "text only",
     }  # fmt: skip
     closed = [text for text in numbers["checks"] if "closed form" in text]
     assert len(closed) == 4 and all(numbers["checks"][text] for text in closed)
@@ -572,7 +595,7 @@ def refused(capsys, arguments: str) -> str:
         ("runs/memes --draws 0", "--draws 0: give at least 1"),
         ("runs/memes --attack-seeds -1", "--attack-seeds -1: give at least 0"),
         ("runs/memes --pixels -1", "--pixels -1: give at least 0"),
-        ("runs/memes --groups missing missing", "--groups: name each"),
+        ("runs/memes --groups missing missing", "each once"),
         ("runs/memes --groups", "--groups"),
         ("runs/memes --groups pixels", "--groups"),
         ("runs/memes --device toaster", "--device toaster"),

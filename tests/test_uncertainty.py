@@ -51,6 +51,7 @@ class FakeRun:
 
     study: object = field(default_factory=toy_study)
     folder: Path = Path("runs/fake")
+    identity: str = "0" * 64
     trained_on_dev: bool = False
     seeds: int = SEEDS
     main_row: str = "jWAE-LMF, rank 4"
@@ -77,6 +78,9 @@ class FakePredictor:
     def corrupted(self, row, condition):
         clean = self.clean(row)
         return clean + 2 * condition.level * condition.rng().normal(size=clean.shape)
+
+    def affected(self, condition):
+        return np.ones(len(self.study.test_rows), bool)
 
 
 CONDITIONS = [
