@@ -51,9 +51,9 @@ def draw(figure: Figure, run: TrainedRun, found: Corrupted, worst: WorstCases) -
         last.plot(places, high, "o-", color=f"C{k}", markersize=3, label=f"{key[1]}: attacked")
         last.plot(places, low, "s--", color=f"C{k}", markersize=3, label=f"{key[1]}: certified")
     last.set_xticks(places, ["clean", *(f"{size:g}" for size in SIZES)])
-    last.set(title=f"{run.main_row}: worst change of one modality (l2)", xlabel="size rho", ylabel=run.study.score_name)
+    last.set(title="worst change of one modality (l2)", xlabel="size rho", ylabel=run.study.score_name)
     if shown:
-        last.legend(frameon=False, fontsize=8, title=f"first {worst.seeds} seed(s)", title_fontsize=8)
+        last.legend(frameon=False, fontsize=8, title=f"{run.main_row}, first {worst.seeds} seed(s)", title_fontsize=8)
     for axis in axes[len(chosen) + 1 :]:
         axis.axis("off")
     handles, labels = axes[0].get_legend_handles_labels()
