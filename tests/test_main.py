@@ -86,7 +86,7 @@ def test_run_leaves_its_files_and_no_checkpoint(finished):
     assert names >= {f"predictions_{split}.csv" for split in ("train", "dev", "dev_unseen", "test")}
     assert not any("checkpoint" in name or name.startswith(".") for name in names)
     assert {p.name for p in (finished / "baselines").iterdir()} == {
-        "jWAE-LMF-rank-1", "concatenation-MLP", "image-only", "text-only",
+        "jWAE-LMF-rank-1", "jWAE-LMF-no-prior", "concatenation-MLP", "image-only", "text-only",
     }  # fmt: skip
 
 
@@ -151,7 +151,7 @@ def test_rank_and_part_shares_sum_to_one(finished):
 def test_metrics_hold_a_line_for_each_row_and_epoch(finished):
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert {line["row"] for line in lines} == {
-        "jWAE-LMF, rank 2", "jWAE-LMF, rank 1", "concatenation + MLP", "image only", "text only",
+        "jWAE-LMF, rank 2", "jWAE-LMF, rank 1", "jWAE-LMF, no prior", "concatenation + MLP", "image only", "text only",
     }  # fmt: skip
     fusion = [line for line in lines if line["row"] == "jWAE-LMF, rank 2"]
     assert [line["epoch"] for line in fusion] == [0, 1, 2]

@@ -63,7 +63,7 @@ def untrained(study, settings, seeds=2):
                 models.append(model)
     outputs = outputs_of(study, models)
     shape = (len(settings), seeds, len(study.folds), *outputs.shape[1:])
-    return Grid(study, settings, list(range(seeds)), models, outputs.reshape(shape))
+    return Grid(study, settings, list(range(seeds)), models, outputs.reshape(shape), {})
 
 
 def settings_of(study):
