@@ -92,6 +92,9 @@ def main(config: Config) -> None:
         print_summary(summary)
     if places:
         what = "ids" if config.ids else name if config.worst is None else f"{name}-worst-{len(places)}"
+        for flag in ("output", "fold", "seed"):  # pages of other choices do not overwrite each other
+            if getattr(config, flag) != getattr(Config, flag):
+                what += f"-{flag}-{getattr(config, flag)}"
         explanation = explainer.explain_places(places)
         out = config.out or default_path(run.folder, what, "html")
         write_text(out, explanation_page(explanation, f"{run.folder}: {what}", summary))
@@ -110,6 +113,8 @@ def check(config: Config) -> None:
         raise InputError(f"--image: explains one meme; leave --{ways[1]} out")
     if config.ids and config.split:
         raise InputError("--ids: names examples of any split; leave --split out")
+    if config.worst is not None and not config.split and config.worst >= 1:
+        raise InputError("--worst: of which split? give --split too")
     if not ways and not config.summary:
         raise InputError("--image: nothing to explain; give --image and --text, or --ids, or --split, or --summary")
     if config.image is not None and config.summary:
@@ -120,8 +125,6 @@ def check(config: Config) -> None:
         raise InputError("--text: is empty; give the words that stand on the meme")
     if config.worst is not None and config.worst < 1:
         raise InputError(f"--worst {config.worst}: give a number from 1 up")
-    if config.worst is not None and not config.split:
-        raise InputError("--worst: of which split? give --split too")
     for name, least in (("rank", 1), ("output", 0), ("fold", 0), ("neighbours", 1)):
         value = getattr(config, name)
         if value is not None and value < least:

@@ -53,6 +53,8 @@ class Explainer:
         self.run, self.choices, self.device = run, choices, device
         if choices.fold >= len(run.corpora):
             raise InputError(f"--fold {choices.fold}: this run has folds 0 to {len(run.corpora) - 1}")
+        if choices.maps and run.encoders is None:
+            raise InputError(f"--maps: {run.folder} has no encoders, its features came from a file; leave it out")
         self.corpus: Corpus = run.corpora[choices.fold]
         self.train: Split = self.corpus.splits["train"]
         self.members: list[FusionModel] = run.members(run.main_row, choices.fold)

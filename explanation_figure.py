@@ -91,7 +91,10 @@ def _draw_waterfall(axis: Axes, parts: dict[str, np.ndarray], prediction: np.nda
     """Mean over members of each part, one after another; whiskers: standard deviation over members."""
     means = np.array([values.mean() for values in parts.values()])
     ends = np.append(np.cumsum(means), means.sum())
-    starts = np.append(ends[:-1] - means, 0.0)
+    # a value is shown from what the model says at the mean latents: beside it the parts would be slivers
+    origin = means[0] if explanation.task == "regression" else 0.0
+    starts = np.append(ends[:-1] - means, origin)
+    starts[0] = origin if explanation.task == "regression" else starts[0]
     rows = np.arange(len(ends))
     several = len(prediction) > 1
     spread = np.array([values.std(ddof=1) if several else 0.0 for values in (*parts.values(), prediction)])
@@ -101,13 +104,13 @@ def _draw_waterfall(axis: Axes, parts: dict[str, np.ndarray], prediction: np.nda
         axis.errorbar(ends, rows, xerr=spread, fmt="none", ecolor="black", capsize=3, lw=0.9)
     for i in rows[:-2]:  # from the end of each part to the beginning of the next
         axis.plot([ends[i], ends[i]], [i, i + 1], color=GREY, lw=0.8, ls=":")
-    low = min(0.0, *starts, *(ends - spread))
-    high = max(0.0, *starts, *(ends + spread), low + 1e-6)
-    for i in rows:
-        axis.text(high + 0.22 * (high - low), i, f"{ends[i] - starts[i]:+.2f}", va="center", ha="right", fontsize=11)
+    low = min(origin, *starts, *(ends - spread))
+    high = max(origin, *starts, *(ends + spread), low + 1e-6)
+    for i, value in enumerate([*means, means.sum()]):
+        axis.text(high + 0.22 * (high - low), i, f"{value:+.2f}", va="center", ha="right", fontsize=11)
     axis.set_xlim(low - 0.04 * (high - low), high + 0.24 * (high - low))
     axis.set_yticks(rows, [*parts, explanation.output], fontsize=11)
-    axis.axvline(0, color="black", lw=0.8)
+    axis.axvline(origin, color="black", lw=0.8)
     axis.invert_yaxis()
     mean = f"mean of {len(prediction)} seeds (whisker: their standard deviation)" if several else "one seed"
     axis.set_title(

@@ -116,11 +116,14 @@ def _waterfall(explanation: Explanation, row: int) -> str:
     values = [part[:, row] for part in explanation.account.parts.values()]
     means = np.array([value.mean() for value in values])
     ends = np.append(np.cumsum(means), means.sum())
-    starts = np.append(ends[:-1] - means, 0.0)
+    # a value is shown from what the model says at the mean latents: beside it the parts would be slivers
+    origin = means[0] if explanation.task == "regression" else 0.0
+    starts = np.append(ends[:-1] - means, origin)
+    starts[0] = origin if explanation.task == "regression" else starts[0]
     whole = explanation.account.prediction[:, row]
     spread = [value.std(ddof=1) if len(value) > 1 else 0.0 for value in (*values, whole)]
-    low = min(0.0, *(starts), *(ends - spread))
-    high = max(0.0, *(starts), *(ends + spread), low + 1e-9)
+    low = min(origin, *(starts), *(ends - spread))
+    high = max(origin, *(starts), *(ends + spread), low + 1e-9)
     scale = (WIDTH - LABEL - 70) / (high - low)
 
     def x(value: float) -> float:
@@ -131,10 +134,10 @@ def _waterfall(explanation: Explanation, row: int) -> str:
     lines = [
         f'<svg viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" role="img" aria-label="{_escape(alt)}">'
         f"<title>{_escape(alt)}</title>"
-        f'<line class="zero" x1="{x(0):.1f}" x2="{x(0):.1f}" y1="0" y2="{height}" stroke-width=".7"/>'
+        f'<line class="zero" x1="{x(origin):.1f}" x2="{x(origin):.1f}" y1="0" y2="{height}" stroke-width=".7"/>'
     ]
     for i, name in enumerate(names):
-        y, value = ROW * i + 4, ends[i] - starts[i]
+        y, value = ROW * i + 4, [*means, means.sum()][i]
         kind = "sum" if i == len(names) - 1 else "raises" if value > 0 else "lowers"
         left, right = sorted((x(starts[i]), x(ends[i])))
         middle = y + ROW / 2 - 2

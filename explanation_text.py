@@ -32,7 +32,7 @@ def reach(explanation: Explanation, row: int) -> str:
         else:
             cells.append(f"{name} {(account.slope[name][:, row] * account.latent_std[name]).mean():.2g}")
     if explanation.task == "binary":
-        return "certified l2 radius of one latent in its std, least over seeds: " + ", ".join(cells)
+        return "certified l2 radius of one latent in standard deviations, least over seeds: " + ", ".join(cells)
     return f"largest change of the {explanation.output} as one latent moves by its std: " + ", ".join(cells)
 
 

@@ -123,8 +123,10 @@ def summary_rows(summary: Summary) -> list[tuple[str, list[str], list[list[str]]
     caption = f"Shapley values of the {summary.output} on {summary.split}: mean over examples of their absolute value"
     tables.append((caption, ["modality", "mean |value|", "share"], rows))
     rows = [[name, _cell(summary.variance[name]), _cell(x)] for name, x in summary.relevance.items()]
+    together = "" if summary.output == "logit" else " (of all outputs together)"
     caption = (
-        "sets of modalities: share of the prediction's variance, and relevance (norm of the weights, after InTense)"
+        f"sets of modalities{together}: share of the prediction's variance, and relevance "
+        "(norm of the weights, after InTense)"
     )
     tables.append((caption, ["set", "share of variance", "relevance"], rows))
     return tables

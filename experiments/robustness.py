@@ -84,6 +84,7 @@ def main(options: Options) -> None:
     if options.pixels and run.memes is None:
         raise InputError(f"--pixels {options.pixels}: {options.run} has no pictures; leave the flag out")
     made = conditions(run, options.groups, options.draws)
+    start = time.perf_counter()
     # beside main_hateful_memes.py there is no kernel machine to compare with
     predictor = Predictor(run, str(device), kernel_machine="dataset" in run.settings)
     if not is_complete(folder):
@@ -93,7 +94,6 @@ def main(options: Options) -> None:
     if is_complete(folder):
         print(f"{folder}: this run is complete; its table is in {folder / 'table.txt'}")
         return
-    start = time.perf_counter()
     outcome, kept = measure(predictor, options, made)
     for name, text in kept.texts.items():
         write_text(folder / name, text)

@@ -244,6 +244,7 @@ def execute(options: Options) -> None:
     trained = load_run(options.run, str(device))
     refuse(trained)
     study, predictor = trained.study, Predictor(trained, str(device))
+    start = perf_counter()
     chosen = [c for c in conditions(trained, options.groups, options.draws) if c.level in LEVELS]
     if "input" in options.groups and not is_complete(folder):
         predictor.prepare(chosen)  # may find a picture gone: before anything is written
@@ -253,7 +254,6 @@ def execute(options: Options) -> None:
         return
     for note in study.notes:
         print(f"note: {note}")
-    start = perf_counter()
     outcome = measure(trained, predictor, chosen, options.alpha)
     record(
         EXPERIMENT,

@@ -262,13 +262,16 @@ def test_summary_is_printed_without_a_page(here, capsys):
 def test_regression_of_any_number_of_modalities_is_explained_by_value(toy, modalities, capsys):
     toy(modalities=modalities)
     assert run(["runs/toy", "--split", "test", "--output", "1", "--summary"]) == 0
-    page = Page(Path("explanations/toy-test.html"))
+    page = Page(Path("explanations/toy-test-output-1.html"))
     assert "trait_1:" in page.text and "the target is" in page.text and "probability" not in page.text
     bars = next(attributes["aria-label"] for tag, attributes in page.tags if tag == "svg").split("; ")
     assert len(bars) == 2 ** len(modalities) + 1
     values = [float(bar.rsplit(" ", 1)[1]) for bar in bars]
     assert sum(values[:-1]) == pytest.approx(values[-1], abs=0.01 * len(bars))
     assert "correlation" in capsys.readouterr().out
+    # the bar of the bias has no length: a value is drawn from what the model says at the mean latents
+    widths = [float(attributes["width"]) for tag, attributes in page.tags if tag == "rect"][: len(bars)]
+    assert widths[0] == 0.7 < max(widths)
 
 
 def test_texts_are_escaped(toy):
