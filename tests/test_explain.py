@@ -274,6 +274,12 @@ def test_regression_of_any_number_of_modalities_is_explained_by_value(toy, modal
     assert widths[0] == 0.7 < max(widths)
 
 
+def test_maps_of_a_run_without_encoders_are_refused(toy, capsys):
+    toy(task="binary", outputs=1)
+    assert "--maps" in refused(capsys, ["runs/toy", "--split", "test", "--maps"])
+    assert not Path("explanations").exists()
+
+
 def test_texts_are_escaped(toy):
     toy(task="binary", outputs=1)
     assert run(["runs/toy", "--split", "test"]) == 0
