@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from corpus import InputError
@@ -243,6 +243,7 @@ def test_every_truncation_is_refused(tmp_path_factory, cut):
 
 @settings(deadline=None, max_examples=200)
 @given(place=st.integers(0, 10_000), byte=st.integers(0, 255))
+@example(place=5172, byte=46)  # ends where a dtype, numpy's own data, lies on top
 def test_a_flipped_byte_ends_in_plain_data_or_in_one_line(tmp_path_factory, place, byte):
     content = bytearray(pickle.dumps({"a": np.arange(4.0), "b": ["text", np.array(["x", 1], object), {1}]}, 2))
     content[place % len(content)] = byte
@@ -252,7 +253,7 @@ def test_a_flipped_byte_ends_in_plain_data_or_in_one_line(tmp_path_factory, plac
     except InputError as error:
         assert "\n" not in str(error)
     else:
-        assert type(read).__module__ in ("builtins", "numpy")
+        assert type(read).__module__.partition(".")[0] in ("builtins", "numpy")
 
 
 def test_deep_nesting_is_refused(tmp_path):
