@@ -22,8 +22,8 @@ from explanation_text import print_explanation
 from modality_summary import print_summary
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class Config(Choices):
     """Explain predictions of a trained run exactly: by modality, by set of modalities, by rank; and where they look."""
 
     run: tyro.conf.Positional[Path]
@@ -41,19 +41,6 @@ class Config:
     """of --split, only this many examples: those with the largest loss of the ensemble's mean"""
     summary: bool = False
     """print what each modality contributes on a split: EMAP, Shapley values, relevance, shares of variance"""
-    # ---- how
-    rank: int | None = None
-    """map this canonical component (two modalities) or rank of --seed, from 1; default: the mean over seeds"""
-    seed: int | None = None
-    """the seed whose rank terms are shown; default: the run's first"""
-    output: int = 0
-    """which output of a regression with several, from 0"""
-    fold: int = 0
-    """which fold's models and splits, from 0 (MUStARD)"""
-    neighbours: int = 3
-    """training examples shown for each rank"""
-    maps: bool = False
-    """on the page too: which regions and words feed each prediction (runs the encoders)"""
     out: Path | None = None
     """file to write; default: explanations/NAME.png or .html"""
     device: str = "auto"
@@ -67,16 +54,7 @@ def main(config: Config) -> None:
     from experiments.trained_run import load_run  # flat modules import no experiments at import time
 
     run = load_run(config.run, device)
-    choices = Choices(
-        rank=config.rank,
-        seed=config.seed,
-        output=config.output,
-        fold=config.fold,
-        neighbours=config.neighbours,
-        maps=config.maps,
-        baselines=config.summary,
-    )
-    explainer = Explainer(run, choices, device)
+    explainer = Explainer(run, config, device)
     if config.image is not None:
         explanation = explainer.meme(config.image, config.text)
         out = config.out or default_path(run.folder, config.image.stem, "png")
@@ -87,7 +65,7 @@ def main(config: Config) -> None:
 
     name = explainer.known_split(config.split or explainer.corpus.selection)
     places = explainer.named(config.ids) if config.ids else explainer.rows(name, config.worst) if config.split else []
-    summary = None if config.ids and not config.summary else explainer.summary(name)
+    summary = None if config.ids and not config.summary else explainer.summary(name, baselines=config.summary)
     if config.summary:
         print_summary(summary)
     if places:

@@ -26,23 +26,22 @@ if TYPE_CHECKING:
 Place = tuple[str, int]  # split, row
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Choices:
-    """Which of a run's models explain, and what of it is shown."""
+    """Which of a run's models explain, and what of it is shown; flags of explain.py."""
 
     rank: int | None = None
-    """the canonical component (two modalities) or rank of `seed` that is mapped, from 1; None: the mean over seeds"""
+    """map this canonical component (two modalities) or rank of --seed, from 1; default: the mean over seeds"""
     seed: int | None = None
-    """the seed whose rank terms are shown; None: the run's first"""
+    """the seed whose rank terms are shown; default: the run's first"""
     output: int = 0
-    """of a regression with several"""
+    """which output of a regression with several, from 0"""
     fold: int = 0
+    """which fold's models and splits, from 0 (MUStARD)"""
     neighbours: int = 3
-    """training examples for each rank"""
+    """training examples shown for each rank"""
     maps: bool = False
-    """also of examples whose features are cached"""
-    baselines: bool = False
-    """set the scores and EMAP of concatenation beside, in a summary"""
+    """on the page too: which regions and words feed each prediction (runs the encoders)"""
 
 
 class Explainer:
@@ -140,8 +139,8 @@ class Explainer:
         own = [rows[key] if split == "train" else None for key, (split, _) in zip(examples.ids, places, strict=True)]
         return self.explain(features, examples, own, self.choices.maps)
 
-    def summary(self, name: str) -> Summary:
-        """What each modality contributes on one split."""
+    def summary(self, name: str, baselines: bool = False) -> Summary:
+        """What each modality contributes on one split; with `baselines`, scores and EMAP of concatenation beside."""
         from experiments.contributions import variance_shares
 
         others = {
@@ -157,7 +156,7 @@ class Explainer:
             self.choices.output,
             self.output,
             variance_shares,
-            others if self.choices.baselines else None,
+            others if baselines else None,
         )
 
     def explain(

@@ -12,7 +12,7 @@ a network of one hidden layer. Three upper bounds on its change hold for every l
 product, and the mean value form, whose slopes are those that GELU can have on the interval (Moore 1966); the least of
 the three is the certificate. Projected gradient descent (Madry et al. 2018) bounds the same from the other side.
 
-N examples, O outputs, d width of the modality, H of the hidden layer. Everything here is torch alone, no I/O.
+N examples, O outputs, d width of the modality, H of the hidden layer. No I/O.
 """
 
 import math

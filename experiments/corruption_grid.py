@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -17,7 +17,8 @@ from multiple_kernel_svm import MultipleKernelSVM
 
 LEVELS = (0.25, 0.5, 0.75)
 MISSING_LEVELS = (0.25, 0.5, 0.75, 1.0)
-GROUPS = ("input", "features", "latents", "missing")
+Group = Literal["input", "features", "latents", "missing"]
+GROUPS = get_args(Group)
 LATE_FUSION = "late fusion"
 KERNEL_MACHINE = "MKL-SVM, learned weights"
 
@@ -25,8 +26,7 @@ KERNEL_MACHINE = "MKL-SVM, learned weights"
 class Condition(NamedTuple):
     """One way to spoil the test examples, of one strength, drawn once."""
 
-    group: str
-    """input, features, latents or missing"""
+    group: Group
     name: str
     """what is done: "image blur", "feature noise", "latent dropout", "missing" and so on"""
     where: str

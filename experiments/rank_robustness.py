@@ -97,7 +97,7 @@ def measure(study: Study, run: Run) -> Outcome:
     ]
     found = examine(study, grids)
     named = differences(study, found)
-    effects = {name: RATIO_EFFECT if name.startswith(("gradient", "interaction")) else SCORE_EFFECT for name in named}
+    effects = {name: RATIO_EFFECT if name.startswith("gradient") else SCORE_EFFECT for name in named}
     made = contrasts_on_test(study, named, effects)
     verdict = combine([c.verdict for c in made if c.name in DECIDES], "all")
     by_name = {c.name: c for c in made}
@@ -110,10 +110,7 @@ def measure(study: Study, run: Run) -> Outcome:
         made,
         verdict,
         answer + ".",
-        {
-            label: {key: np.atleast_1d(v).tolist() for key, v in cells.items()}
-            for label, cells in per_seed(found).items()
-        },
+        {label: {key: v.tolist() for key, v in cells.items()} for label, cells in per_seed(found).items()},
         lambda figure: draw(figure, study, found),
         (14.0, 4.4),
         [

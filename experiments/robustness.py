@@ -25,7 +25,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -37,7 +36,7 @@ from corpus import InputError
 from experiments import train
 from experiments.adversarial import SIZES
 from experiments.corruption_curves import Corrupted, curves_csv, group_summary, measure_corrupted
-from experiments.corruption_grid import LATE_FUSION, Condition, Predictor, check_flags, conditions
+from experiments.corruption_grid import LATE_FUSION, Condition, Group, Predictor, check_flags, conditions
 from experiments.experiment import SCORE_EFFECT, Experiment, Outcome, contrasts_on_test, record
 from experiments.grid import per_example
 from experiments.pixel_attack import PixelAttack, attack_pixels
@@ -47,8 +46,6 @@ from experiments.verdicts import combine
 from experiments.worst_cases import WorstCases, measure_worst_cases, worst_table
 from metrics import example_scores
 from run_folder import check_resumable, choose_folder, is_complete, open_run
-
-Group = Literal["input", "features", "latents", "missing"]
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Literal
 
 import numpy as np
 import tyro
@@ -37,7 +36,7 @@ from calibration import detection
 from command_line import pick_device, run_command
 from corpus import InputError
 from experiments.calibrated_predictors import ENSEMBLE, PARTS, RAW, SCALED, BinaryPredictor, Row, truth_of
-from experiments.corruption_grid import Condition, Predictor, check_flags, conditions
+from experiments.corruption_grid import LEVELS, Condition, Group, Predictor, check_flags, conditions
 from experiments.experiment import Experiment, Outcome, contrasts_on_test, record
 from experiments.study import Study
 from experiments.trained_run import TrainedRun, load_run
@@ -47,7 +46,6 @@ from experiments.verdicts import Contrast, combine, grouped
 from metrics import example_losses
 from run_folder import check_resumable, choose_folder, is_complete, open_run
 
-LEVELS = (0.25, 0.5, 0.75)
 NLL_EFFECT = 0.01  # nats
 AURC_EFFECT = 0.01
 DETECTION_RESAMPLES = 500
@@ -222,14 +220,14 @@ class Options:
     """random corruptions per kind and level, averaged"""
     alpha: float = 0.1
     """share of targets that conformal sets may miss; .05 is reported as well"""
-    groups: tuple[Literal["input", "features", "latents", "missing"], ...] = ("features", "latents", "missing")
+    groups: tuple[Group, ...] = ("features", "latents", "missing")
     """what is corrupted; input encodes every picture and text anew"""
     name: str | None = None
     """what is found is kept in runs/NAME; default: uncertainty-RUN, with a number if that is taken"""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes CUDA where there is one"""
     resume: bool = False
-    """take up the run of that name: nothing is done where it is complete"""
+    """measure again in the folder of that name where a kill left it"""
 
 
 def execute(options: Options) -> None:
