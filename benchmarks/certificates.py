@@ -32,9 +32,9 @@ import torch
 from torch import Tensor
 from torch.func import jacrev, vmap
 
-from fusion_model import FusionModel
-from modality_attribution import emap, interventional_values, values_by_definition
-from robustness import (
+from mmfusion.models.decomposition import emap, interventional_values, values_by_definition
+from mmfusion.models.fusion import FusionModel
+from mmfusion.robustness.certificates import (
     NORMS,
     certified_change,
     certified_feature_radius,

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from fusion_model import FusionModel
-from main_hateful_memes import objective
-from training import Batch, Member, Schedule, _State, build_members, vectorized_step
+from mmfusion.models.fusion import FusionModel
+from mmfusion.training.objective import objective
+from mmfusion.training.trainer import Batch, Member, Schedule, _State, build_members, vectorized_step
 
 WIDTHS = {"text": 100, "audio": 73, "video": 100}
 LATENT, RANK, BATCH = 32, 4, 64

@@ -25,13 +25,12 @@ import transformers
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-import feature_extraction
-from feature_extraction import BATCH_CPU, BATCH_CUDA
-from frozen_encoders import EncoderConfig, ImageEncoder, TextEncoder, find_image_encoder, find_text_encoder
-from hateful_memes_loader import load_hateful_memes
-from image_decoding import Preprocessing, decode_rgb, preprocess
-from meme_annotations import read_annotations
-from torchrun_processes import Processes
+from hateful_memes_loader import load_hateful_memes, read_annotations
+from mmfusion.distributed import Processes
+from mmfusion.encoders import extract as feature_extraction
+from mmfusion.encoders.extract import BATCH_CPU, BATCH_CUDA
+from mmfusion.encoders.frozen import EncoderConfig, ImageEncoder, TextEncoder, find_image_encoder, find_text_encoder
+from mmfusion.encoders.images import Preprocessing, decode_rgb, preprocess
 
 GMAC_RESNET50 = 4.09  # per image of 224 x 224
 GMAC_BERT_TOKEN = 0.085  # 12 layers of 7.1 million weights, per token; attention itself is below 1 % at 17 tokens

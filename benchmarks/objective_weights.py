@@ -19,22 +19,24 @@ from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedKFold
 from torch import Tensor
 
-from corpus import Split, take
-from experiments.study import Study, refitted, study_of
-from frozen_encoders import EncoderConfig
-from fusion_model import FusionModel
 from jwae_module import margin_ranking
-from main_hateful_memes import Config, load, objective, predict
-from mustard_loader import load_mustard
-from torchrun_processes import Processes
-from training import Batch, Member, Schedule, train
+from mmfusion.data.folds import Study, refitted, study_of
+from mmfusion.data.memes import MemesConfig, load_memes
+from mmfusion.data.mustard import load_mustard
+from mmfusion.dataset import Split, take
+from mmfusion.distributed import Processes
+from mmfusion.encoders.frozen import EncoderConfig
+from mmfusion.models.fusion import FusionModel
+from mmfusion.training.objective import objective, predict
+from mmfusion.training.recipe import ObjectiveConfig, TrainingConfig
+from mmfusion.training.trainer import Batch, Member, Schedule, train
 
 DEFAULT = {
     "bce": 1.0,
-    "mmd": Config.mmd_weight,
-    "reconstruction": Config.reconstruction_weight,
+    "mmd": ObjectiveConfig.mmd_weight,
+    "reconstruction": ObjectiveConfig.reconstruction_weight,
     "alignment": 0.0,  # InfoNCE
-    "margin": Config.alignment_weight,
+    "margin": ObjectiveConfig.alignment_weight,
 }
 CHANGES = [
     *({"mmd": weight} for weight in (0.0, 0.1, 1.0, 10.0)),
@@ -74,13 +76,13 @@ def measure(train_split: Split, held_out: Split, seeds: int, epochs: int) -> np.
     dims = {name: x.shape[1] for name, x in train_split.features.items()}
 
     def build(_: Member) -> FusionModel:
-        model = FusionModel(dims, Config.latent_dim, Config.hidden_dim, Config.rank)
+        model = FusionModel(dims)
         model.fit_standardisation(train_split.features)
         return model
 
-    members = [Member(seed, weights, Config.weight_decay) for weights in settings() for seed in range(seeds)]
+    members = [Member(seed, weights, TrainingConfig.weight_decay) for weights in settings() for seed in range(seeds)]
     schedule = Schedule(
-        epochs=epochs, batch_size=Config.batch_size, learning_rate=Config.learning_rate, patience=epochs
+        epochs=epochs, batch_size=TrainingConfig.batch_size, learning_rate=TrainingConfig.learning_rate, patience=epochs
     )
     score = lambda logits, target: roc_auc_score(target, logits)  # noqa: E731
     trained = train(build, members, objective_with_margin, predict, train_split, held_out, score, schedule)
@@ -114,14 +116,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--cache-dir", type=Path, default=Config.cache_dir)
+    parser.add_argument("--cache-dir", type=Path, default=MemesConfig.cache_dir)
     parser.add_argument("--mustard", type=Path, help="sarcasm_data.json as released")
     parser.add_argument("--mustard-folds", type=Path, help="the five released folds, as JSON")
     parser.add_argument("--text-encoder", help="for MUStARD: a local folder or a Hugging Face name")
     options = parser.parse_args()
     print(f"torch {torch.__version__}, CPU, {torch.get_num_threads()} threads; first row: the defaults")
 
-    corpus = load(Config(cache_dir=options.cache_dir), Processes())
+    corpus = load_memes(MemesConfig(cache_dir=options.cache_dir), EncoderConfig(), Processes())
     start = time.perf_counter()
     results = measure(corpus.splits["train"], corpus.splits["dev"], options.seeds, options.epochs)
     seconds = time.perf_counter() - start

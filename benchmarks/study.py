@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from experiments.datasets import DataOptions, load_study
-from experiments.grid import JWAE, PLAIN, Recipe, Setting, predict_of, selection_score, train_grid
 from experiments.rank_ablation import RANKS
-from experiments.study import Study
-from fusion_model import FusionModel
 from jwae_module import margin_ranking, mmd_penalty, reconstruction_error
+from mmfusion.data.folds import Study
+from mmfusion.data.registry import DataOptions, load_study
+from mmfusion.models.fusion import FusionModel
+from mmfusion.training.grid import JWAE, PLAIN, Recipe, Setting, predict_of, selection_score, train_grid
 
 SEEDS = range(10)
 

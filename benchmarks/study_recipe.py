@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from sklearn.model_selection import GroupKFold, KFold
 
-from command_line import run_command
-from experiments.datasets import DataOptions, load_study
-from experiments.grid import JWAE, Recipe, Setting, predict_of, selection_score, train_grid
-from experiments.study import Rows, Study
+from mmfusion.cli import run_command
+from mmfusion.data.folds import Rows, Study
+from mmfusion.data.registry import DataOptions, load_study
+from mmfusion.training.grid import JWAE, Recipe, Setting, predict_of, selection_score, train_grid
 
 # one thing at a time, from the recipe
 CHANGES: list[dict[str, float | int]] = [

@@ -17,14 +17,14 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from atomic_files import write_atomically, write_text
-from command_line import pick_device, run_command
-from corpus import InputError
-from experiments.datasets import DataOptions, load_study
-from experiments.grid import Grid, Recipe, Setting, train_grid
-from experiments.study import Study
-from experiments.verdicts import Contrast, Verdict, contrasts, grouped
-from run_folder import check_resumable, choose_folder, close_run, is_complete, open_run
+from mmfusion.cli import pick_device, run_command
+from mmfusion.data.folds import Study
+from mmfusion.data.registry import DataOptions, load_study
+from mmfusion.errors import InputError
+from mmfusion.files import write_atomically, write_text
+from mmfusion.metrics.statistics import Contrast, Verdict, contrasts, grouped
+from mmfusion.runs.folder import check_resumable, choose_folder, close_run, is_complete, open_run
+from mmfusion.training.grid import Grid, Recipe, Setting, train_grid
 
 SCORE_EFFECT = 0.01
 """smallest effect of interest: one point of accuracy, or a hundredth of the target's standard deviation"""
@@ -181,7 +181,7 @@ def execute(experiment: Experiment, options: Options) -> None:
             f"--dataset {options.dataset}: has {', '.join(study.input_dims)} alone; {experiment.name} needs "
             f"{experiment.modalities} modalities"
         )
-    open_run(folder, options, {"experiment": experiment.name, **study.description}, device)
+    open_run(folder, options, {"experiment": experiment.name, **study.description}, device, options.resume)
     if is_complete(folder):
         print(f"{folder}: this run is complete; its table is in {folder / 'table.txt'}")
         return

@@ -11,9 +11,9 @@ import torch
 from matplotlib.figure import Figure
 
 from experiments.experiment import SCORE_EFFECT, Experiment, Outcome, Run, contrasts_on_test, main, mean_std
-from experiments.grid import Grid, Setting
-from experiments.study import Study
-from experiments.verdicts import Contrast, Verdict, combine
+from mmfusion.data.folds import Study
+from mmfusion.metrics.statistics import Contrast, Verdict, combine
+from mmfusion.training.grid import Grid, Setting
 
 VARIANTS = {
     "none": (),

@@ -18,12 +18,12 @@ import torch
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
-from experiments.contributions import contributions, imbalance, variance_shares
 from experiments.experiment import SCORE_EFFECT, Experiment, Outcome, Run, contrasts_on_test, main, mean_std
-from experiments.grid import Grid, Setting, per_example
-from experiments.study import Study
-from experiments.verdicts import Contrast, Verdict, combine
-from metrics import example_scores
+from mmfusion.data.folds import Study
+from mmfusion.metrics.scores import example_scores
+from mmfusion.metrics.statistics import Contrast, Verdict, combine
+from mmfusion.models.decomposition import contributions, imbalance, variance_shares
+from mmfusion.training.grid import Grid, Setting, per_example
 
 RANK = 4
 TERMS = ("mmd", "reconstruction")

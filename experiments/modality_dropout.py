@@ -22,12 +22,12 @@ from safetensors.torch import load_file
 from scipy.stats import rankdata
 from torch import Tensor
 
-from atomic_files import write_safetensors
 from experiments.experiment import SCORE_EFFECT, Experiment, Outcome, Run, contrasts_on_test, main
-from experiments.grid import JWAE, Grid, Setting, per_example, select
-from experiments.study import Study, targets
-from experiments.verdicts import Contrast, Verdict, combine
-from metrics import example_scores
+from mmfusion.data.folds import Study, targets
+from mmfusion.files import write_safetensors
+from mmfusion.metrics.scores import example_scores
+from mmfusion.metrics.statistics import Contrast, Verdict, combine
+from mmfusion.training.grid import JWAE, Grid, Setting, per_example, select
 
 RANK = 4
 RATES = tuple(k / 10 for k in range(10))

@@ -13,9 +13,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.experiment import SCORE_EFFECT, Experiment, Outcome, Run, contrasts_on_test, main, mean_std
-from experiments.grid import JWAE, PLAIN, Grid, Setting
-from experiments.study import Study
-from experiments.verdicts import combine
+from mmfusion.data.folds import Study
+from mmfusion.metrics.statistics import combine
+from mmfusion.training.grid import JWAE, PLAIN, Grid, Setting
 
 RANKS = (1, 2, 3, 4, 6, 8, 16, 32)
 LOW = (2, 3, 4)  # the ranks that the claim favours

@@ -23,8 +23,14 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from corruptions import add_noise
-from experiments.adversarial import (
+from experiments.experiment import SCORE_EFFECT, Experiment, Outcome, Run, contrasts_on_test, main, mean_std
+from mmfusion.data.folds import Study, only
+from mmfusion.metrics.scores import example_scores
+from mmfusion.metrics.statistics import combine
+from mmfusion.models.fusion import FusionModel
+from mmfusion.robustness.certificates import feature_path, gelu_slope, pair_norm
+from mmfusion.robustness.corruptions import add_noise
+from mmfusion.robustness.worst_case import (
     Truth,
     attacked_scores,
     feature_certificates,
@@ -32,13 +38,7 @@ from experiments.adversarial import (
     latent_stds,
     unit,
 )
-from experiments.experiment import SCORE_EFFECT, Experiment, Outcome, Run, contrasts_on_test, main, mean_std
-from experiments.grid import JWAE, Grid, Setting, outputs_of, per_example, select
-from experiments.study import Study, only
-from experiments.verdicts import combine
-from fusion_model import FusionModel
-from metrics import example_scores
-from robustness import feature_path, gelu_slope, pair_norm
+from mmfusion.training.grid import JWAE, Grid, Setting, outputs_of, per_example, select
 
 RANKS = (1, 2, 4, 8, 16, 32)
 LOW, HIGH = (2, 4), 32

@@ -17,16 +17,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from atomic_files import write_atomically, write_text
-from command_line import parse, run_command
-from corpus import InputError
 from experiments.experiment import Options
 from experiments.experiment import options_of as experiment_options
-from experiments.grid import Recipe
-from run_folder import MARK_OF_COMPLETION, PACKAGES, RUNS, check_resumable, installed_version
+from mmfusion.cli import parse, run_command
+from mmfusion.errors import InputError
+from mmfusion.files import write_atomically, write_text
+from mmfusion.runs.folder import MARK_OF_COMPLETION, PACKAGES, RUNS, check_resumable, installed_version
+from mmfusion.training.grid import Recipe
 
 EXPERIMENTS = (
-    "train",
+    "baselines",
     "rank_ablation",
     "jwae_ablation",
     "modality_dropout",
@@ -36,7 +36,7 @@ EXPERIMENTS = (
     "rank_robustness",
     "uncertainty",
 )
-# these measure a trained run: one of experiments.train with dev held out, trained for them
+# these measure a trained run: one of experiments.baselines with dev held out, trained for them
 OF_A_RUN = ("robustness", "uncertainty")
 MODELS = "models"
 # whose pictures or texts can be corrupted and encoded anew
@@ -60,8 +60,8 @@ class Config:
 
     data_root: Path | None = None
     """folder with the data sets' files; without it the demo alone is run"""
-    text_encoder: str = "bert-base-uncased"
-    """for MUStARD and memes: a Hugging Face name or a local model folder"""
+    text_encoder: str | None = None
+    """for MUStARD and memes: a Hugging Face name (default bert-base-uncased) or a local model folder"""
     only: tuple[str, ...] = ()
     """experiments or data sets to run; default: all"""
     seeds: int = 10
@@ -101,7 +101,7 @@ class Job:
     @property
     def module(self) -> str:
         """The module that is run."""
-        return "experiments.train" if self.experiment == MODELS else f"experiments.{self.experiment}"
+        return "experiments.baselines" if self.experiment == MODELS else f"experiments.{self.experiment}"
 
     @property
     def options(self) -> type:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from frozen_encoders import EncoderConfig
+from mmfusion.encoders.frozen import EncoderConfig
 
 WORDS = "a dog cat runs on the hill people love you hate my big red house".split()
 

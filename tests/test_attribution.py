@@ -7,9 +7,9 @@ from PIL import Image
 from scipy.stats import spearmanr
 from small_memes import picture, small_encoders, write_bert
 
-from attribution import SPECIAL, overlay, region_map, seen_box, token_embedding, word_map
-from frozen_encoders import EncoderConfig, ImageEncoder, TextEncoder, find_image_encoder, find_text_encoder
-from image_decoding import Preprocessing, preprocess
+from mmfusion.encoders.frozen import EncoderConfig, ImageEncoder, TextEncoder, find_image_encoder, find_text_encoder
+from mmfusion.encoders.images import Preprocessing, preprocess
+from mmfusion.explain.saliency import SPECIAL, overlay, region_map, seen_box, token_embedding, word_map
 
 SIZE = 128
 

@@ -12,7 +12,7 @@ from scipy.stats import norm
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import brier_score_loss, log_loss, roc_auc_score
 
-from calibration import (
+from mmfusion.metrics.calibration import (
     TEMPERATURES,
     aurc,
     aurc_parts,
@@ -31,7 +31,7 @@ from calibration import (
     risk_coverage,
     set_summary,
 )
-from metrics import example_losses, weighted_auroc
+from mmfusion.metrics.scores import example_losses, weighted_auroc
 
 SEEDS = st.integers(0, 10_000)
 

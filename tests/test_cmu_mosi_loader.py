@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from cmu_mosi_loader import load_cmu_mosi
-from corpus import InputError
+from mmfusion.data.cmu_mosi import load_cmu_mosi
+from mmfusion.errors import InputError
 
 COUNTS = {"train": 24, "valid": 8, "test": 10}
 WIDTHS = {"text": 6, "audio": 5, "vision": 4}

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from small_memes import picture
 
-from corruptions import (
+from mmfusion.robustness.corruptions import (
     IMAGE_CORRUPTIONS,
     TEXT_CORRUPTIONS,
     add_noise,

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-import demo_memes
-from corpus import InputError
-from demo_memes import PHRASES, PICTURES, PLANTED_RANK, draw_demo, hateful
+from mmfusion.data import demo_memes
+from mmfusion.data.demo_memes import PHRASES, PICTURES, PLANTED_RANK, draw_demo, hateful
+from mmfusion.errors import InputError
 
 TABLE = np.array([[2 * hateful(i, t) - 1 for t in range(8)] for i in range(8)])
 

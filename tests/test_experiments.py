@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from corpus import Corpus, InputError, Split
+from experiments import (
+    baselines as train,
+)
 from experiments import experiment as frame
-from experiments import grid as grids
 from experiments import (
     jwae_ablation,
     modality_balance,
@@ -19,12 +20,14 @@ from experiments import (
     rank_ablation,
     rank_semantics,
     reproduce,
-    train,
 )
-from experiments.datasets import DataOptions, load_study
-from experiments.grid import JWAE, PLAIN, Recipe, Setting, per_example, train_grid
-from experiments.study import only, study_of, targets
-from metrics import example_scores
+from mmfusion.data.folds import only, study_of, targets
+from mmfusion.data.registry import DataOptions, load_study
+from mmfusion.dataset import Corpus, Split
+from mmfusion.errors import InputError
+from mmfusion.metrics.scores import example_scores
+from mmfusion.training import grid as grids
+from mmfusion.training.grid import JWAE, PLAIN, Recipe, Setting, per_example, train_grid
 
 ROOT = Path(__file__).parent.parent
 SMALL = Recipe(epochs=2, latent_dim=4, hidden_dim=6, batch_size=16)
@@ -295,7 +298,7 @@ def test_reproduce_writes_what_it_found_and_goes_on_where_it_stopped(tmp_path):
     ("change", "said"),
     [
         ({"only": ("nonsense",)}, "--only nonsense"),
-        ({"only": ("pom", "train")}, "--only pom: not found"),
+        ({"only": ("pom", "baselines")}, "--only pom: not found"),
         ({"data_root": Path("no-such-folder")}, "--data-root no-such-folder"),
     ],
 )

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import feature_cache
-from corpus import InputError
-from feature_cache import FeatureCache, fingerprint
+from mmfusion.encoders import cache as feature_cache
+from mmfusion.encoders.cache import FeatureCache, fingerprint
+from mmfusion.errors import InputError
 
 IDENTITY = {"encoder": {"model": "some"}, "compute": "float32"}
 

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file
 from small_memes import small_encoders, write_bert, write_memes
 
-import feature_extraction
-from feature_extraction import encode_texts
-from frozen_encoders import TextEncoder
 from hateful_memes_loader import load_hateful_memes
+from mmfusion.encoders import extract as feature_extraction
+from mmfusion.encoders.extract import encode_texts
+from mmfusion.encoders.frozen import TextEncoder
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -73,7 +73,7 @@ def test_killed_run_goes_on_where_it_stopped(folder, monkeypatch):
     killed = _python(
         folder,
         """
-        import feature_cache, frozen_encoders
+        from mmfusion.encoders import cache as feature_cache, frozen as frozen_encoders
         feature_cache.SHARD_ITEMS = 8
         batches = 0
         encode = frozen_encoders.ImageEncoder.__call__
@@ -84,7 +84,7 @@ def test_killed_run_goes_on_where_it_stopped(folder, monkeypatch):
                 os.kill(os.getpid(), signal.SIGKILL)
             return encode(self, pixels)
         frozen_encoders.ImageEncoder.__call__ = encode_and_die
-        import torchrun_processes
+        from mmfusion import distributed as torchrun_processes
         torchrun_processes.Processes.cores = 1  # one batch after the other
         load()
         """,
@@ -159,7 +159,7 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 def test_two_processes_give_the_bits_of_one(folder):
     """With one cache folder for both, and with one each, as on nodes that share none."""
     body = """
-    from torchrun_processes import end_process, join_processes, leave_processes
+    from mmfusion.distributed import end_process, join_processes, leave_processes
     from safetensors.torch import save_file
     processes = join_processes()
     for cache in ("shared", f"own{processes.rank}"):
@@ -188,8 +188,8 @@ def test_error_in_one_process_ends_all_with_code_2_and_one_line(folder, case):
         path = folder / "img" / "00003.png"
         path.write_bytes(path.read_bytes()[:-300])
     body = f"""
-    from corpus import InputError
-    from torchrun_processes import join_processes
+    from mmfusion.errors import InputError
+    from mmfusion.distributed import join_processes
     import hateful_memes_loader
     processes = join_processes()
     if {case!r} == "one rank alone" and processes.rank == 1:

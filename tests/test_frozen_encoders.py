@@ -13,10 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_memes import write_bert
 
-import encoder_weights
-from corpus import InputError
-from encoder_weights import reachable
-from frozen_encoders import (
+from mmfusion.encoders import weights as encoder_weights
+from mmfusion.encoders.frozen import (
     EncoderConfig,
     ImageEncoder,
     TextEncoder,
@@ -26,6 +24,8 @@ from frozen_encoders import (
     image_preprocessing,
     text_identity,
 )
+from mmfusion.encoders.weights import reachable
+from mmfusion.errors import InputError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
 RANDOM = EncoderConfig(image_encoder="random:resnet50", image_size=32)

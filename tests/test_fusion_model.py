@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from fusion_model import FusionEnsemble, FusionModel, Standardise
+from mmfusion.models.fusion import FusionEnsemble, FusionModel
+from mmfusion.models.heads import Standardise
 
 DIMS = {"image": 7, "text": 5}
 UNSORTED = {"text": 5, "audio": 4, "video": 6}  # config.json is written with sorted keys

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from small_memes import meme_rows, picture, small_encoders, write_bert, write_memes, write_rows
 
 import hateful_memes_loader
-from corpus import Corpus, InputError
-from frozen_encoders import EncoderConfig
-from hateful_memes_loader import download_hateful_memes, load_hateful_memes
-from meme_annotations import find_annotations, read_annotations
+from hateful_memes_loader import download_hateful_memes, find_annotations, load_hateful_memes, read_annotations
+from mmfusion.dataset import Corpus
+from mmfusion.encoders.frozen import EncoderConfig
+from mmfusion.errors import InputError
 
 
 @pytest.fixture(scope="module")
@@ -365,7 +365,7 @@ def test_failed_download_names_the_remedy_in_one_line(monkeypatch, error):
 
 def test_loading_downloads_nothing_unasked(tmp_path, load, monkeypatch):
     _fake_kagglehub(monkeypatch, lambda handle: pytest.fail("downloaded unasked"))
-    monkeypatch.setattr("encoder_weights.reachable", lambda url: pytest.fail("asked the network"))
+    monkeypatch.setattr("mmfusion.encoders.weights.reachable", lambda url: pytest.fail("asked the network"))
     load(write_memes(tmp_path))
     with pytest.raises(InputError, match="no such file"):
         load(tmp_path / "nothing")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile
 from small_memes import picture
 
-from image_decoding import ImageBatches, Preprocessing, decode_rgb, digest_images, preprocess
+from mmfusion.encoders.images import ImageBatches, Preprocessing, decode_rgb, digest_images, preprocess
 
 SQUASH = Preprocessing("squash", 32, 36, (0.5,) * 3, (0.5,) * 3)
 PLAIN = picture(1)

@@ -8,7 +8,7 @@ from scipy.special import expit
 from scipy.stats import pearsonr
 from sklearn.metrics import accuracy_score, f1_score, log_loss, mean_absolute_error, roc_auc_score
 
-from metrics import (
+from mmfusion.metrics.scores import (
     binary_scores,
     bootstrap_counts,
     example_losses,

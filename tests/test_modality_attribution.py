@@ -7,20 +7,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corpus import Split
-from experiments.contributions import variance_shares
-from explanation import exact_layer, latents_of
-from fusion_model import FusionEnsemble
 from lmf_module import LowRankMultimodalFusion
-from modality_attribution import (
+from mmfusion.dataset import Split
+from mmfusion.explain.account import exact_layer, latents_of
+from mmfusion.explain.summary import summarise, summary_rows
+from mmfusion.models.decomposition import (
     emap,
     interventional_values,
     parts_about,
     relevance_scores,
     shapley_values,
     values_by_definition,
+    variance_shares,
 )
-from modality_summary import summarise, summary_rows
+from mmfusion.models.fusion import FusionEnsemble
 
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-10}
 
@@ -200,9 +200,7 @@ def test_emap_of_the_whole_model_is_that_of_its_head():
 def test_summary_scores_the_projections_of_lmf_and_of_other_heads():
     made, split = ensemble("lmf")
     other, _ = ensemble("concatenation")
-    summary = summarise(
-        made.members, split, "dev", "binary", 0, "logit", variance_shares, {"concatenation": other.members}
-    )
+    summary = summarise(made.members, split, "dev", "binary", 0, "logit", {"concatenation": other.members})
     for label, models in (("its EMAP: additive in the modalities", made), ("its EMAP, concatenation", other)):
         logits = torch.stack([projected(member, split.features).squeeze(-1) for member in models.members])
         expected = ((logits > 0) == (split.target == 1)).double().mean(1).tolist()

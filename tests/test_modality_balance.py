@@ -10,10 +10,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 
-from corpus import Split
-from experiments.contributions import contributions, imbalance, variance_shares
 from experiments.experiment import Options, Run
-from experiments.grid import JWAE, Recipe, Setting, outputs_of, train_grid
 from experiments.modality_balance import (
     BALANCE,
     EXPERIMENT,
@@ -24,10 +21,13 @@ from experiments.modality_balance import (
     rank_correlations,
     verdict_of,
 )
-from experiments.study import Rows, Study
-from experiments.verdicts import Contrast
-from fusion_model import FusionModel
 from lmf_module import LowRankMultimodalFusion
+from mmfusion.data.folds import Rows, Study
+from mmfusion.dataset import Split
+from mmfusion.metrics.statistics import Contrast
+from mmfusion.models.decomposition import contributions, imbalance, variance_shares
+from mmfusion.models.fusion import FusionModel
+from mmfusion.training.grid import JWAE, Recipe, Setting, outputs_of, train_grid
 
 VERDICTS = ("supported", "not supported", "too few data", "not identified")
 EXAMPLES = 90

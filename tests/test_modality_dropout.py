@@ -9,9 +9,7 @@ from matplotlib.figure import Figure
 from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
 
-from corpus import Split
 from experiments.experiment import Options, Run, contrast_table, contrasts_on_test
-from experiments.grid import Grid, Setting, outputs_of, select
 from experiments.modality_dropout import (
     DRAWS,
     EXPERIMENT,
@@ -30,8 +28,10 @@ from experiments.modality_dropout import (
     rate_curves,
     verdict_of,
 )
-from experiments.study import Rows, Study
-from fusion_model import FusionModel
+from mmfusion.data.folds import Rows, Study
+from mmfusion.dataset import Split
+from mmfusion.models.fusion import FusionModel
+from mmfusion.training.grid import Grid, Setting, outputs_of, select
 
 VERDICTS = ("supported", "not supported", "too few data", "not identified")
 EXAMPLES = 90

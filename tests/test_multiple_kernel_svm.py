@@ -9,7 +9,7 @@ from sklearn.exceptions import ConvergenceWarning, NotFittedError
 from sklearn.metrics.pairwise import rbf_kernel
 from sklearn.svm import SVC, SVR
 
-from multiple_kernel_svm import MultipleKernelSVM, closed_form_weights
+from mmfusion.models.mkl_svm import MultipleKernelSVM, closed_form_weights
 
 
 def informative_and_noise(seed=0, n=150):

@@ -14,9 +14,9 @@ import pytest
 import torch
 from small_memes import WORDS, write_bert
 
-from corpus import InputError
-from frozen_encoders import EncoderConfig
-from mustard_loader import load_mustard
+from mmfusion.data.mustard import load_mustard
+from mmfusion.encoders.frozen import EncoderConfig
+from mmfusion.errors import InputError
 
 COUNT = 60
 
@@ -122,7 +122,7 @@ def test_folds_as_lists_of_ids_are_the_same_folds(tmp_path, load, name):
 def test_a_second_load_is_the_same_and_encodes_nothing(tmp_path, load, monkeypatch):
     path = _write(tmp_path)
     first = load(path)
-    monkeypatch.setattr("feature_extraction.TextEncoder", None)
+    monkeypatch.setattr("mmfusion.encoders.extract.TextEncoder", None)
     for one, other in zip(first, load(path), strict=True):
         for split in one.splits:
             torch.testing.assert_close(one.splits[split].features, other.splits[split].features, rtol=0, atol=0)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from corpus import InputError
-from pom_loader import load_pom
+from mmfusion.data.pom import load_pom
+from mmfusion.errors import InputError
 
 
 def _arrays(counts: tuple[int, int, int] = (6, 3, 4)) -> dict[str, np.ndarray]:

@@ -12,11 +12,8 @@ from matplotlib.figure import Figure
 from test_experiments import study, write_mosi
 from test_robustness import model_of
 
-from corpus import Split
 from experiments import rank_robustness as experiment
-from experiments.adversarial import Truth, latent_stds, unit
 from experiments.experiment import Options, Run, run
-from experiments.grid import Grid, Setting, outputs_of
 from experiments.rank_robustness import (
     DECAYS,
     DECIDES,
@@ -33,8 +30,11 @@ from experiments.rank_robustness import (
     matched,
     measure,
 )
-from experiments.study import Rows, Study
-from fusion_model import FusionModel
+from mmfusion.data.folds import Rows, Study
+from mmfusion.dataset import Split
+from mmfusion.models.fusion import FusionModel
+from mmfusion.robustness.worst_case import Truth, latent_stds, unit
+from mmfusion.training.grid import Grid, Setting, outputs_of
 
 LABELS = [
     *(f"{kind}, rank {rank}" for kind, rank in product(("prior", "no prior"), RANKS)),

@@ -8,27 +8,27 @@ import numpy as np
 import pytest
 import torch
 
-from corpus import Split
 from experiments.experiment import Options, Run
-from experiments.planted_factors import (
-    fit,
-    kruskal_condition,
-    match,
-    matched,
-    mixed,
-    plant,
-    recovery,
-    refitted,
-    similarity,
+from experiments.rank_semantics.components import parts_of, per_seed, pseudovalues, stability
+from experiments.rank_semantics.lexicon import (
+    NEGATIVE,
+    POSITIVE,
+    correlation_ratio,
+    polarity,
+    probes_of,
+    told,
+    unit,
+    words,
 )
-from experiments.polarity_lexicon import NEGATIVE, POSITIVE, correlation_ratio, polarity, probes_of, told, unit, words
-from experiments.rank_components import parts_of, per_seed, pseudovalues, stability
-from experiments.rank_semantics import TELLS, measure
-from experiments.study import Rows, Study
-from experiments.verdicts import Verdict
-from fusion_model import FusionModel
+from experiments.rank_semantics.measure import TELLS, measure
+from experiments.rank_semantics.planted_factors import fit, plant, recovery
 from lmf_module import LowRankMultimodalFusion
-from training import Schedule
+from mmfusion.data.folds import Rows, Study
+from mmfusion.dataset import Split
+from mmfusion.metrics.statistics import Verdict
+from mmfusion.models.fusion import FusionModel
+from mmfusion.models.identifiability import kruskal_condition, match, matched, mixed, refitted, similarity
+from mmfusion.training.trainer import Schedule
 
 
 def random_layer(dims, rank=4, output_dim=1, seed=0):

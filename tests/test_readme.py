@@ -1,15 +1,17 @@
 """The README keeps its word: its snippet runs, its commands and files and flags exist."""
 
 import dataclasses
+import importlib.util
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
 
-import explain
-from experiments import experiment, reproduce, robustness, train, uncertainty
+from experiments import baselines, experiment, reproduce, robustness, uncertainty
 from main_hateful_memes import Config
+from mmfusion.explain import __main__ as explain
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -40,24 +42,26 @@ def test_setup_commands_are_the_promised_ones_and_ci_calls_the_test_command():
     assert COMMANDS[1].strip() in (ROOT / ".ci/run").read_text().splitlines()
 
 
-def test_every_module_is_in_the_file_table_and_in_the_package():
-    modules = {path.name for path in ROOT.glob("*.py")}
-    table = set(re.findall(r"^\| `(\w+\.py)` \|", README, re.MULTILINE))
-    assert modules == table
-    packaged = set(re.findall(r'^    "(\w+)",$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE))
-    assert {f"{name}.py" for name in packaged} == modules
+def test_four_modules_stand_at_the_top_level_and_are_what_is_packaged():
+    modules = {path.stem for path in ROOT.glob("*.py")}
+    assert modules == {"hateful_memes_loader", "jwae_module", "lmf_module", "main_hateful_memes"}
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert set(settings["py-modules"]) == modules
+    assert settings["packages"]["find"]["include"] == ["mmfusion*"]
 
 
 def test_every_flag_and_benchmark_that_is_named_exists():
-    configs = (Config, explain.Config, experiment.Options, train.TrainOptions, reproduce.Config)
+    configs = (explain.Config, experiment.Options, baselines.TrainOptions, reproduce.Config)
     configs += (robustness.Options, uncertainty.Options)
-    known = {f"--{field.name.replace('_', '-')}" for config in configs for field in dataclasses.fields(config)}
+    sections = [getattr(Config(), field.name) for field in dataclasses.fields(Config)]
+    names = [field.name for config in (*configs, *sections) for field in dataclasses.fields(config)]
+    known = {f"--{name.replace('_', '-')}" for name in names}
     others = {"--help", "--nproc_per_node", "--no-deps"}
     for flag in set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README)):
         named_by_benchmark = any(flag in path.read_text() for path in (ROOT / "benchmarks").glob("*.py"))
         assert flag in known | others or named_by_benchmark, flag
     for module in re.findall(r"python -m ((?:benchmarks|experiments)\.\w+)", README):
-        assert (ROOT / (module.replace(".", "/") + ".py")).exists(), module
+        assert importlib.util.find_spec(module) is not None, module
 
 
 @pytest.mark.parametrize("link", re.findall(r"\]\((?!http)([^)#]+)\)", README))

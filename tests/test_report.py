@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from fusion_model import FusionEnsemble
-from report import rank_report
+from mmfusion.models.fusion import FusionEnsemble
+from mmfusion.runs.report import rank_report
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from corpus import InputError
-from restricted_pickle import as_numbers, file_identity, load_npz, load_pickle
+from mmfusion.data.pickles import as_numbers, file_identity, load_npz, load_pickle
+from mmfusion.errors import InputError
 
 PROTOCOLS = range(6)
 ARRAYS = [

@@ -13,10 +13,11 @@ from test_lmf_module import draw_latents, layers, trained_looking
 from torch import Tensor
 from torch.func import jacfwd, jacrev, vmap
 
-import robustness
-from fusion_model import FusionModel
 from lmf_module import LowRankMultimodalFusion
-from robustness import (
+from mmfusion.models.fusion import FusionModel
+from mmfusion.robustness import certificates as robustness
+from mmfusion.robustness.attacks import pgd, random_change
+from mmfusion.robustness.certificates import (
     GELU_LEAST_AT,
     GELU_LIPSCHITZ,
     NORMS,
@@ -30,8 +31,6 @@ from robustness import (
     feature_path,
     joint_radius,
     pair_norm,
-    pgd,
-    random_change,
     worst_change,
 )
 

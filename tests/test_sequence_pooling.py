@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import sequence_pooling
-from sequence_pooling import occupied_steps, pool_over_time, pooling_notes, steps_from_lengths
+from mmfusion.data import pooling as sequence_pooling
+from mmfusion.data.pooling import occupied_steps, pool_over_time, pooling_notes, steps_from_lengths
 
 
 def _sequences(count: int = 5, steps: int = 7, width: int = 3) -> np.ndarray:

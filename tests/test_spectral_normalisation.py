@@ -10,11 +10,11 @@ from test_experiments import SMALL, study
 from torch import nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 
-from experiments.grid import Setting, train_grid
-from fusion_model import FusionEnsemble, FusionModel
 from lmf_module import LowRankMultimodalFusion
 from main_hateful_memes import run
-from spectral_normalisation import SpectralNormalisation, normalise_spectrally, schatten_norm
+from mmfusion.models.fusion import FusionEnsemble, FusionModel
+from mmfusion.models.spectral_norm import SpectralNormalisation, normalise_spectrally, schatten_norm
+from mmfusion.training.grid import Setting, train_grid
 
 spectral_property = settings(max_examples=60, deadline=None, derandomize=True)
 ORDER = 2 ** (SpectralNormalisation.SQUARINGS + 1)  # 128

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from corpus import Corpus, InputError, Split, hold_out, take
-from experiments.study import only, refitted, study_of, targets
+from mmfusion.data.folds import only, refitted, study_of, targets
+from mmfusion.dataset import Corpus, Split, hold_out, take
+from mmfusion.errors import InputError
 
 
 def split(names: list[str], labelled: bool = True, outputs: int | None = None) -> Split:

@@ -11,12 +11,16 @@ import torch
 from sklearn.metrics import accuracy_score, roc_auc_score
 from test_experiments import write_mosi
 
-from corpus import Corpus, InputError, Split
-from experiments import datasets, robustness, train, trained_run
+from experiments import baselines as train
+from experiments.baselines import TrainOptions
 from experiments.experiment import execute, run
-from experiments.train import TrainOptions
-from experiments.trained_run import load_run
-from fusion_model import FusionEnsemble
+from experiments.robustness import measure as robustness
+from mmfusion.data import registry as datasets
+from mmfusion.dataset import Corpus, Split
+from mmfusion.errors import InputError
+from mmfusion.models.fusion import FusionEnsemble
+from mmfusion.runs import load as trained_run
+from mmfusion.runs.load import load_run
 
 FOLDS, SEEDS = 2, 2
 
@@ -117,7 +121,7 @@ def test_rows_are_all_neural_methods_in_the_order_of_the_table(toy):
     said = json.loads((toy.folder / "results.json").read_text())["numbers"]
     assert list(toy.ensembles) == [row for row in said if "SVM" not in row and "training" not in row]
     assert toy.main_row == train.MAIN and toy.prior_free_row == "LMF without jWAE"
-    assert (toy.seeds, len(toy.study.folds), toy.task) == (SEEDS, FOLDS, "binary")
+    assert (toy.seeds, len(toy.study.folds), toy.task) == (list(range(SEEDS)), FOLDS, "binary")
     assert toy.settings["epochs"] == 2 and toy.texts(toy.corpora[0], "test") == {}
     assert toy.encoders is None and toy.memes is None
     for ensemble in toy.ensembles.values():

@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
-from corpus import InputError, Split, take
-from fusion_model import FusionModel
-from main_hateful_memes import objective, predict
-from training import (
+from mmfusion.dataset import Split, take
+from mmfusion.errors import InputError, NonFiniteLoss
+from mmfusion.models.fusion import FusionModel
+from mmfusion.training.objective import objective, predict
+from mmfusion.training.trainer import (
     Batch,
     Fold,
     Member,
-    NonFiniteLoss,
     Schedule,
     _Feed,
     _learning_rate,

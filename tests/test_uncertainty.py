@@ -12,15 +12,16 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy.special import expit
 
-import calibration
-from command_line import run_command
-from corpus import Corpus, InputError, Split
-from experiments import uncertainty
-from experiments.calibrated_predictors import PARTS, BinaryPredictor, GaussianPredictor, Row, Truth, truth_of
-from experiments.corruption_grid import Condition
-from experiments.study import study_of
-from experiments.uncertainty import Options
-from metrics import example_losses
+from experiments.robustness.corruption_grid import Condition
+from experiments.uncertainty import measure as uncertainty
+from experiments.uncertainty.measure import Options
+from experiments.uncertainty.predictors import PARTS, BinaryPredictor, GaussianPredictor, Row, Truth, truth_of
+from mmfusion.cli import run_command
+from mmfusion.data.folds import study_of
+from mmfusion.dataset import Corpus, Split
+from mmfusion.errors import InputError
+from mmfusion.metrics import calibration
+from mmfusion.metrics.scores import example_losses
 
 SEEDS = 4
 
@@ -53,7 +54,7 @@ class FakeRun:
     folder: Path = Path("runs/fake")
     identity: str = "0" * 64
     trained_on_dev: bool = False
-    seeds: int = SEEDS
+    seeds: tuple[int, ...] = tuple(range(SEEDS))
     main_row: str = "jWAE-LMF, rank 4"
     prior_free_row: str | None = "LMF without jWAE"
     settings: dict = field(default_factory=lambda: {"hold_out_dev": True})
@@ -285,7 +286,7 @@ def test_command_leaves_table_figure_and_results(fake, tmp_path, capsys):
     ("change", "said"),
     [
         ({"trained_on_dev": True}, "--hold-out-dev"),
-        ({"seeds": 1}, "one seed"),
+        ({"seeds": (0,)}, "one seed"),
     ],
 )
 def test_run_trained_on_dev_or_of_one_seed_is_refused_with_exit_code_2(fake, change, said, tmp_path, capsys):

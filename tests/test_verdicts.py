@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments.verdicts import (
+from mmfusion.metrics.statistics import (
     Contrast,
     combine,
     contrasts,

@@ -1,0 +1,126 @@
+"""Scores of every row of a run over the severity of each corruption, and what is read off such curves."""
+
+import csv
+import io
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from tqdm import tqdm
+
+from experiments.robustness.corruption_grid import LATE_FUSION, Condition, Predictor
+from mmfusion.metrics.scores import example_scores
+from mmfusion.training.grid import per_example
+
+
+def curve_area(scores: np.ndarray, levels: np.ndarray) -> np.ndarray:
+    """Area under scores (..., E) over levels (E,), ascending, divided by their range: a mean score."""
+    return np.trapezoid(scores, levels, axis=-1) / (levels[-1] - levels[0])
+
+
+@dataclass
+class Curve:
+    """Scores of one row over the severities of one corruption, the clean point first."""
+
+    levels: np.ndarray
+    """(E,)"""
+    scores: np.ndarray
+    """(E, S, draws): mean over test examples"""
+
+    @property
+    def area(self) -> np.ndarray:
+        """(S,)"""
+        return curve_area(self.scores.mean(-1).T, self.levels)
+
+    @property
+    def drop(self) -> np.ndarray:
+        """(S,)"""
+        return (self.scores[0] - self.scores[-1]).mean(-1)
+
+    @property
+    def losses(self) -> np.ndarray:
+        """(S,): mean over severities of score - clean; the effective robustness is a difference of two of these."""
+        return (self.scores[1:] - self.scores[0]).mean((0, 2))
+
+
+@dataclass
+class Corrupted:
+    """All curves of all rows, and per-example losses by group."""
+
+    clean: dict[str, np.ndarray]
+    """{row: (S, n)}"""
+    curves: dict[tuple[str, str], dict[str, Curve]]
+    """{(group, curve): {row: Curve}}"""
+    losses: dict[str, dict[str, np.ndarray]]
+    """{group: {row: (S, n)}}: mean over curves and severities of score - clean, per example"""
+
+
+def measure_corrupted(predictor: Predictor, made: Sequence[Condition]) -> Corrupted:
+    """Score every row under every condition."""
+    study = predictor.study
+
+    def scores(predictions: np.ndarray) -> np.ndarray:
+        return per_example(study, predictions, "test", example_scores)  # (S, n)
+
+    clean = {row: scores(predictor.clean(row)) for row in predictor.rows}
+    collected: dict[tuple[str, str], dict[str, dict[float, list[np.ndarray]]]] = {}
+    sums: dict[str, dict[str, np.ndarray]] = {}
+    # draws are averaged, so that every severity of every curve weighs alike
+    draws = Counter((c.group, c.curve, c.level) for c in made)
+    points = Counter(group for group, _, _ in draws)
+    for condition in tqdm(made, desc="corruptions", unit="condition", mininterval=0.5):
+        for row in predictor.rows:
+            said = predictor.corrupted(row, condition)
+            if said is None:
+                continue
+            values = scores(said)
+            by_level = collected.setdefault((condition.group, condition.curve), {}).setdefault(row, {})
+            by_level.setdefault(condition.level, []).append(values.mean(1))
+            group = sums.setdefault(condition.group, {})
+            drawn = draws[condition.group, condition.curve, condition.level]
+            group[row] = group.get(row, 0) + (values - clean[row]) / drawn
+    curves = {
+        key: {row: _curve(clean[row].mean(1), by_level) for row, by_level in rows.items()}
+        for key, rows in collected.items()
+    }
+    losses = {group: {row: x / points[group] for row, x in rows.items()} for group, rows in sums.items()}
+    return Corrupted(clean, curves, losses)
+
+
+def _curve(clean: np.ndarray, by_level: Mapping[float, list[np.ndarray]]) -> Curve:
+    draws = max(map(len, by_level.values()))
+    levels = sorted(by_level)
+    # a level without randomness was measured once
+    points = [np.repeat(clean[:, None], draws, 1)]
+    points += [np.stack(by_level[x] if len(by_level[x]) == draws else by_level[x] * draws, -1) for x in levels]
+    return Curve(np.array([0.0, *levels]), np.stack(points))
+
+
+def group_summary(found: Corrupted, group: str, row: str) -> dict[str, np.ndarray] | None:
+    """Area, drop and effective robustness (S,) of one row, mean over the group's curves; None where it has none."""
+    curves = [rows for (g, _), rows in found.curves.items() if g == group and row in rows]
+    if not curves:
+        return None
+    summary = {
+        "area": np.mean([rows[row].area for rows in curves], 0),
+        "drop": np.mean([rows[row].drop for rows in curves], 0),
+    }
+    if all(LATE_FUSION in rows for rows in curves):
+        summary["effective"] = np.mean([rows[row].losses - rows[LATE_FUSION].losses for rows in curves], 0)
+    return summary
+
+
+def curves_csv(found: Corrupted) -> str:
+    """One line per group, curve, row, severity, seed and draw."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["group", "curve", "row", "severity", "seed", "draw", "score"])
+    for (group, curve), rows in found.curves.items():
+        for row, c in rows.items():
+            for e, level in enumerate(c.levels):
+                for s, by_draw in enumerate(c.scores[e]):
+                    writer.writerows(
+                        [group, curve, row, f"{level:g}", s, k, f"{value:.6f}"] for k, value in enumerate(by_draw)
+                    )
+    return text.getvalue()

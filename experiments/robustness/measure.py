@@ -1,0 +1,298 @@
+"""What does a trained run lose when its inputs are corrupted, missing, or attacked?
+
+    python -m experiments.robustness runs/demo
+    python -m experiments.robustness runs/demo --groups input features latents missing --pixels 8
+
+Every row of the run (jWAE-LMF, its baselines, lower rank, no prior), late fusion (the mean of the one-modality rows)
+and, beside experiments.baselines, the MKL-SVM see the same corrupted examples. Scores are accuracy, or -MAE in standard
+deviations of the target, of each example; nothing is scaled across methods. Of each curve over severity:
+
+- area: trapezoid rule over severity, from the clean point on, divided by the range: a mean score;
+- drop: clean minus the score at the largest severity;
+- effective robustness: mean over severities of (score - clean) minus the same of late fusion (Liang et al. 2021).
+
+Worst cases are certified from below and attacked from above (experiments/adversarial.py, where sizes rho are defined).
+
+The claim is tested as: in every group of conditions that was measured, jWAE-LMF loses less than late fusion, its
+effective robustness being above 0. All groups must hold. Where late fusion does not score above a constant prediction
+by the smallest effect of interest it has nothing to lose: too few data. The other contrasts (rank 1, without the prior,
+concatenation) do not decide, and a row that scores less has less to lose. Differences run over seeds and test examples,
+means over the conditions of a group; draws are averaged.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+
+from experiments import baselines as train
+from experiments.experiment import SCORE_EFFECT, Experiment, Outcome, contrasts_on_test, record
+from experiments.robustness.corruption_curves import Corrupted, curves_csv, group_summary, measure_corrupted
+from experiments.robustness.corruption_grid import LATE_FUSION, Condition, Group, Predictor, check_flags, conditions
+from experiments.robustness.figure import draw
+from experiments.robustness.pixel_attack import PixelAttack, attack_pixels
+from experiments.robustness.worst_cases import WorstCases, measure_worst_cases, worst_table
+from mmfusion.cli import pick_device, run_command
+from mmfusion.errors import InputError
+from mmfusion.files import write_safetensors, write_text
+from mmfusion.metrics.scores import example_scores
+from mmfusion.metrics.statistics import combine
+from mmfusion.robustness.worst_case import SIZES
+from mmfusion.runs.folder import check_resumable, choose_folder, is_complete, open_run
+from mmfusion.runs.load import TrainedRun, load_run
+from mmfusion.training.grid import per_example
+
+
+@dataclass(frozen=True)
+class Options:
+    """Measure what a trained run loses when its inputs are corrupted, missing, or attacked."""
+
+    run: tyro.conf.Positional[Path]
+    """folder of a run of main_hateful_memes.py or experiments.baselines, such as runs/demo"""
+    groups: tuple[Group, ...] = ("features", "latents", "missing")
+    """input encodes every test example anew for each corruption and severity"""
+    draws: int = 3
+    """times that every random corruption is drawn"""
+    attack_seeds: int = 2
+    """seeds, the first ones, whose members are attacked; certificates on latents are for all"""
+    pixels: int = 0
+    """memes whose pixels are attacked through the image encoder; pictures before and after are kept"""
+    device: str = "auto"
+    """where inputs are encoded, as they were in training: cpu, cuda, ...; everything else is on the CPU"""
+    name: str | None = None
+    """results are kept in runs/NAME; default: robustness-RUN, with a number if that is taken"""
+    resume: bool = False
+    """measure again in the folder of that name where a kill left it"""
+
+
+def main(options: Options) -> None:
+    """Load, measure, and leave table, figure, curves, masks and results in the run's folder. Raises InputError."""
+    check_options(options)
+    device = pick_device(options.device)
+    folder = choose_folder(options.name, f"robustness-{options.run.resolve().name}", options.resume)
+    if options.resume:
+        check_resumable(folder, options)
+    run = load_run(options.run, str(device))
+    if options.pixels and run.memes is None:
+        raise InputError(f"--pixels {options.pixels}: {options.run} has no pictures; leave the flag out")
+    made = conditions(run, options.groups, options.draws)
+    start = time.perf_counter()
+    # beside main_hateful_memes.py there is no kernel machine to compare with
+    predictor = Predictor(run, str(device), kernel_machine="dataset" in run.settings)
+    if not is_complete(folder):
+        predictor.prepare(made)  # may find a picture gone: before anything is written
+    description = {"experiment": EXPERIMENT.name, "models": run.identity, **run.study.description}
+    open_run(folder, options, description, device, options.resume)
+    if is_complete(folder):
+        print(f"{folder}: this run is complete; its table is in {folder / 'table.txt'}")
+        return
+    outcome, kept = measure(predictor, options, made)
+    for name, text in kept.texts.items():
+        write_text(folder / name, text)
+    if kept.masks:
+        write_safetensors(folder / "masks.safetensors", kept.masks)
+    for attack in kept.pixels:
+        attack.save(folder / "pixels")
+    record(
+        EXPERIMENT,
+        run.study,
+        outcome,
+        folder,
+        seeds=len(run.seeds),
+        recipe={"run": run.settings},
+        seconds=time.perf_counter() - start,
+        resumed=options.resume,
+        device=device,
+    )
+    print(
+        f"and curves.csv{', masks.safetensors' if kept.masks else ''}{', pixels/' if kept.pixels else ''} beside them"
+    )
+
+
+def check_options(options: Options) -> None:
+    """Raise InputError for flags out of range."""
+    check_flags(options.groups, options.draws)
+    for name, least in (("attack_seeds", 0), ("pixels", 0)):
+        if getattr(options, name) < least:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)}: give at least {least}")
+
+
+@dataclass
+class Kept:
+    """What is written beside table, figure and results."""
+
+    texts: dict[str, str]
+    masks: dict[str, torch.Tensor]
+    pixels: list[PixelAttack]
+
+
+def measure(predictor: Predictor, options: Options, made: Sequence[Condition]) -> tuple[Outcome, Kept]:
+    """All curves, worst cases and contrasts of a run."""
+    run = predictor.run
+    found = measure_corrupted(predictor, made)
+    worst = measure_worst_cases(run, options.attack_seeds)
+    pixels = attack_pixels(run, options.pixels, predictor.device) if options.pixels else []
+    named = differences(run, found)
+    contrasts = contrasts_on_test(run.study, named) if named else []
+    deciding = [c.verdict for c in contrasts if c.name.startswith(OVER_LATE_FUSION)]
+    notes = [
+        f"sizes rho are relative to the standard deviations in training; features: first {worst.seeds} seed(s)",
+        "a row that scores less has less to lose: compare losses beside the clean scores",
+    ]
+    if "dataset" in run.settings and "missing" in options.groups:
+        notes.append("rows of several modalities were trained with modality dropout, those of one without")
+    if LATE_FUSION not in found.clean:
+        notes.append("no late fusion: the run has not every modality alone; no verdict")
+    elif (lead := lead_over_constant(run, found)) < SCORE_EFFECT:
+        deciding = []
+        notes.append(f"late fusion is {lead:+.3f} from a constant prediction: it has nothing to lose; no verdict")
+    masks = {
+        f"{c.where}/{c.level:g}/{c.draw}/{name}": torch.from_numpy(mask).to(torch.uint8)
+        for c in made
+        if c.group == "missing"
+        for name, mask in predictor.masks(c).items()
+    }
+    outcome = Outcome(
+        table(run, found, worst, pixels),
+        contrasts,
+        combine(deciding, "all") if deciding else "too few data",
+        answer(run, found, worst),
+        numbers(found, worst, pixels),
+        lambda figure: draw(figure, run, found, worst),
+        (15.0, 8.4),
+        notes,
+    )
+    return outcome, Kept({"curves.csv": curves_csv(found)}, masks, pixels)
+
+
+OVER_LATE_FUSION = "loses less than late fusion: "
+
+
+def lead_over_constant(run: TrainedRun, found: Corrupted) -> float:
+    """Clean score of late fusion minus that of the training majority (or mean)."""
+    constant = per_example(run.study, train.constant(run.study).predictions, "test", example_scores)
+    return float(found.clean[LATE_FUSION].mean() - constant.mean())
+
+
+def differences(run: TrainedRun, found: Corrupted) -> dict[str, tuple[np.ndarray, str]]:
+    """Contrasts (S, n): how much less the main row loses than another, by group."""
+    others = {LATE_FUSION: OVER_LATE_FUSION}
+    candidates = ("jWAE-LMF, rank 1", run.prior_free_row, "concatenation + MLP")
+    others |= {row: f"loses less than {row}: " for row in candidates if row in found.clean}
+    named = {}
+    for row, text in others.items():
+        for group, losses in found.losses.items():
+            if row in losses:
+                named[text + group] = (
+                    losses[run.main_row] - losses[row],
+                    f"{run.main_row} loses less score than {row}, mean over the conditions of this group",
+                )
+    return named
+
+
+# ---- text --------------------------------------------------------------------------------------------------------
+
+
+def table(run: TrainedRun, found: Corrupted, worst: WorstCases, pixels: Sequence[PixelAttack]) -> str:
+    """Corruption by group, worst cases by modality, checks, pixel attacks."""
+    width = max(map(len, found.clean))
+    groups = list(found.losses)
+    lines = [
+        f"score: {run.study.score_name}, mean +- std over seeds; per group of conditions (mean over its curves): area,",
+        "drop at the largest severity, effective robustness (change against that of late fusion)",
+        f"{'':{width}}  {'clean':>15}"
+        + "".join(f"  {group + ': area':>15} {'drop':>7} {'effective':>9}" for group in groups),
+    ]
+    for row, clean in found.clean.items():
+        cells = f"  {_spread(clean.mean(1)):>15}"
+        for group in groups:
+            made = group_summary(found, group, row)
+            if made is None:
+                cells += f"  {'-':>15} {'-':>7} {'-':>9}"
+                continue
+            effective = f"{made['effective'].mean():+.3f}" if "effective" in made else "-"
+            cells += f"  {_spread(made['area']):>15} {made['drop'].mean():7.3f} {effective:>9}"
+        lines.append(f"{row:{width}}{cells}")
+    lines += ["", *worst_table(worst, width)]
+    if worst.checks:
+        lines += ["", "checks of the attack on features (Carlini et al. 2019) and of PGD on latents"]
+        lines += [f"  {'ok ' if check.holds else 'NOT'}  {check.text}" for check in worst.checks]
+    if pixels:
+        lines += ["", "attack on pixels through the image encoder, rounded to 8 bits as saved (pixels/)"]
+        lines += [f"  {attack.line}" for attack in pixels]
+        flipped = sum(attack.flipped for attack in pixels)
+        lines.append(f"  {flipped} of {len(pixels)} change their sign")
+    return "\n".join(lines)
+
+
+def _spread(values: np.ndarray) -> str:
+    std = f"{values.std(ddof=1):.3f}" if len(values) > 1 else "-----"
+    return f"{values.mean():.3f} +- {std}"
+
+
+def answer(run: TrainedRun, found: Corrupted, worst: WorstCases) -> str:
+    """The main row in one sentence."""
+    parts = []
+    for group in found.losses:
+        made = group_summary(found, group, run.main_row)
+        effective = f", effective {made['effective'].mean():+.3f}" if "effective" in made else ""
+        parts.append(f"{group}: drop {made['drop'].mean():.3f}{effective}")
+    text = f"{run.main_row}, clean {found.clean[run.main_row].mean():.3f}. " + "; ".join(parts)
+    keys = [key for key in worst.certified if key[0] == run.main_row and key[2] == "l2"]
+    middle = len(SIZES) // 2
+    for _, name, norm in keys:
+        certified, attacked = (x[run.main_row, name, norm][middle].mean() for x in (worst.certified, worst.attacked))
+        clean = worst.clean[run.main_row][: worst.seeds].mean()
+        text += (
+            f"; worst case of {name} at rho {SIZES[middle]:g} ({norm}), first {worst.seeds} seed(s), "
+            f"clean {clean:.3f}: between {certified:.3f} and {attacked:.3f}"
+        )
+    return text + "."
+
+
+def numbers(found: Corrupted, worst: WorstCases, pixels: Sequence[PixelAttack]) -> dict[str, object]:
+    """Everything measured, JSON-able."""
+
+    def flat(of: Mapping[tuple, np.ndarray]) -> dict[str, list]:
+        return {" | ".join(key): values.tolist() for key, values in of.items()}
+
+    return {
+        "clean": {row: x.mean(1).tolist() for row, x in found.clean.items()},
+        "curves": {
+            f"{group} | {curve} | {row}": {
+                "levels": c.levels.tolist(),
+                "mean": c.scores.mean((1, 2)).tolist(),
+                "std over seeds": c.scores.mean(2).std(1, ddof=min(1, c.scores.shape[1] - 1)).tolist(),
+                "std over draws": c.scores.mean(1).std(1, ddof=min(1, c.scores.shape[2] - 1)).tolist(),
+                "area": c.area.tolist(),
+                "drop": c.drop.tolist(),
+            }
+            for (group, curve), rows in found.curves.items()
+            for row, c in rows.items()
+        },
+        "sizes": list(SIZES),
+        "latent, exact": flat(worst.latent),
+        "two latents, certified": flat(worst.joint),
+        "features, certified": flat(worst.certified),
+        "features, attacked": flat(worst.attacked),
+        "checks": {check.text: check.holds for check in worst.checks},
+        "pixels": [attack.line for attack in pixels],
+    }
+
+
+EXPERIMENT = Experiment(
+    "robustness",
+    "Under corruption and with missing modalities jWAE-LMF loses less than late fusion (no numbered claim).",
+    "What does the run lose when its inputs are corrupted, missing or attacked, beside its baselines?",
+    measure,
+    decides=lambda contrast, modalities: contrast.startswith(OVER_LATE_FUSION),
+)
+
+
+def run(arguments: list[str]) -> int:
+    """`python -m experiments.robustness RUN FLAGS`."""
+    return run_command(main, Options, arguments)

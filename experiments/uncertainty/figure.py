@@ -1,0 +1,158 @@
+"""Figure of experiments.uncertainty."""
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from scipy.special import expit
+from scipy.stats import norm
+
+from experiments.uncertainty.predictors import ENSEMBLE, MEMBER, RAW, SCALED
+from experiments.uncertainty.report import ROWS, Found
+from mmfusion.metrics import calibration
+
+COLORS = {"with jWAE": "C0", "without": "C1"}
+
+
+def draw(figure: Figure, found: Found) -> None:
+    """Calibration, risk against coverage, NLL against the level of corruption, detection of corruption."""
+    (upper_left, upper_right), (lower_left, lower_right) = figure.subplots(2, 2)
+    (draw_reliability if found.truth.task == "binary" else draw_central_intervals)(upper_left, found)
+    draw_risk(upper_right, found)
+    draw_levels(lower_left, found)
+    draw_detection(lower_right, found)
+
+
+def draw_reliability(axis: Axes, found: Found) -> None:
+    """Share of positives against probability, bins of equal mass; the members' examples in one pool."""
+    row, outputs, target = found.rows[ROWS[0]], found.outputs[ROWS[0]], found.truth.test
+    axis.plot([0, 1], [0, 1], color="black", linewidth=0.8)
+    axis.fill_between(
+        *consistency_band(expit(row.ensemble.logits(outputs))), color="0.9", label="ensemble, raw: 95 % if right"
+    )
+    for who, color in ((MEMBER, "C7"), (ENSEMBLE, "C0")):
+        for how, style in ((RAW, "o-"), (SCALED, "s--")):
+            if who == MEMBER:
+                logits = np.concatenate([m.logits(outputs[[s]], how) for s, m in enumerate(row.members)])
+            else:
+                logits = row.ensemble.logits(outputs, how)
+            p = expit(logits)
+            curve = calibration.reliability(p, np.tile(target, len(p) // len(target)), kind="mass")
+            axis.plot(
+                curve.predicted, curve.observed, style, color=color, markersize=4, linewidth=1.2, label=f"{who}, {how}"
+            )
+    axis.set(
+        title="reliability, with jWAE, clean (15 bins of equal mass)",
+        xlabel="mean probability of the positive class",
+        ylabel="share of positives",
+        xlim=(0, 1),
+        ylim=(0, 1),
+    )
+    axis.legend(frameon=False, fontsize=9, loc="upper left")
+
+
+def consistency_band(p: np.ndarray, draws: int = 500, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean probability of each bin of equal mass, and 95 % limits of its share of positives where p is right."""
+    rng = np.random.default_rng(seed)
+    drawn = [calibration.reliability(p, rng.random(p.size) < p, kind="mass") for _ in range(draws)]
+    low, high = np.quantile([curve.observed for curve in drawn], [0.025, 0.975], axis=0)
+    return drawn[0].predicted, low, high
+
+
+def draw_central_intervals(axis: Axes, found: Found) -> None:
+    """How many more targets than promised lie inside the central interval of each level, all outputs in one pool."""
+    levels, surplus = np.linspace(0.02, 0.98, 49), []
+    axis.axhline(0, color="black", linewidth=0.8)
+    for name, row in found.rows.items():
+        outputs, target = found.outputs[name], found.truth.test
+        by_member = [(m, outputs[[s]]) for s, m in enumerate(row.members)]
+        for who, predictors, style in ((MEMBER, by_member, "--"), (ENSEMBLE, [(row.ensemble, outputs)], "-")):
+            z = []
+            for predictor, x in predictors:
+                mean, variance = predictor.moments(x)
+                z.append(np.abs(target - mean) / np.sqrt(variance))
+            inside = [np.mean(np.stack(z) <= norm.ppf((1 + level) / 2)) for level in levels]
+            surplus += [inside - levels]
+            axis.plot(levels, surplus[-1], style, color=COLORS[name], label=f"{who}, {name}")
+    highest = max(0.02, np.abs(surplus).max())
+    axis.set(
+        title="central Gaussian intervals, clean",
+        xlabel="level of the interval",
+        ylabel="share of targets inside - level",
+        xlim=(0, 1),
+        ylim=(-1.2 * highest, 1.7 * highest),  # room for the legend
+    )
+    axis.legend(frameon=False, fontsize=9, loc="upper left", ncols=2)
+
+
+def draw_risk(axis: Axes, found: Found) -> None:
+    """Risk of the examples kept, clean; the best order of the ensemble's own errors is dotted."""
+    binary, highest = found.truth.task == "binary", 0.0
+    size = len(found.truth.test)
+    coverage = np.arange(1, size + 1) / size
+    shown = slice(max(0, size // 20 - 1), None)  # the risk of a handful of examples is noise
+    for name, row in found.rows.items():
+        outputs, color = found.outputs[name], COLORS[name]
+        curves = [("ensemble", "-", 1.8, calibration.risk_coverage(*row.ensemble.ranking(outputs)))]
+        if binary:
+            alone = [calibration.risk_coverage(*m.ranking(outputs[[s]])) for s, m in enumerate(row.members)]
+            curves.append(("member, mean", "--", 1.2, np.mean(alone, 0)))
+        risk = row.ensemble.ranking(outputs)[1]
+        curves.append(("best order", ":", 1.0, calibration.risk_coverage(risk, risk)))
+        for who, style, width, curve in curves:
+            axis.plot(coverage[shown], curve[shown], style, color=color, linewidth=width, label=f"{who}, {name}")
+            highest = max(highest, curve[shown].max())
+    axis.set(
+        title="risk of the examples kept, clean",
+        xlabel="coverage: share of examples kept, most certain first",
+        ylabel="error rate" if binary else "MAE / std of target",
+        xlim=(0, 1),
+        ylim=(0, 1.4 * highest),  # room for the legend
+    )
+    axis.legend(frameon=False, fontsize=9, loc="upper left", ncols=2)
+
+
+def draw_levels(axis: Axes, found: Found) -> None:
+    """The ensembles' NLL against the level of corruption, mean over all kinds; 0 is clean."""
+    levels = sorted({level for _, _, level in found.corrupted})
+    everything = []
+    for name, row in found.rows.items():
+        for how, style in zip(row.ensemble.hows, ("o-", "s--"), strict=False):
+            values = [found.clean[name][ENSEMBLE][how]["NLL"]]
+            for level in levels:
+                at = [x[name][ENSEMBLE][how]["NLL"] for (*_, here), x in found.corrupted.items() if here == level]
+                values.append(np.mean(at))
+            text = f"{name}, {how}" if len(row.ensemble.hows) > 1 else name
+            axis.plot([0, *levels], values, style, color=COLORS[name], markersize=5, label=text)
+            everything += values
+    low, high = min(everything), max(everything)
+    axis.set_ylim(low - 0.1 * (high - low) - 1e-3, high + 0.35 * (high - low) + 1e-3)
+    axis.set_xticks([0, *levels], ["clean", *(f"{level:g}" for level in levels)])
+    axis.set(
+        title="NLL of the ensemble under corruption, mean over kinds", xlabel="level of corruption", ylabel="NLL, nats"
+    )
+    axis.legend(frameon=False, fontsize=9, loc="upper left", ncols=2)
+
+
+def draw_detection(axis: Axes, found: Found) -> None:
+    """AUROC of clean against corrupted by the members' disagreement, at the middle level."""
+    levels = sorted({level for _, _, level in found.detected})
+    if not levels:
+        axis.set_axis_off()
+        axis.text(0.5, 0.5, "no corruption was looked at", ha="center", va="center")
+        return
+    level = levels[len(levels) // 2]
+    curves = [key for key in found.detected if key[2] == level]
+    score = next(iter(found.detected[curves[0]][ROWS[0]]))
+    height = 0.8 / len(found.rows)
+    for i, name in enumerate(found.rows):
+        aurocs = [found.detected[key][name][score] for key in curves]
+        middle = np.array([d.auroc for d in aurocs])
+        errors = np.abs(np.array([[d.low for d in aurocs], [d.high for d in aurocs]]) - middle)
+        place = np.arange(len(curves)) + (i - (len(found.rows) - 1) / 2) * height
+        # bars begin at a coin's AUROC
+        axis.barh(place, middle - 0.5, height, left=0.5, xerr=errors, color=COLORS[name], label=name, ecolor="0.3")
+    axis.axvline(0.5, color="black", linewidth=0.8)
+    axis.set_yticks(range(len(curves)), [curve for _, curve, _ in curves], fontsize=8)
+    axis.set_ylim(len(curves) + 1.5, -0.7)  # the first above; room for the legend below
+    axis.set(title=f"corruption detected by the {score}, level {level:g}", xlabel="AUROC, 95 % interval over examples")
+    axis.legend(frameon=False, fontsize=9, loc="lower right", ncols=2)

@@ -1,0 +1,292 @@
+"""Does a trained run know what it does not know: calibration, selective prediction, conformal sets, disagreement.
+
+    python -m experiments.baselines --dataset mustard --data sarcasm_data.json --hold-out-dev --name sarcasm
+    python -m experiments.uncertainty runs/sarcasm
+
+For one member (mean and spread over seeds) and the ensemble (mean of the members' probabilities), trained with the
+jWAE and without, on clean test examples and under every corruption. All that is fitted is fitted on the dev part of an
+example's own fold, and never on corrupted examples: one temperature (of the ensemble on its mean probability's
+log-odds), the conformal quantile, and for a regression the residual variance. Conventions: a classifier's confidence is
+max(p, 1 - p) and its risk the error rate; a regression's uncertainty is the members' standard deviation, its risk the
+absolute error, and its predictive distribution a Gaussian about the members' mean whose variance is the members' plus
+the residual variance. Regressions are measured in units of the target's standard deviation, mean over outputs.
+
+The rule, written before any result: four differences decide, those of the ensembles' NLL (as they are, no temperature)
+and AURC, on clean examples and in the mean over the corrupted conditions, each without the prior less with it. Each is
+judged by `verdicts.judge` with a smallest effect of interest of .01 (nats; AURC), and the weakest is the verdict: the
+claim is supported where all four are. Each is paired over test examples and seeds; since an ensemble is no mean of its
+members, seed s stands in it by what leaving it out changes (the jackknife), and an example stands in the AURC likewise
+(`calibration.aurc_parts`). Without a prior-free row or corrupted conditions there is no verdict: too few data.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+import tyro
+from matplotlib.figure import Figure
+from scipy.stats import norm
+from tqdm import tqdm
+
+from experiments.experiment import Experiment, Outcome, contrasts_on_test, record
+from experiments.robustness.corruption_grid import LEVELS, Condition, Group, Predictor, check_flags, conditions
+from experiments.uncertainty.figure import draw
+from experiments.uncertainty.predictors import ENSEMBLE, PARTS, RAW, SCALED, BinaryPredictor, Row, truth_of
+from experiments.uncertainty.report import ROWS, Found, averaged, numbers_of, table
+from mmfusion.cli import pick_device
+from mmfusion.data.folds import Study
+from mmfusion.errors import InputError
+from mmfusion.metrics import calibration
+from mmfusion.metrics.calibration import detection
+from mmfusion.metrics.scores import example_losses
+from mmfusion.metrics.statistics import Contrast, combine, grouped
+from mmfusion.runs.folder import check_resumable, choose_folder, is_complete, open_run
+from mmfusion.runs.load import TrainedRun, load_run
+
+NLL_EFFECT = 0.01  # nats
+AURC_EFFECT = 0.01
+DETECTION_RESAMPLES = 500
+ALPHAS = (0.05,)  # beside --alpha
+CLAIM = "The jWAE improves uncertainty: lower NLL and lower AURC of the ensemble than without it (or its prior)."
+DECIDING = ("NLL, clean", "NLL, corrupted", "AURC, clean", "AURC, corrupted")
+
+
+# ---- measurements ------------------------------------------------------------------------------------------------
+
+
+def measure(run: TrainedRun, predictor: Predictor, chosen: Sequence[Condition], alpha: float) -> Outcome:
+    """Judge both rows clean and under the chosen conditions; contrasts are paired over seeds and test examples."""
+    study = run.study
+    labels = dict(zip(ROWS, (row for row in (run.main_row, run.prior_free_row) if row is not None), strict=False))
+    truth = truth_of(study, sorted({alpha, *ALPHAS}, reverse=True))
+    dev = {name: truth.in_units(predictor.clean(label, "dev")) for name, label in labels.items()}
+    found = Found(
+        truth,
+        {name: Row(x, truth) for name, x in dev.items()},
+        {name: truth.in_units(predictor.clean(label)) for name, label in labels.items()},
+    )
+    for name, row in found.rows.items():
+        found.clean[name] = row.measures(found.outputs[name], floor=True)
+        found.parts[name] = {f"{part}, clean": row.by_seed(found.outputs[name], of) for part, of in PARTS.items()}
+    measure_corrupted(found, predictor, labels, chosen, _groups(study, "test"))
+    made = contrasts_on_test(study, *differences(found))
+    deciding = [c.verdict for c in made if c.name in DECIDING]
+    verdict = combine(deciding, "all") if len(deciding) == len(DECIDING) else "too few data"
+
+    def draw_all(figure: Figure) -> None:
+        figure.suptitle(f"{study.name}: uncertainty of {len(run.seeds)} members and their ensemble, test")
+        draw(figure, found)
+
+    notes = notes_of(run, labels, found, dev[ROWS[0]])
+    return Outcome(table(found), made, verdict, answer(made, found), numbers_of(found), draw_all, (13.5, 9.0), notes)
+
+
+def measure_corrupted(
+    found: Found,
+    predictor: Predictor,
+    labels: dict[str, str],
+    chosen: Sequence[Condition],
+    groups: Sequence[str] | None,
+) -> None:
+    """Fill in what concerns corruptions; the draws of one condition are averaged."""
+    draws: dict[tuple[str, str, float], list[Condition]] = {}
+    for condition in chosen:
+        draws.setdefault((condition.group, condition.curve, condition.level), []).append(condition)
+    for key, same in tqdm(draws.items(), desc="corruptions", unit="condition", mininterval=0.5):
+        found.corrupted[key], found.detected[key] = {}, {}
+        for name, row in found.rows.items():
+            drawn = [found.truth.in_units(predictor.corrupted(labels[name], condition)) for condition in same]
+            found.corrupted[key][name] = averaged([row.measures(x) for x in drawn])
+            for part, of in PARTS.items():
+                here = np.mean([row.by_seed(x, of) for x in drawn], axis=0) / len(draws)
+                found.parts[name][f"{part}, corrupted"] = found.parts[name].get(f"{part}, corrupted", 0) + here
+            clean = row.ensemble.disagreement(found.outputs[name])
+            spoiled = [row.ensemble.disagreement(x) for x in drawn]
+            # of a missing modality, the examples that lack it: the others are the clean examples themselves
+            affected = np.stack([predictor.affected(condition) for condition in same])
+            found.detected[key][name] = {
+                score: detection(
+                    values, np.stack([x[score] for x in spoiled]), groups, DETECTION_RESAMPLES, affected=affected
+                )
+                for score, values in clean.items()
+            }
+
+
+def differences(found: Found) -> tuple[dict[str, tuple[np.ndarray, str]], dict[str, float]]:
+    """Contrasts by name, each (S, n) with its claim, and their smallest effects of interest."""
+    named, first = {}, found.rows[ROWS[0]]
+    if len(found.rows) > 1:
+        ours, other = (found.parts[name] for name in ROWS)
+        named |= {
+            name: (other[name] - ours[name], f"the ensemble has a lower {name.split(',')[0]} with the prior, {where}")
+            for name in DECIDING
+            if name in ours
+            for where in [name.split(", ")[1]]
+        }
+        alone = [found.rows[name].member_losses(found.outputs[name]) for name in ROWS]
+        named["member's NLL, clean"] = (alone[1] - alone[0], "a member has a lower NLL with the prior, clean")
+        if SCALED in first.ensemble.hows:
+            scaled = [found.rows[name].by_seed(found.outputs[name], lambda p, x: p.losses(x, SCALED)) for name in ROWS]
+            claim = "the ensemble has a lower NLL with the prior, clean, after temperature scaling"
+            named["NLL after scaling, clean"] = (scaled[1] - scaled[0], claim)
+    outputs = found.outputs[ROWS[0]]
+    gain = first.member_losses(outputs) - first.ensemble.losses(outputs)
+    named["ensemble over member, NLL"] = (gain, "the ensemble has a lower NLL than its members, clean")
+    return named, {name: AURC_EFFECT if name.startswith("AURC") else NLL_EFFECT for name in named}
+
+
+# ---- words -------------------------------------------------------------------------------------------------------
+
+
+def answer(made: Sequence[Contrast], found: Found) -> str:
+    """The deciding estimates in one sentence."""
+    own = found.clean[ROWS[0]][ENSEMBLE][RAW]
+    text = f"Ensemble with jWAE: NLL {own['NLL']:.3f}, AURC {own['AURC']:.3f}"
+    gains = [f"{c.name} {c.estimate:+.3f} [{c.low:+.3f}, {c.high:+.3f}]" for c in made if c.name in DECIDING]
+    return f"{text}. " + (
+        f"Lower with the prior by: {'; '.join(gains)}." if gains else "There is no row without prior."
+    )
+
+
+def notes_of(run: TrainedRun, labels: dict[str, str], found: Found, dev: np.ndarray) -> list[str]:
+    """What the reader of the numbers must know."""
+    notes = []
+    if len(labels) == 1:
+        notes.append("the run has no row without the prior: the claim is not judged")
+    elif "without" in labels["without"]:
+        notes.append(f"\"{labels['without']}\" has none of the jWAE's terms: its effect is not the prior's alone")
+    if not found.corrupted:
+        notes.append("no corruption was looked at, so the claim is not judged")
+    if "hold_out_dev" not in run.settings:
+        notes.append("the epoch was selected on dev, which is also what temperature and conformal sets are fitted on")
+    notes += shift_note(run.study, found, dev)
+    for name, row in found.rows.items():
+        if isinstance(row.ensemble, BinaryPredictor):
+            fitted = row.ensemble.temperature
+            if ends := [f"{t:g}" for t in fitted if t in calibration.TEMPERATURES]:
+                folds = f"{len(ends)} of {len(fitted)} folds" if len(fitted) > 1 else "the one fold"
+                notes.append(f"temperature of the ensemble {name} is at its bound in {folds}: {', '.join(ends)}")
+    other = found.clean[list(found.rows)[-1]][ENSEMBLE][RAW]["AURC"]
+    if len(labels) > 1 and other < AURC_EFFECT:
+        notes.append(f"AURC without the prior is {other:.4f}: no prior could lower it by the effect of interest")
+    first = [next(iter(by_row[ROWS[0]].values())) for by_row in found.detected.values()]
+    if less := sum(d.high < 0.5 for d in first):
+        notes.append(
+            f"in {less} of {len(first)} conditions the members disagree less on corrupted examples than on clean"
+        )
+    if found.truth.task == "binary":
+        notes.append("a temperature changes no conformal set: it keeps the order of the margins within a fold")
+    return notes
+
+
+def shift_note(study: Study, found: Found, dev: np.ndarray) -> list[str]:
+    """A note where the ensemble's loss on dev and on test differ by more than their 95 % intervals allow."""
+    parts, said = [], []
+    for part, outputs in (("dev", dev), ("test", found.outputs[ROWS[0]])):
+        target = getattr(found.truth, part)
+        if found.truth.task == "binary":
+            losses = example_losses(calibration.ensemble_logits(outputs)[None], target, "binary")
+        else:
+            losses = example_losses(outputs.mean(0)[None], target, "regression")
+        units = grouped(losses, _groups(study, part))[0]
+        parts.append((units.mean(), units.std(ddof=1) / len(units) ** 0.5))
+        said.append(f"{part} {parts[-1][0]:.3f} +- {norm.ppf(0.975) * parts[-1][1]:.3f}")
+    (dev_mean, dev_error), (test_mean, test_error) = parts
+    if abs(test_mean - dev_mean) <= norm.ppf(0.975) * np.hypot(dev_error, test_error):
+        return []
+    loss = f"{study.loss_name} of the ensemble with jWAE, 95 %"
+    return [f"dev is not like test ({loss}: {', '.join(said)}): what is fitted on dev need not hold, nor the coverage"]
+
+
+def _groups(study: Study, part: str) -> list[str] | None:
+    """What each example of a part, fold after fold, must be resampled with."""
+    names = study.pool.metadata.get("group")
+    return None if names is None else [names[row] for fold in study.folds for row in getattr(fold, part)]
+
+
+# ---- command line ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Options:
+    """Does a trained run know what it does not know?"""
+
+    run: tyro.conf.Positional[Path]
+    """folder of a finished run, such as runs/demo, trained with --hold-out-dev"""
+    draws: int = 3
+    """random corruptions per kind and level, averaged"""
+    alpha: float = 0.1
+    """share of targets that conformal sets may miss; .05 is reported as well"""
+    groups: tuple[Group, ...] = ("features", "latents", "missing")
+    """what is corrupted; input encodes every picture and text anew"""
+    name: str | None = None
+    """what is found is kept in runs/NAME; default: uncertainty-RUN, with a number if that is taken"""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes CUDA where there is one"""
+    resume: bool = False
+    """measure again in the folder of that name where a kill left it"""
+
+
+def execute(options: Options) -> None:
+    """Load the run, measure, print, and leave table.txt, figure.png and results.json in a folder of its own."""
+    check_flags(options.groups, options.draws)
+    if not 0 < options.alpha < 1:
+        raise InputError(f"--alpha {options.alpha}: give a share between 0 and 1, such as 0.1")
+    device = pick_device(options.device)
+    folder = choose_folder(options.name, f"uncertainty-{options.run.resolve().name}", options.resume)
+    if options.resume:
+        check_resumable(folder, options)
+    trained = load_run(options.run, str(device))
+    refuse(trained)
+    study, predictor = trained.study, Predictor(trained, str(device))
+    start = perf_counter()
+    chosen = [c for c in conditions(trained, options.groups, options.draws) if c.level in LEVELS]
+    if "input" in options.groups and not is_complete(folder):
+        predictor.prepare(chosen)  # may find a picture gone: before anything is written
+    description = {"experiment": EXPERIMENT.name, "models": trained.identity, **study.description}
+    open_run(folder, options, description, device, options.resume)
+    if is_complete(folder):
+        print(f"{folder}: this run is complete; its table is in {folder / 'table.txt'}")
+        return
+    for note in study.notes:
+        print(f"note: {note}")
+    outcome = measure(trained, predictor, chosen, options.alpha)
+    record(
+        EXPERIMENT,
+        study,
+        outcome,
+        folder,
+        seeds=len(trained.seeds),
+        recipe={},
+        seconds=perf_counter() - start,
+        resumed=options.resume,
+        device=device,
+    )
+
+
+def refuse(run: TrainedRun) -> None:
+    """Raise InputError where nothing can be calibrated: no dev part of its own, or no ensemble."""
+    if run.trained_on_dev:
+        raise InputError(
+            f"{run.folder}: was trained on its dev part, so nothing is left to calibrate on; "
+            "train it with `python -m experiments.baselines ... --hold-out-dev`"
+        )
+    for fold in run.study.folds:
+        if set(fold.dev.tolist()) & set(fold.test.tolist()):
+            raise InputError(
+                f"{run.folder}: dev is what is tested on ({run.study.name} has no other labelled split), so nothing is "
+                "left to calibrate on; give a run on a corpus with a test split"
+            )
+    if len(run.seeds) < 2:
+        raise InputError(f"{run.folder}: has one seed, and an ensemble needs two; train it with more")
+
+
+EXPERIMENT = Experiment(
+    "uncertainty",
+    CLAIM,
+    "Are the ensemble's probabilities right, does it know its errors, and is the prior to thank?",
+    measure,
+    decides=lambda contrast, modalities: contrast in DECIDING,
+)

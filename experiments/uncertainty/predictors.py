@@ -1,0 +1,216 @@
+"""One member or an ensemble with what its dev part teaches: temperature, conformal quantile, residual variance."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy.special import expit
+from sklearn.metrics import brier_score_loss
+
+from mmfusion.data.folds import Study, targets
+from mmfusion.metrics import calibration
+from mmfusion.metrics.scores import example_losses
+
+RAW, SCALED = "raw", "scaled"
+MEMBER, ENSEMBLE = "one member", "ensemble"
+Measures = dict[str, float | np.ndarray]
+
+
+class Truth(NamedTuple):
+    """Targets of the dev and test parts, fold after fold; a regression's (n, O) in units of its standard deviation."""
+
+    task: str
+    dev: np.ndarray
+    test: np.ndarray
+    dev_fold: np.ndarray  # (n_dev,) number of each example's fold
+    test_fold: np.ndarray
+    scale: np.ndarray  # (O,) that predictions are divided by
+    alphas: tuple[float, ...]
+
+    def in_units(self, outputs: np.ndarray) -> np.ndarray:
+        """Predictions as the predictors take them: logits (S, n), or (S, n, O) in units of the target's deviation."""
+        outputs = np.asarray(outputs, np.float64)
+        return outputs if self.task == "binary" else outputs.reshape(*outputs.shape[:2], -1) / self.scale
+
+
+def truth_of(study: Study, alphas: Sequence[float]) -> Truth:
+    """What dev and test of a study hold."""
+    scale = study.target_scale.double().numpy()
+    parts, folds = [], []
+    for part in ("dev", "test"):
+        target = np.asarray(targets(study, part), np.float64)
+        parts.append(target if study.task == "binary" else target.reshape(len(target), -1) / scale)
+        sizes = [len(getattr(fold, part)) for fold in study.folds]
+        folds.append(np.repeat(np.arange(len(sizes)), sizes))
+    return Truth(study.task, *parts, *folds, scale, tuple(alphas))
+
+
+class BinaryPredictor:
+    """The mean probability of K members; its temperature and conformal quantile, one each per fold, come from dev.
+
+    Args of all methods: outputs (K, n), the members' logits on test.
+    """
+
+    hows = (RAW, SCALED)
+
+    def __init__(self, dev: np.ndarray, truth: Truth) -> None:
+        self.truth = truth
+        logits, target = calibration.ensemble_logits(dev), truth.dev.astype(int)
+        scores = calibration.label_scores(expit(logits))[np.arange(len(target)), target]
+        folds = [truth.dev_fold == f for f in range(truth.dev_fold.max() + 1)]
+        self.temperature = np.array([calibration.fit_temperature(logits[rows], target[rows]) for rows in folds])
+        self.quantile = {
+            a: np.array([calibration.conformal_quantile(scores[rows], a) for rows in folds]) for a in truth.alphas
+        }
+
+    def logits(self, outputs: np.ndarray, how: str = RAW) -> np.ndarray:
+        """(n,) log-odds of the mean probability."""
+        logits = calibration.ensemble_logits(outputs)
+        return logits / self.temperature[self.truth.test_fold] if how == SCALED else logits
+
+    def losses(self, outputs: np.ndarray, how: str = RAW) -> np.ndarray:
+        """(n,) NLL."""
+        return example_losses(self.logits(outputs, how)[None], self.truth.test, "binary")[0]
+
+    def ranking(self, outputs: np.ndarray, how: str = RAW) -> tuple[np.ndarray, np.ndarray]:
+        """Uncertainty and risk (n,): minus |logit|, in the order of -max(p, 1 - p) without its ties at 1; errors."""
+        logits = self.logits(outputs, how)
+        return -np.abs(logits), ((logits >= 0) != (self.truth.test == 1)).astype(np.float64)
+
+    def measures(self, outputs: np.ndarray, how: str = RAW, floor: bool = False) -> Measures:
+        """Everything of one predictor; the floors of the ECE take a hundred times as long as the rest."""
+        p, target, ranking = expit(self.logits(outputs, how)), self.truth.test, self.ranking(outputs, how)
+        found: Measures = {
+            "NLL": float(self.losses(outputs, how).mean()),
+            "Brier": float(brier_score_loss(target, p, pos_label=1)),
+            "AURC": calibration.aurc(*ranking),
+            "excess AURC": calibration.excess_aurc(*ranking),
+        }
+        for kind in ("width", "mass"):
+            found[f"ECE, equal {kind}"] = calibration.calibration_error(p, target, kind=kind)
+            if floor:
+                drawn = calibration.calibration_error_floor(p, kind=kind)
+                found[f"ECE, equal {kind}, floor"] = float(drawn.mean())
+                found[f"ECE, equal {kind}, floor 95 %"] = float(np.quantile(drawn, 0.95))
+        if how == RAW:  # the sets are the same at any temperature
+            p = expit(self.logits(outputs))
+            for alpha, quantile in self.quantile.items():
+                sets = calibration.set_summary(p, target, quantile[self.truth.test_fold])
+                found |= {f"{name} at {1 - alpha:g}": value for name, value in sets._asdict().items()}
+        return found
+
+    @staticmethod
+    def disagreement(outputs: np.ndarray) -> dict[str, np.ndarray]:
+        """Scores (n,) that should be larger where the input is corrupted; the last knows nothing of the members."""
+        return {
+            "mutual information": calibration.mutual_information(outputs),
+            "std of logits": outputs.std(0),
+            "entropy of the mean": calibration.binary_entropy(calibration.ensemble_logits(outputs)),
+        }
+
+
+class GaussianPredictor:
+    """N(mean of K members, their variance + residual variance) per output; the latter, and intervals, come from dev.
+
+    The residual variance is the mean squared error on dev less the members' mean variance there, at least a twentieth
+    of the former. Args of all methods: outputs (K, n, O), in units of the target's standard deviation.
+    """
+
+    hows = (RAW,)
+
+    def __init__(self, dev: np.ndarray, truth: Truth) -> None:
+        self.truth = truth
+        mean, variance = _moments(dev)
+        residual = np.abs(truth.dev - mean)  # (n_dev, O)
+        folds = [truth.dev_fold == f for f in range(truth.dev_fold.max() + 1)]
+        square = np.stack([np.square(residual[rows]).mean(0) for rows in folds])  # (F, O)
+        among = np.stack([variance[rows].mean(0) for rows in folds])
+        self.noise = np.maximum(square - among, square / 20)
+        self.quantile = {
+            a: np.stack([calibration.conformal_quantile(residual[rows], a) for rows in folds]) for a in truth.alphas
+        }
+
+    def moments(self, outputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and variance (n, O) of the predictive distribution."""
+        mean, variance = _moments(outputs)
+        return mean, variance + self.noise[self.truth.test_fold]
+
+    def losses(self, outputs: np.ndarray, how: str = RAW) -> np.ndarray:
+        """(n,) NLL, mean over outputs."""
+        return calibration.gaussian_nll(self.truth.test, *self.moments(outputs)).mean(1)
+
+    def ranking(self, outputs: np.ndarray, how: str = RAW) -> tuple[np.ndarray, np.ndarray]:
+        """Uncertainty and risk (n,): the members' standard deviation and the absolute error, means over outputs."""
+        mean, variance = _moments(outputs)
+        return np.sqrt(variance).mean(1), np.abs(self.truth.test - mean).mean(1)
+
+    def measures(self, outputs: np.ndarray, how: str = RAW, floor: bool = False) -> Measures:
+        """Everything of one predictor; a member alone has no standard deviation, and so no order of its examples."""
+        ranking = self.ranking(outputs)
+        found: Measures = {"NLL": float(self.losses(outputs).mean()), "MAE": float(ranking[1].mean())}
+        if len(outputs) > 1:
+            found |= {"AURC": calibration.aurc(*ranking), "excess AURC": calibration.excess_aurc(*ranking)}
+        residual = np.abs(self.truth.test - _moments(outputs)[0])
+        for alpha, quantile in self.quantile.items():
+            half = quantile[self.truth.test_fold]  # (n, O)
+            name = f"at {1 - alpha:g}"
+            found[f"coverage {name}"] = float((residual <= half).mean())
+            found[f"width {name}"] = float(2 * half.mean())
+            found[f"coverage by output {name}"] = (residual <= half).mean(0)
+            found[f"width by output {name}"] = 2 * half.mean(0)
+        return found
+
+    @staticmethod
+    def disagreement(outputs: np.ndarray) -> dict[str, np.ndarray]:
+        """The score (n,) that should be larger where the input is corrupted."""
+        return {"std of the members": np.sqrt(_moments(outputs)[1]).mean(1)}
+
+
+def _moments(outputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    mean = outputs.mean(0)
+    return mean, outputs.var(0, ddof=1) if len(outputs) > 1 else np.zeros_like(mean)
+
+
+class Row:
+    """One row of a run: each of its S members alone, their ensemble, and the ensembles that lack one of them."""
+
+    def __init__(self, dev: np.ndarray, truth: Truth) -> None:
+        kind = BinaryPredictor if truth.task == "binary" else GaussianPredictor
+        seeds = range(len(dev))
+        self.ensemble = kind(dev, truth)
+        self.members = [kind(dev[[s]], truth) for s in seeds]
+        self.lacking = [kind(np.delete(dev, s, 0), truth) for s in seeds]
+
+    def measures(self, outputs: np.ndarray, floor: bool = False) -> dict[str, dict[str, Measures]]:
+        """{"one member" or "ensemble": {"raw" or "scaled": {measure: value, of members (S, ...)}}}."""
+        alone = {
+            how: [m.measures(outputs[[s]], how, floor) for s, m in enumerate(self.members)]
+            for how in self.ensemble.hows
+        }
+        return {
+            MEMBER: {
+                how: {name: np.array([x[name] for x in found]) for name in found[0]} for how, found in alone.items()
+            },
+            ENSEMBLE: {how: self.ensemble.measures(outputs, how, floor) for how in self.ensemble.hows},
+        }
+
+    def by_seed(self, outputs: np.ndarray, of: "Parts") -> np.ndarray:
+        """What each seed and example adds to a mean over examples of the ensemble: (S, n), whose mean it is.
+
+        The jackknife's pseudo-values over seeds: a + (S - 1) (mean_t a_-t - a_-s) with a_-s of the ensemble without s,
+        moved to have the ensemble's own a as mean.
+        """
+        whole = of(self.ensemble, outputs)
+        lacking = np.stack([of(p, np.delete(outputs, s, 0)) for s, p in enumerate(self.lacking)])  # (S, n)
+        return whole + (len(lacking) - 1) * (lacking.mean(0) - lacking)
+
+    def member_losses(self, outputs: np.ndarray) -> np.ndarray:
+        """(S, n) NLL of every member alone."""
+        return np.stack([m.losses(outputs[[s]]) for s, m in enumerate(self.members)])
+
+
+Parts = Callable[[BinaryPredictor | GaussianPredictor, np.ndarray], np.ndarray]
+PARTS: dict[str, Parts] = {
+    "NLL": lambda predictor, outputs: predictor.losses(outputs),
+    "AURC": lambda predictor, outputs: calibration.aurc_parts(*predictor.ranking(outputs)),
+}

@@ -1,0 +1,192 @@
+"""Table and numbers of experiments.uncertainty."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from experiments.uncertainty.predictors import ENSEMBLE, MEMBER, RAW, SCALED, BinaryPredictor, Measures, Row, Truth
+from mmfusion.metrics.calibration import Detection
+
+ROWS = ("with jWAE", "without")
+
+
+@dataclass
+class Found:
+    """What table, figure and results.json show; rows are called "with jWAE" and, where there is one, "without"."""
+
+    truth: Truth
+    rows: dict[str, Row]
+    outputs: dict[str, np.ndarray]
+    """{row: clean test predictions (S, n[, O])}"""
+    clean: dict[str, dict] = field(default_factory=dict)
+    """{row: Row.measures}"""
+    corrupted: dict[tuple[str, str, float], dict[str, dict]] = field(default_factory=dict)
+    """{(group, curve, level): {row: Row.measures, mean over draws}}"""
+    detected: dict[tuple[str, str, float], dict[str, dict[str, Detection]]] = field(default_factory=dict)
+    """{(group, curve, level): {row: {score: AUROC of clean against corrupted}}}"""
+    parts: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    """{row: {"NLL, clean" and the like: (S, n)}}; "corrupted" is the mean over all conditions"""
+
+
+def averaged(nested: Sequence[dict]) -> dict:
+    """Dictionaries of the same shape -> their mean, leaf by leaf."""
+    first = nested[0]
+    return {
+        key: averaged([x[key] for x in nested])
+        if isinstance(first[key], dict)
+        else np.mean([x[key] for x in nested], axis=0)
+        for key in first
+    }
+
+
+def table(found: Found) -> str:
+    """Fixed-width: clean and corrupted measures, conformal prediction, then one line per corruption and level."""
+    unit = "" if found.truth.task == "binary" else "; in units of the target's standard deviation"
+    title = f"clean test examples; of members mean +- std over seeds{unit}"
+    lines = [*measures_table(found, found.clean, title), *temperature_lines(found), "", *conformal_table(found)]
+    if found.corrupted:
+        everything = averaged(list(found.corrupted.values()))
+        lines += ["", *measures_table(found, everything, "mean over all corruptions and levels")]
+        lines += ["", *detection_table(found), "", *corruption_table(found)]
+    return "\n".join(lines)
+
+
+def measures_table(found: Found, by_row: dict[str, dict], title: str) -> list[str]:
+    """Rows: one member and the ensemble, raw and scaled, with and without; ECEs beside their floors where known."""
+    binary = found.truth.task == "binary"
+    names = ["NLL", *(["Brier"] if binary else ["MAE"]), "AURC", "excess AURC"]
+    eces = [f"ECE, equal {kind}" for kind in ("width", "mass")] if binary else []
+    floors = f"{eces[0]}, floor" in by_row[ROWS[0]][ENSEMBLE][RAW] if eces else False
+    if floors:
+        title += " (in brackets, ECE of a predictor whose probabilities are right: mean, 95 % quantile)"
+    width = 30 if floors else 17
+    lines = [title, f"{'':30}" + "".join(f"{x:>17}" for x in names) + "".join(f"{x:>{width}}" for x in eces)]
+    for who in (MEMBER, ENSEMBLE):
+        for how in found.rows[ROWS[0]].ensemble.hows:
+            for row, measures in by_row.items():
+                values = measures[who][how]
+                text = f"{who}, {row}" + (", scaled" if how == SCALED else "")
+                line = f"{text:30}" + "".join(f"{_cell(values.get(name)):>17}" for name in names)
+                for name in eces:
+                    line += f"{_cell(values[name]):>17}"
+                    if floors:
+                        drawn = [np.mean(values[f"{name}, {which}"]) for which in ("floor", "floor 95 %")]
+                        line += f" [{drawn[0]:.3f} {drawn[1]:.3f}]".rjust(width - 17)
+                lines.append(line.rstrip())
+    return lines
+
+
+def temperature_lines(found: Found) -> list[str]:
+    """What dev makes of the logits: above 1, they were too sure."""
+    lines = []
+    for name, row in found.rows.items():
+        if isinstance(row.ensemble, BinaryPredictor):
+            alone = np.array([m.temperature.mean() for m in row.members])
+            text = f"{_cell(alone, 2)} of a member, {row.ensemble.temperature.mean():.2f} of the ensemble"
+            lines.append(f"temperature {name}: {text}" + (", means over folds" if found.truth.dev_fold.any() else ""))
+    return lines
+
+
+def conformal_table(found: Found) -> list[str]:
+    """Split-conformal prediction, calibrated on dev: coverage and size."""
+    if found.truth.task == "binary":
+        names = {"coverage": "coverage", "coverage_0": "of class 0", "coverage_1": "of class 1"}
+        names |= {"size": "mean size", "empty": "empty", "both": "both"}
+        lines = ["split-conformal sets of labels, calibrated on dev"]
+    else:
+        names = {"coverage": "coverage", "width": "width"}
+        lines = ["split-conformal intervals, calibrated on dev, means over outputs"]
+    lines.append(f"{'':38}" + "".join(f"{title:>17}" for title in names.values()))
+    for alpha in found.truth.alphas:
+        for who in (MEMBER, ENSEMBLE):
+            for row, measures in found.clean.items():
+                values = measures[who][RAW]
+                cells = "".join(f"{_cell(values[f'{name} at {1 - alpha:g}']):>17}" for name in names)
+                lines.append(f"{f'{1 - alpha:g} wanted: {who}, {row}':38}{cells}")
+    return lines
+
+
+def detection_table(found: Found) -> list[str]:
+    """Every score's AUROC of clean against corrupted, mean over kinds of corruption."""
+    levels = sorted({level for _, _, level in found.detected})
+    lines = ["AUROC of clean against corrupted examples, mean over kinds"]
+    lines.append(f"{'':38}" + "".join(f"{f'level {level:g}':>14}" for level in levels))
+    for score in next(iter(found.detected.values()))[ROWS[0]]:
+        for row in found.rows:
+            by_level = [np.mean([d[row][score].auroc for k, d in found.detected.items() if k[2] == x]) for x in levels]
+            lines.append(f"{f'{score}, {row}':38}" + "".join(f"{value:14.3f}" for value in by_level))
+    return lines
+
+
+def corruption_table(found: Found) -> list[str]:
+    """Ensembles under corruption: with / without in each cell."""
+    level = f"{1 - found.truth.alphas[0]:g}"
+    columns = {"NLL": (RAW, "NLL"), "AURC": (RAW, "AURC"), f"coverage at {level}": (RAW, f"coverage at {level}")}
+    if found.truth.task == "binary":
+        columns["NLL, scaled"] = (SCALED, "NLL")
+        columns["ECE"] = (RAW, "ECE, equal width")
+    rows = list(found.rows)
+    score = next(iter(next(iter(found.detected.values()))[ROWS[0]]))
+    lines = [f"ensemble under corruption, mean over draws: {' / '.join(rows)}"]
+    lines.append(f"(last: AUROC of clean against corrupted by the {score}, 95 % interval over examples)")
+    width = max(len(curve) for _, curve, _ in found.corrupted) + 6
+    lines.append(f"{'':{width}}" + "".join(f"{title:>18}" for title in columns) + f"  {'detected':^44}")
+    clean = {row: {ENSEMBLE: found.clean[row][ENSEMBLE]} for row in rows}
+    for key, measures in {("", "clean", 0.0): clean, **found.corrupted}.items():
+        cells = [
+            " / ".join(f"{measures[row][ENSEMBLE][how][name]:.3f}" for row in rows) for how, name in columns.values()
+        ]
+        detected = found.detected.get(key, {})
+        shown = " / ".join(f"{d[score].auroc:.3f} [{d[score].low:.3f}, {d[score].high:.3f}]" for d in detected.values())
+        text = f"{key[1]} {key[2]:.2f}" if key[0] else key[1]
+        lines.append((f"{text:{width}}" + "".join(f"{cell:>18}" for cell in cells) + f"  {shown}").rstrip())
+    return lines
+
+
+def _cell(value: float | np.ndarray | None, digits: int = 3) -> str:
+    if value is None:
+        return "-"
+    value = np.asarray(value)
+    return f"{value:.{digits}f}" if value.ndim == 0 else f"{value.mean():.{digits}f} +- {value.std(ddof=1):.{digits}f}"
+
+
+def numbers_of(found: Found) -> dict[str, object]:
+    """Everything in table and figure, JSON-able; no number (an infinite interval, an absent class) is None."""
+    temperature = {
+        name: {MEMBER: [m.temperature for m in row.members], ENSEMBLE: row.ensemble.temperature}
+        for name, row in found.rows.items()
+        if isinstance(row.ensemble, BinaryPredictor)
+    }
+    corrupted = []
+    for key, measures in found.corrupted.items():
+        told = dict(zip(("group", "curve", "level"), key, strict=True))
+        short = {name: {who: _short(found_of) for who, found_of in by.items()} for name, by in measures.items()}
+        corrupted.append(told | {"measures": short, "detected": found.detected[key]})
+    return _plain({"clean": found.clean, "temperature": temperature, "corrupted": corrupted})
+
+
+def _short(by_how: dict[str, Measures]) -> dict[str, dict]:
+    """Members as mean and standard deviation, nothing output by output: sixty conditions would fill megabytes."""
+    return {
+        how: {
+            name: x if np.ndim(x) == 0 else {"mean": x.mean(), "std": x.std(ddof=1)}
+            for name, x in measures.items()
+            if "by output" not in name
+        }
+        for how, measures in by_how.items()
+    }
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Detection):
+        return _plain(value._asdict())
+    if isinstance(value, dict):
+        return {key: _plain(x) for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(x) for x in value]
+    if isinstance(value, np.ndarray | np.generic):
+        return _plain(value.tolist())
+    if isinstance(value, float):
+        return round(value, 6) if np.isfinite(value) else None
+    return value

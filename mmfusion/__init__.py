@@ -1,0 +1,1 @@
+"""Low-rank multimodal fusion: everything that the top-level modules and the experiments import."""

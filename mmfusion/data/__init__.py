@@ -1,0 +1,1 @@
+"""Datasets, folds and the formats that they come in."""

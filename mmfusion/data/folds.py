@@ -1,0 +1,170 @@
+"""A data set as the experiments see it: one pool of examples, and folds that say which are trained on and which tested.
+
+A corpus with fixed splits is one fold; MUStARD's five released folds are five. No example is tested in two folds.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmfusion.dataset import Corpus, Split, Task, take
+from mmfusion.errors import InputError
+
+
+class Rows(NamedTuple):
+    """One fold: rows of the pool, long (n,) each."""
+
+    train: Tensor
+    dev: Tensor
+    test: Tensor
+
+
+@dataclass(frozen=True)
+class Study:
+    """All examples of a corpus, N of them, and its folds."""
+
+    name: str
+    task: Task
+    pool: Split
+    folds: list[Rows]
+    notes: list[str]
+    provenance: dict[str, object]
+    label_range: tuple[float, float] | None = None
+
+    @property
+    def input_dims(self) -> dict[str, int]:
+        """Width d_m of each modality."""
+        return {name: x.shape[-1] for name, x in sorted(self.pool.features.items())}
+
+    @property
+    def output_dim(self) -> int:
+        """Number of outputs O."""
+        return 1 if self.pool.target.ndim == 1 else self.pool.target.shape[1]
+
+    @property
+    def target_scale(self) -> Tensor:
+        """What errors are divided by: the standard deviation (O,) of a regression's targets in training; 1 else."""
+        if self.task == "binary":
+            return torch.ones(1)
+        training = torch.cat([fold.train for fold in self.folds]).unique()
+        std = self.pool.target[training].reshape(len(training), -1).std(0, correction=0)
+        return torch.where(std > 0, std, torch.ones_like(std))
+
+    @property
+    def score_name(self) -> str:
+        """Of the additive score (metrics.example_scores in units of the target's deviation)."""
+        return "accuracy" if self.task == "binary" else "-MAE / std of target"
+
+    @property
+    def loss_name(self) -> str:
+        """Of the loss (metrics.example_losses in the same units)."""
+        return "cross-entropy" if self.task == "binary" else "squared error / variance"
+
+    @property
+    def description(self) -> dict[str, object]:
+        """What a run records of its data, JSON-able."""
+        return {
+            "name": self.name,
+            "examples": [{part: len(rows) for part, rows in fold._asdict().items()} for fold in self.folds],
+            "notes": self.notes,
+            **self.provenance,
+        }
+
+    @property
+    def test_rows(self) -> Tensor:
+        """Rows of all folds' test parts, fold after fold."""
+        return torch.cat([fold.test for fold in self.folds])
+
+
+def study_of(corpora: Sequence[Corpus]) -> Study:
+    """One study of the folds of a corpus (or of its only one).
+
+    The test part of a fold is the first labelled split called test*, else any that is neither train nor selected upon,
+    else the selection split itself, with a note. Raises InputError where nothing labelled is left to test on.
+    """
+    first = corpora[0]
+    pool = _Pool()
+    folds, notes = [], list(first.notes)
+    for corpus in corpora:
+        names = {"train": "train", "dev": corpus.selection, "test": tested_split(corpus)}
+        if names["test"] == corpus.selection and corpus is first:
+            notes.append(f"{corpus.selection} is tested on: no other labelled split is there")
+        rows = {part: torch.tensor(pool.add(corpus.splits[name], name)) for part, name in names.items()}
+        folds.append(Rows(**rows))
+    study = Study(first.name, first.task, pool.split(), folds, notes, first.provenance, first.label_range)
+    tested = study.test_rows
+    if len(tested.unique()) < len(tested):
+        raise InputError(f"{first.name}: {len(tested) - len(tested.unique())} examples are tested in several folds")
+    if study.task == "binary" and len(study.pool.target[tested].unique()) < 2:
+        raise InputError(f"{first.name}: all {len(tested)} test examples are of one class; scores need both")
+    return study
+
+
+class _Pool:
+    """Examples by id, each once; what only shares its id with another is an example of its own."""
+
+    def __init__(self) -> None:
+        self.place: dict[str, int] = {}
+        self.parts: list[Split] = []
+
+    def add(self, split: Split, name: str) -> list[int]:
+        """Rows of the pool for a split's examples; those that are not yet in it are added."""
+        known = self.split() if self.parts else None
+        rows, new = [], []
+        for i, key in enumerate(split.ids):
+            if known is not None and key in self.place and not _is_same(known, self.place[key], split, i):
+                key = f"{name}/{key}"  # ids that begin anew in every split
+            if key not in self.place:
+                self.place[key] = len(self.place)
+                new.append(i)
+            rows.append(self.place[key])
+        self.parts.append(take(split, new))
+        return rows
+
+    def split(self) -> Split:
+        """All examples so far; of the metadata, the columns that all splits have."""
+        columns = [c for c in self.parts[0].metadata if all(c in part.metadata for part in self.parts)]
+        return Split(
+            {name: torch.cat([part.features[name] for part in self.parts]) for name in sorted(self.parts[0].features)},
+            torch.cat([part.target for part in self.parts]),
+            list(self.place),
+            {column: [value for part in self.parts for value in part.metadata[column]] for column in columns},
+        )
+
+
+def _is_same(one: Split, i: int, other: Split, k: int) -> bool:
+    """True where two rows hold the same example: released splits may overlap."""
+    features = all(torch.equal(x[i], other.features[name][k]) for name, x in one.features.items())
+    return features and torch.equal(one.target[i], other.target[k])
+
+
+def tested_split(corpus: Corpus) -> str:
+    """Name of the split that a study tests on; raises InputError where none has labels."""
+    labelled = [name for name, split in corpus.splits.items() if split.target is not None and len(split)]
+    held_out = [name for name in labelled if name not in ("train", corpus.selection)]
+    if corpus.selection not in labelled:
+        raise InputError(f"{corpus.name}: split {corpus.selection} has no labels; the experiments need some to test on")
+    return min(held_out, key=lambda name: not name.startswith("test"), default=corpus.selection)
+
+
+def only(study: Study, modalities: Sequence[str]) -> Study:
+    """The same study without the other modalities."""
+    features = {name: study.pool.features[name] for name in sorted(modalities)}
+    return replace(study, pool=replace(study.pool, features=features))
+
+
+def refitted(study: Study) -> Study:
+    """The same study with every fold's dev part trained on too: for scores where nothing is selected upon."""
+    folds = [Rows(torch.cat([fold.train, fold.dev]).unique(), fold.dev, fold.test) for fold in study.folds]
+    if any(bool(torch.isin(fold.test, fold.train).any()) for fold in folds):  # dev is tested on: it stays out
+        return study
+    return replace(study, folds=folds)
+
+
+def targets(study: Study, part: str = "test") -> np.ndarray:
+    """(n,) or (n, O): targets of that part of every fold, fold after fold."""
+    return np.concatenate([study.pool.target[getattr(fold, part)].numpy() for fold in study.folds])

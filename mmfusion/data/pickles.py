@@ -1,0 +1,258 @@
+"""Files of arrays that others released, read without running anything that is in them.
+
+A pickle is a program: `pickle.load` runs whatever it names. Here a pickle may name nothing but the makers below, all of
+them plain Python of this module: not even numpy's own functions are reached, whose `__setstate__` trusts its input.
+"""
+
+import hashlib
+import pickle
+import re
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from mmfusion.errors import InputError
+
+MAX_DEPTH = 50  # containers within containers; the released files need five
+PLAIN_DTYPE = re.compile(
+    r"[<>|=]?([biufcSUO?])(\d{0,9})"
+)  # no structured, dated or void types: theirs is a richer state
+UNICODE_END = 0x110000
+
+
+def load_pickle(path: Path) -> object:
+    """What a pickle holds, made of plain containers, numbers, strings and numpy arrays (some of them read-only).
+
+    Python 2's pickles are read as latin-1. Raises InputError where the file cannot be read, is no whole pickle, or
+    names anything else than arrays, scalars and plain containers; nothing of it has run then.
+    """
+    try:
+        with open(path, "rb") as file:
+            return _plain(_Unpickler(file, encoding="latin1").load(), {}, 0)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
+    except _Refused as error:
+        raise InputError(f"{path}: {error}; only arrays and plain containers are read, fetch the file anew") from error
+    except Exception as error:  # damaged bytes end in any of a dozen, MemoryError and RecursionError among them
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise InputError(f"{path}: is not a whole pickle of arrays ({reason}); fetch the file again") from error
+
+
+def load_npz(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of an .npz, by key. Raises InputError where it cannot be read or holds pickled objects."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise InputError(f"{path}: is one array, not an .npz of several; fetch the file again")
+            return {key: archive[key] for key in archive.files}
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
+    except (ValueError, EOFError, KeyError, TypeError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise InputError(f"{path}: is not a readable .npz of plain arrays ({reason}); fetch the file again") from error
+
+
+def file_identity(path: Path) -> dict[str, object]:
+    """Name (without folder) and SHA-256 of a file. Raises InputError where it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return {"file": Path(path).name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
+
+
+def as_numbers(value: object, where: str) -> np.ndarray:
+    """A numeric array of what a file holds there. Raises InputError beginning with `where` if it is none."""
+    try:
+        array = np.asarray(value)
+        array = array.astype(np.float64) if array.dtype == object else array
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{where}: is not one array of numbers; fetch the file again") from error
+    if array.dtype.kind not in "biuf":
+        raise InputError(f"{where}: is of type {array.dtype}; expected numbers")
+    return array
+
+
+class _Refused(pickle.UnpicklingError):
+    """The pickle asks for something that is not admitted."""
+
+
+class _Frozen:
+    """No slots and no state: the BUILD opcode can change nothing about an instance."""
+
+    __slots__ = ()
+
+    def __setstate__(self, _: object) -> None:
+        raise _Refused("sets the state of what has none")
+
+
+class _Maker(_Frozen):
+    """What a global name of the pickle becomes: no class, so NEWOBJ refuses it, and nothing that BUILD can alter."""
+
+    __slots__ = ("_make",)
+
+    def __init__(self, make: Callable[..., object]) -> None:
+        object.__setattr__(self, "_make", make)
+
+    def __setattr__(self, name: str, _: object) -> None:
+        raise _Refused(f"sets {name!r} of a global name")
+
+    def __call__(self, *args: object) -> object:
+        return self._make(*args)
+
+
+class _DType:
+    """Stands for numpy.dtype: takes a byte order for a state, and no fields, subarrays, flags or metadata."""
+
+    __slots__ = ("dtype",)
+
+    def __init__(self, code: object, *_: object) -> None:
+        found = PLAIN_DTYPE.fullmatch(code) if isinstance(code, str) else None
+        if found is None:
+            raise _Refused(f"holds an array of type {str(code)[:40]!r}")
+        # an object's size is the pickling machine's pointer: 4 on some
+        self.dtype = np.dtype("O" if found[1] == "O" else code)
+
+    def __setstate__(self, state: object) -> None:
+        if not isinstance(state, tuple) or len(state) < 5 or any(part is not None for part in state[2:5]):
+            raise _Refused("holds a structured array")
+        size = state[5] if len(state) > 5 else -1
+        if self.dtype.kind in "SU" and isinstance(size, int) and size >= 0:  # 'S' and 'U' may leave it to the state
+            unit = 4 if self.dtype.kind == "U" else 1
+            self.dtype = np.dtype(f"{self.dtype.kind}{size // unit}")
+        if state[1] in ("<", ">"):
+            self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class _Array:
+    """Stands for an array until its state arrives."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: np.ndarray | None = None) -> None:
+        self.value = value
+
+    def __setstate__(self, state: object) -> None:
+        if not isinstance(state, tuple) or len(state) not in (4, 5):
+            raise _Refused("holds an array of unknown layout")
+        shape, dtype, fortran, data = state[-4:]  # the first of five is the version
+        self.value = _array(data, dtype, shape, "F" if fortran else "C")
+
+
+def _array(data: object, dtype: object, shape: object, order: object = "C") -> np.ndarray:
+    """The array whose raw bytes (or whose list of objects) these are; bytes are not copied."""
+    if not isinstance(dtype, _DType) or order not in ("C", "F"):
+        raise _Refused("holds an array of unknown layout")
+    shape = shape if isinstance(shape, tuple) else (shape,)
+    if not all(type(size) is int and size >= 0 for size in shape):
+        raise _Refused("holds an array of unknown shape")
+    plain = dtype.dtype
+    if plain.kind == "O":
+        if not isinstance(data, list):  # raw bytes here would be pointers into memory
+            raise _Refused("holds an array of objects without its objects")
+        array = np.empty(len(data), object)
+        for place, item in enumerate(data):  # one by one, else numpy takes nested lists apart
+            array[place] = item
+        return array.reshape(shape, order=order)
+    data = _encode(data)
+    if plain.itemsize == 0 or 0 in shape:
+        return np.zeros(shape, plain)
+    array = np.frombuffer(data, plain).reshape(shape, order=order)
+    if plain.kind == "U" and np.frombuffer(data, np.dtype("u4").newbyteorder(plain.byteorder)).max() >= UNICODE_END:
+        raise _Refused("holds text that is not Unicode")
+    return array
+
+
+def _encode(data: object, encoding: object = "latin1") -> bytes | bytearray:
+    """Raw bytes, which protocols up to 2 write as latin-1 text."""
+    if isinstance(data, (bytes, bytearray)):
+        return data
+    if not isinstance(data, str) or encoding not in ("latin1", "latin-1"):  # any other codec is a way to import modules
+        raise _Refused(f"encodes {type(data).__name__} as {str(encoding)[:40]!r}")
+    return data.encode("latin1")
+
+
+def _scalar(dtype: object, data: object = b"") -> object:
+    return _array(data, dtype, ())[()]
+
+
+def _bytes(data: object = b"", *encoding: object) -> bytes:
+    return bytes(_encode(data, *encoding))
+
+
+def _set(items: object = ()) -> set:
+    if not isinstance(items, (list, tuple)):
+        raise _Refused("makes a set of no list")
+    return set(items)
+
+
+def _pairs(items: object = ()) -> dict:
+    """OrderedDict, as a dict: it keeps the order, and has no attributes that BUILD could set."""
+    if not isinstance(items, (list, tuple)):
+        raise _Refused("makes a dictionary of no list")
+    return dict(items)
+
+
+_RECONSTRUCT, _SCALAR, _FROM_BUFFER = (
+    _Maker(lambda *_: _Array()),
+    _Maker(_scalar),
+    _Maker(lambda *a: _Array(_array(*a))),
+)
+_ADMITTED = {
+    ("numpy", "ndarray"): _Maker(lambda *_: _Array()),
+    ("numpy", "dtype"): _Maker(_DType),
+    ("_codecs", "encode"): _Maker(_encode),
+    ("collections", "OrderedDict"): _Maker(_pairs),
+}
+for _module in ("numpy.core", "numpy._core"):  # numpy 1 and numpy 2
+    _ADMITTED[_module + ".multiarray", "_reconstruct"] = _RECONSTRUCT
+    _ADMITTED[_module + ".multiarray", "scalar"] = _SCALAR
+    _ADMITTED[_module + ".numeric", "_frombuffer"] = _FROM_BUFFER
+for _module in ("builtins", "__builtin__"):  # Python 3 and Python 2
+    for _name, _make in {"bytes": _bytes, "bytearray": _bytes, "set": _set, "frozenset": _set}.items():
+        _ADMITTED[_module, _name] = _Maker(_make)
+
+
+class _Unpickler(pickle.Unpickler):
+    """Every opcode that names something (GLOBAL, STACK_GLOBAL, INST, EXT) comes through `find_class`."""
+
+    def find_class(self, module: str, name: str) -> object:
+        try:
+            return _ADMITTED[module, name]
+        except KeyError:
+            raise _Refused(f"names {(module + '.' + name)[:80]!r}") from None
+
+    def persistent_load(self, pid: object) -> object:
+        raise _Refused("refers to objects outside of itself")
+
+
+def _plain(value: object, done: dict[int, tuple[object, object]], depth: int) -> object:
+    """The same with every stand-in replaced by what it stands for; `done` is keyed by id, and keeps those objects."""
+    if depth > MAX_DEPTH:
+        raise _Refused(f"nests containers more than {MAX_DEPTH} deep")
+    if id(value) in done:  # shared parts once only: a few bytes can spell a tree of any size
+        return done[id(value)][1]
+    if isinstance(value, _DType):
+        return value.dtype
+    if isinstance(value, _Array):
+        if value.value is None:
+            raise _Refused("holds an array without content")
+        result = value.value
+        if result.dtype == object:
+            result = np.empty(result.size, object)
+            for place, item in enumerate(value.value.ravel()):
+                result[place] = _plain(item, done, depth + 1)
+            result = result.reshape(value.value.shape)
+    elif isinstance(value, dict):
+        result = {_plain(key, done, depth + 1): _plain(item, done, depth + 1) for key, item in value.items()}
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        result = type(value)(_plain(item, done, depth + 1) for item in value)
+    elif isinstance(value, _Frozen):
+        raise _Refused("holds a function")
+    else:
+        return value
+    done[id(value)] = (value, result)
+    return result

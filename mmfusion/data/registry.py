@@ -1,0 +1,107 @@
+"""Which data sets the experiments know, where their files lie, and how each becomes a study."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from mmfusion.data.cmu_mosi import load_cmu_mosi
+from mmfusion.data.folds import Study, study_of
+from mmfusion.data.memes import MemesConfig, MemesSource, find_source, load_memes
+from mmfusion.data.mustard import load_mustard
+from mmfusion.data.pom import load_pom
+from mmfusion.dataset import Corpus
+from mmfusion.distributed import Processes
+from mmfusion.encoders.frozen import EncoderConfig
+from mmfusion.errors import InputError
+
+Dataset = Literal["demo", "cmu_mosi", "mustard", "pom", "hateful_memes"]
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Flags that every experiment has in common and that say what it works on."""
+
+    dataset: Dataset = "demo"
+    """demo draws its own memes; cmu_mosi also reads CMU-MOSEI and UR-FUNNY in the same layouts"""
+    data: Path | None = None
+    """the data set's file: .npz or .pkl (cmu_mosi), sarcasm_data.json (mustard), .npz (pom), train.jsonl (memes)"""
+    folds: Path | None = None
+    """mustard: split_indices.p or a JSON list of folds; default: found beside the annotations"""
+    protocol: Literal["speaker_dependent", "speaker_independent"] = "speaker_dependent"
+    """mustard: the five released folds, or the split by show in which no speaker is shared"""
+    audio: Path | None = None
+    """mustard: audio_features.p as released"""
+    visual: Path | None = None
+    """mustard: resnet_pool5.hdf5 as released"""
+    task: Literal["auto", "regression", "binary"] = "auto"
+    """cmu_mosi: sentiment in [-3, 3], or its polarity; auto takes what the labels are"""
+    img_dir: Path | None = None
+    """memes: folder of the images"""
+    image_encoder: str | None = EncoderConfig.image_encoder
+    """memes: resnet50 (default), a Hugging Face name, a local folder or a weights file"""
+    text_encoder: str | None = EncoderConfig.text_encoder
+    """memes and mustard: a Hugging Face name (default bert-base-uncased) or a local model folder"""
+    cache_dir: Path = Path("cache")
+    """where encoded texts and images (and the demo) are kept between runs"""
+
+
+def load_study(options: DataOptions, device: str = "cpu") -> Study:
+    """The data set that the flags name. Raises InputError naming the flag or the file."""
+    return study_of(load_corpora(options, device))
+
+
+def load_corpora(options: DataOptions, device: str = "cpu") -> list[Corpus]:
+    """The data set that the flags name, one corpus per fold. Raises InputError naming the flag or the file."""
+    if options.dataset != "demo" and options.data is None:
+        raise InputError(f"--data: --dataset {options.dataset} needs the path of its file")
+    if options.dataset == "demo" and options.data is not None:
+        raise InputError(f"--data {options.data}: say which data set it is with --dataset; the demo draws its own")
+    return _LOADERS[options.dataset](options, device)
+
+
+def memes_source(options: DataOptions) -> MemesSource | None:
+    """Where the memes lie, and what encodes them; None for data sets without pictures."""
+    if options.dataset in ("demo", "hateful_memes"):
+        return find_source(*_memes_config(options), Processes(), quiet=True)
+    return None
+
+
+def _memes_config(options: DataOptions) -> tuple[MemesConfig, EncoderConfig]:
+    data = MemesConfig(options.data, options.img_dir, cache_dir=options.cache_dir)
+    return data, EncoderConfig(image_encoder=options.image_encoder, text_encoder=options.text_encoder)
+
+
+def _memes(options: DataOptions, device: str) -> list[Corpus]:
+    return [load_memes(*_memes_config(options), Processes(device=device))]
+
+
+def _cmu_mosi(options: DataOptions, device: str) -> list[Corpus]:
+    return [load_cmu_mosi(options.data, options.task)]
+
+
+def _mustard(options: DataOptions, device: str) -> list[Corpus]:
+    corpora = load_mustard(
+        options.data,
+        EncoderConfig(text_encoder=options.text_encoder),
+        options.cache_dir,
+        folds=options.folds,
+        audio=options.audio,
+        visual=options.visual,
+        protocol=options.protocol,
+        device=device,
+    )
+    return [replace(corpus, name="mustard") for corpus in corpora]
+
+
+def _pom(options: DataOptions, device: str) -> list[Corpus]:
+    return [load_pom(options.data, "mean_std")]
+
+
+_LOADERS: dict[str, Callable[[DataOptions, str], list[Corpus]]] = {
+    "demo": _memes,
+    "cmu_mosi": _cmu_mosi,
+    "mustard": _mustard,
+    "pom": _pom,
+    "hateful_memes": _memes,
+}

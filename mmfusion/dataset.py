@@ -1,0 +1,92 @@
+"""What every loader returns and every trainer takes: named splits of feature matrices, targets and ids."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from sklearn.model_selection import GroupShuffleSplit, ShuffleSplit, StratifiedShuffleSplit
+from torch import Tensor
+
+Task = Literal["binary", "regression"]
+
+
+@dataclass(frozen=True)
+class Split:
+    """One named part of a corpus. N examples; modality m has width d_m."""
+
+    features: dict[str, Tensor]
+    """float32 (N, d_m) per modality, in one fixed order of modalities; raw, not standardised"""
+    target: Tensor | None
+    """float32 (N,) or (N, O); None where the split is unlabelled"""
+    ids: list[str]
+    """N names, unique within the split, that lead back to the source (for memes: the `img` key)"""
+    metadata: dict[str, list[str]] = field(default_factory=dict)
+    """what else is known of each example, N strings per column: transcript, speaker, group"""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Named splits in the order in which they are reported, `train` first."""
+
+    name: str
+    task: Task
+    splits: dict[str, Split]
+    selection: str
+    """the split that models are selected on; its scores are reported as selected upon"""
+    notes: list[str] = field(default_factory=list)
+    """what the reader of a score must know: rows dropped, splits that overlap, a validation slice cut from train"""
+    provenance: dict[str, object] = field(default_factory=dict)
+    """JSON-able: encoders with their weights, preprocessing, fingerprint of the rows, skipped rows"""
+    label_range: tuple[float, float] | None = None
+    """closed range of a regression target, where the corpus defines one: (-3, 3) for sentiment"""
+    target_names: list[str] = field(default_factory=list)
+    """names of the O outputs; empty for one output"""
+
+    @property
+    def input_dims(self) -> dict[str, int]:
+        """Width d_m of each modality."""
+        return {name: x.shape[-1] for name, x in self.splits["train"].features.items()}
+
+    @property
+    def description(self) -> dict[str, object]:
+        """What a run records of its data, JSON-able."""
+        return {
+            "name": self.name,
+            "selection": self.selection,
+            "examples": {name: len(split) for name, split in self.splits.items()},
+            "notes": self.notes,
+            **self.provenance,
+        }
+
+
+def take(split: Split, rows: Sequence[int] | np.ndarray) -> Split:
+    """The examples `rows` of a split, in that order."""
+    rows = [int(row) for row in rows]
+    index = torch.tensor(rows, dtype=torch.long)
+    return Split(
+        {name: x[index] for name, x in split.features.items()},
+        None if split.target is None else split.target[index],
+        [split.ids[row] for row in rows],
+        {column: [values[row] for row in rows] for column, values in split.metadata.items()},
+    )
+
+
+def hold_out(
+    split: Split, share: float, groups: Sequence[str] | None = None, stratify: bool = False, seed: int = 0
+) -> tuple[Split, Split]:
+    """Cut `share` of the examples off at random: (the rest, held out), both in the split's own order.
+
+    With `groups` (N,), whole groups are held out, `share` of their number; with `stratify`, each class alike.
+    """
+    if groups is not None:
+        rule = GroupShuffleSplit(1, test_size=share, random_state=seed)
+    else:
+        rule = (StratifiedShuffleSplit if stratify else ShuffleSplit)(1, test_size=share, random_state=seed)
+    target = split.target.numpy() if stratify else None
+    rest, held_out = next(rule.split(np.zeros(len(split)), target, groups))
+    return take(split, np.sort(rest)), take(split, np.sort(held_out))

@@ -1,0 +1,111 @@
+"""The processes that `torchrun` started: who this one is, what its share of the work is, and how they fail as one."""
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from mmfusion.errors import InputError
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """One process's view of all K that work together; K = 1 without torchrun."""
+
+    rank: int = 0
+    world_size: int = 1
+    device: str = "cpu"
+
+    @property
+    def is_main(self) -> bool:
+        """True for the one process that trains, prints and writes the run folder."""
+        return self.rank == 0
+
+    @property
+    def cores(self) -> int:
+        """CPU cores that this process may use when each process of the node takes an equal part."""
+        present = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return max(1, present // int(os.environ.get("LOCAL_WORLD_SIZE", "1") if self.world_size > 1 else 1))
+
+    def share(self, items: Sequence[Item]) -> list[Item]:
+        """Every K-th item, so that long and short ones are spread evenly."""
+        return list(items[self.rank :: self.world_size])
+
+    def gather(self, value: Item) -> list[Item]:
+        """One value of every process, in order of rank, on every process."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Item | None] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Run a block that every process enters: an InputError in one of them is raised in all of them."""
+        mine: InputError | None = None
+        try:
+            yield
+        except InputError as error:
+            mine = error
+        messages = [message for message in self.gather(str(mine) if mine else None) if message]
+        if messages:
+            raise InputError(messages[0]) from mine
+
+    def stop(self, error: InputError) -> NoReturn:
+        """End all processes with code 2 and one line on stderr, printed by the main process."""
+        if int(os.environ.get("RANK", "0")) == 0:  # not `is_main`: before they have joined, all think they are
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(1)  # torchrun ends all processes as soon as one has failed: let the main one print first
+        end_process(2)
+
+
+def end_process(code: int) -> NoReturn:
+    """Exit with `code`; the last line of a program that may have been started by torchrun.
+
+    gloo's threads now and then abort a process whose interpreter is taken down around them (SIGABRT in place of the
+    code, seen twice in some hundred runs), so under torchrun the interpreter is not taken down.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if "RANK" in os.environ:
+        os._exit(code)
+    sys.exit(code)
+
+
+def join_processes(device: str = "cpu") -> Processes:
+    """Join the group that torchrun describes in the environment: gloo on CPU, nccl with a GPU per process on CUDA."""
+    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return Processes(device=device)
+    if device == "cuda":
+        device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+        # a process may wait hours for the slowest share; one that dies is seen by torchrun, which ends the others
+        dist.init_process_group(backend, timeout=timedelta(days=2))
+    return Processes(dist.get_rank(), dist.get_world_size(), device)
+
+
+def current_processes(device: str = "cpu") -> Processes:
+    """The group that `join_processes` joined, or this process alone."""
+    if dist.is_available() and dist.is_initialized():
+        return Processes(dist.get_rank(), dist.get_world_size(), device)
+    return Processes(device=device)
+
+
+def leave_processes() -> None:
+    """Take leave of the group, after the last work that is shared, and of torchrun's limit of one thread each."""
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()  # none may close its connections while another still listens
+        dist.destroy_process_group()
+        torch.set_num_threads(Processes().cores)

@@ -1,0 +1,1 @@
+"""Frozen encoders: files on disk -> cached feature vectors."""

@@ -1,0 +1,210 @@
+"""Each distinct image and text through its frozen encoder once, over all processes and cores, into the cache.
+
+Items are cut into fixed batches before anything is looked up in the cache, and a batch is computed by one thread: the
+order of additions, hence every bit of a feature on the CPU, depends on neither what is cached, nor the number of cores,
+nor the number of processes.
+"""
+
+import contextlib
+import ctypes
+import signal
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from mmfusion.distributed import Processes
+from mmfusion.encoders.cache import FeatureCache
+from mmfusion.encoders.frozen import EncoderConfig, ImageEncoder, TextEncoder, image_preprocessing
+from mmfusion.encoders.images import ImageBatches
+from mmfusion.encoders.weights import EncoderSource, resnet50_file
+
+BATCH_CPU = 16  # ResNet-50 at 224, one thread, ms per image: 62 at 8, 47 at 16, 52 at 32
+BATCH_CUDA = 128
+
+Job = tuple[list[str], Callable[[], Tensor]]
+
+
+def encode_images(
+    files: dict[str, Path],
+    cache: FeatureCache,
+    config: EncoderConfig,
+    source: EncoderSource,
+    processes: Processes,
+    *,
+    workers: int | None = None,
+    stop_at_bad: bool = True,
+    only_check: bool = False,
+    change: Callable[[Image.Image, str], Image.Image] | None = None,
+    progress: bool = True,
+) -> dict[str, str]:
+    """Bring the vectors of all files (digest -> path) into `cache`; returns digest -> reason of the undecodable ones.
+
+    With `change` (picture, digest) -> picture the changed pictures are encoded, and a digest stands for a file and what
+    is done to it.
+
+    With `stop_at_bad` the first bad file ends the encoding, and with `only_check` it does not begin: files are decoded
+    all the same, so that all bad ones are known.
+    """
+    ordered = sorted(files)  # by content, so that the order of rows changes nothing
+    pending = _pending_batches([(digest, digest) for digest in ordered], cache, processes)
+    bad: dict[str, str] = {}
+    with processes.together():
+        mine = processes.share(pending)
+        if mine and not only_check and not source.is_folder:
+            resnet50_file(source)  # before the first picture is decoded: missing weights show at once
+        if mine:
+            how = image_preprocessing(config, source)
+            wanted = [[digest not in cache for digest, _ in batch] for batch in mine]
+            keys = [[digest for digest, _ in batch] for batch in mine]
+            batches = ImageBatches([[files[key] for key in batch] for batch in keys], wanted, how, keys, change)
+            decoded = _in_workers(batches, _worker_count(processes) if workers is None else workers)
+            build = partial(ImageEncoder, config, source, processes.device)
+            jobs = _image_jobs(mine, decoded, build, bad, stop_at_bad, only_check)
+            _run(jobs, cache, processes, _bar("images", mine, progress and processes.is_main))
+    _share_vectors(set(files), cache, processes)
+    return {digest: reason for part in processes.gather(bad) for digest, reason in part.items()}
+
+
+def encode_texts(
+    texts: dict[str, str],
+    cache: FeatureCache,
+    config: EncoderConfig,
+    source: EncoderSource,
+    processes: Processes,
+    *,
+    progress: bool = True,
+) -> None:
+    """Bring the vectors of all texts (digest -> text) into `cache`."""
+    complete = all(digest in cache for digest in texts)
+    if not all(processes.gather(complete)):
+        with processes.together():
+            encoder = TextEncoder(config, source, processes.device)
+            tokens = dict(zip(texts, encoder.tokenize(list(texts.values())), strict=True))
+        # by length, so that little is padded; then by content, so that the order of rows changes nothing
+        ordered = sorted(texts, key=lambda digest: (len(tokens[digest]), digest))
+        pending = _pending_batches([(digest, tokens[digest]) for digest in ordered], cache, processes)
+        with processes.together():
+            mine = processes.share(pending)
+            jobs = (([digest for digest, _ in batch], partial(encoder, [row for _, row in batch])) for batch in mine)
+            _run(jobs, cache, processes, _bar("texts", mine, progress and processes.is_main))
+    _share_vectors(set(texts), cache, processes)
+
+
+def _pending_batches(items: list[tuple[str, object]], cache: FeatureCache, processes: Processes) -> list[list]:
+    """Fixed batches, without those of which every item is cached in some process."""
+    size = BATCH_CUDA if processes.device.startswith("cuda") else BATCH_CPU
+    known = set().union(*processes.gather({digest for digest, _ in items if digest in cache}))
+    batches = [items[start : start + size] for start in range(0, len(items), size)]
+    return [batch for batch in batches if any(digest not in known for digest, _ in batch)]
+
+
+def _worker_count(processes: Processes) -> int:
+    """Decoding takes an eighth of the encoder's time on a CPU, and most of the time beside a GPU."""
+    return min(16, max(1, processes.cores - 1 if processes.device.startswith("cuda") else processes.cores // 4))
+
+
+def _as_it_is(batch: object) -> object:
+    return batch
+
+
+def _die_with_parent(_: int) -> None:
+    """Else a worker whose parent is killed waits for ever to hand its batch over (PR_SET_PDEATHSIG of Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+def _in_workers(batches: ImageBatches, workers: int) -> DataLoader:
+    """Decode in worker processes, ahead of the encoder.
+
+    Forked on Linux: a worker needs no second import of torch and no guard around the main script, and it only decodes,
+    on one thread, so it touches none of the locks that a fork can leave closed. Batches travel as NumPy arrays through
+    a pipe, not as tensors through /dev/shm, which is small in many containers.
+    """
+    context = "fork" if workers and sys.platform == "linux" else None
+    return DataLoader(
+        batches,
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        multiprocessing_context=context,
+        worker_init_fn=_die_with_parent,
+        prefetch_factor=2 if workers else None,
+    )
+
+
+def _image_jobs(
+    batches: list[list],
+    decoded: DataLoader,
+    build: Callable[[], ImageEncoder],
+    bad: dict[str, str],
+    stop_at_bad: bool,
+    only_check: bool,
+) -> Iterator[Job]:
+    """Encoder calls for the batches as they come decoded; bad files are entered in `bad`."""
+    encoder: ImageEncoder | None = None
+    for index, good, pixels, reasons in decoded:
+        digests = [digest for digest, _ in batches[index]]
+        bad |= {digests[place]: reason for place, reason in reasons.items()}
+        if pixels is None or only_check or (bad and stop_at_bad):
+            yield [], torch.empty
+            continue
+        encoder = encoder or build()  # only now: files that never decode need no model
+        yield [digests[place] for place in good], partial(encoder, pixels)
+
+
+def _bar(unit: str, batches: list[list], shown: bool) -> tqdm:
+    total = sum(map(len, batches))
+    return tqdm(total=total, desc=f"encoding {unit}", unit=f" {unit}", disable=not (shown and total), mininterval=0.5)
+
+
+@contextlib.contextmanager
+def _encoder_threads(processes: Processes) -> Iterator[tuple[Executor, int]]:
+    """A pool in which each batch runs on one thread of its own (CPU), or one thread that feeds the GPU."""
+    if processes.device.startswith("cuda"):
+        with ThreadPoolExecutor(1) as pool:
+            yield pool, 1
+        return
+    before = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(processes.cores, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool, processes.cores
+    finally:
+        torch.set_num_threads(before)
+
+
+def _run(jobs: Iterator[Job], cache: FeatureCache, processes: Processes, bar: tqdm) -> None:
+    """Run encoder calls a few at a time and hand their vectors to the cache, in order."""
+    waiting: deque[tuple[list[str], Future[Tensor]]] = deque()
+
+    def take() -> None:
+        digests, future = waiting.popleft()
+        cache.add(digests, future.result())
+        bar.update(len(digests))
+
+    with bar, _encoder_threads(processes) as (pool, threads):
+        for digests, call in jobs:
+            if digests:
+                waiting.append((digests, pool.submit(call)))
+            if len(waiting) > threads:
+                take()
+        while waiting:
+            take()
+        cache.flush()
+
+
+def _share_vectors(needed: set[str], cache: FeatureCache, processes: Processes) -> None:
+    """Give every process the vectors that it lacks, whether or not the cache folder is one for all nodes."""
+    lacking = set().union(*processes.gather({digest for digest in needed if digest not in cache}))
+    if processes.world_size > 1 and lacking:
+        for part in processes.gather({digest: cache.vectors[digest] for digest in lacking if digest in cache}):
+            for digest, vector in part.items():
+                cache.vectors.setdefault(digest, vector)

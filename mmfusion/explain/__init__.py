@@ -1,0 +1,1 @@
+"""Exact explanations of a run's predictions; `python -m mmfusion.explain`."""

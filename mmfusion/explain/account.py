@@ -1,0 +1,293 @@
+"""The exact account of predictions: what the bias, each modality, each set of them and each rank contribute.
+
+    y = v_() + sum_S part_S            S over the sets of modalities, about the mean latents of train
+
+is exact for every member, so its mean over members is the exact account of the members' mean logit. Rank terms belong
+to one member: nothing matches the ranks of different members. For three or more modalities they are the layer's own,
+which sum to y - b. With two modalities the layer's own are not identified (`lmf_module`); the canonical components are,
+and these sum to the part of both modalities together:
+
+    part_12 = sum_k s_k u_k v_k,    u_k = (z_1 - mean_1) . p_k,  v_k = (z_2 - mean_2) . q_k
+
+with u_k and v_k of variance 1 on train and s_k the standard deviation of the component if they were independent.
+"""
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lmf_module import LowRankMultimodalFusion
+from mmfusion.dataset import Task
+from mmfusion.explain.saliency import Box, RegionMap
+from mmfusion.models.decomposition import Subset, parts_about
+from mmfusion.models.fusion import FusionModel
+from mmfusion.models.heads import FusedWidthHead
+from mmfusion.robustness.certificates import certified_radius
+
+TOLERANCE = 1e-5  # of what the account sums to, relative to a prediction above 1
+
+
+@dataclass(frozen=True)
+class Account:
+    """N predictions of S members, taken apart; in logits, or in units of a regression's target."""
+
+    modalities: tuple[str, ...]
+    prediction: np.ndarray
+    """(S, N), of the models themselves"""
+    parts: dict[str, np.ndarray]
+    """(S, N) each: "bias", then "image alone", ..., "image x text": they sum to the prediction"""
+    residual: float
+    """the largest difference between a prediction and the sum of its parts"""
+    slope: dict[str, np.ndarray]
+    """(S, N) per modality: ||dy/dz_m||_2, what a change of the latent by 1 moves the prediction by at most"""
+    radius: dict[str, np.ndarray]
+    """(S, N) per modality: the least l_2 change of that latent alone that brings the prediction to 0"""
+    latent_std: dict[str, np.ndarray]
+    """(S,) per modality: root mean square, over its coordinates, of the latent's standard deviation on train"""
+
+
+@dataclass(frozen=True)
+class RankAccount:
+    """The rank terms of N predictions of one member."""
+
+    canonical: bool
+    """canonical components of two modalities; else the layer's own rank terms"""
+    weight: np.ndarray
+    """(R,) what the product of the coordinates is multiplied by: s_k, or w_r"""
+    std: np.ndarray
+    """(R,) standard deviation of each term on train"""
+    coordinates: np.ndarray
+    """(N, R, M) what is multiplied: of variance 1 on train for canonical components, A_m[r] z_m + c_m[r] else"""
+    terms: np.ndarray
+    """(N, R)"""
+    raw_terms: np.ndarray
+    """(N, R) the layer's own rank terms; with the layer's own bias they sum to the prediction"""
+    raw_bias: float
+    residual: float
+    """the largest difference between the sum of the terms and what they sum to"""
+    neighbours: np.ndarray
+    """(N, R, k) rows of train that are nearest in the coordinates of that rank, nearest first"""
+
+
+@dataclass(frozen=True)
+class Maps:
+    """Which regions and words feed one prediction, to first order (`attribution`)."""
+
+    regions: RegionMap | None
+    box: Box
+    """part of the picture that the encoder sees, as fractions of it"""
+    words: dict[str, list[tuple[str, float]]]
+    """per modality that is encoded from text"""
+    notes: list[str]
+    """what could not be mapped, and why"""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What N examples look like to a person."""
+
+    ids: list[str]
+    texts: dict[str, list[str]]
+    """N texts per modality (or the transcript); empty where there are none"""
+    targets: list[float | None]
+    pictures: dict[str, Path]
+    """file of each id; empty where there are no pictures"""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def text(self, row: int) -> str:
+        """All texts of one example on one line."""
+        return " / ".join(texts[row] for texts in self.texts.values() if texts[row].strip())
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """N explained examples, as they are printed, drawn and written to a page."""
+
+    run: str
+    row: str
+    task: Task
+    output: str
+    """what is predicted: "logit", or a regression's target"""
+    seeds: list[int]
+    seed: int
+    """whose rank terms `ranks` holds"""
+    mapped: str
+    """what the maps are of"""
+    examples: Examples
+    train: Examples
+    account: Account
+    ranks: RankAccount
+    maps: list[Maps | None]
+
+    def probability(self, row: int) -> np.ndarray:
+        """(S,) of label 1, one per member."""
+        return 1 / (1 + np.exp(-self.account.prediction[:, row]))
+
+
+@torch.no_grad()
+def exact_layer(member: FusionModel) -> LowRankMultimodalFusion:
+    """The member's head, readout and rescaling as one LMF layer in float64: latents -> prediction.
+
+    A readout over a fused width D makes it a layer of R * D ranks. Raises ValueError where the head is not LMF.
+    """
+    head = deepcopy(member.fusion).double()
+    std, mean = member.rescale.std.double(), member.rescale.mean.double()  # (O,)
+    if not isinstance(head, FusedWidthHead | LowRankMultimodalFusion):
+        raise ValueError(f"an exact account needs an LMF head, not {type(head).__name__}")
+    inner = head.layer if isinstance(head, FusedWidthHead) else head
+    mask = inner.rank_mask[:, None] if inner.shared_factors else inner.rank_mask
+    weights, bias = inner.rank_weights * mask, inner.bias  # (R,), or (R, O) of shared factors
+    if isinstance(head, FusedWidthHead):
+        if not inner.shared_factors:  # row (r, d) of the projections becomes a rank of its own
+            weights = (weights[:, None, None] * torch.eye(inner.output_dim).double()).flatten(0, 1)  # (R * D, D)
+        weights = weights @ head.readout.weight.T  # (..., D) (D, O) -> (..., O)
+        bias = head.readout(bias)
+    shared = weights.ndim == 2
+    with torch.random.fork_rng(devices=[]):  # a new layer draws values that are overwritten here
+        layer = LowRankMultimodalFusion(inner.input_dims, len(std), len(weights), shared_factors=shared).double()
+    # values and not modules are copied: a weight may be computed from others (`torch.nn.utils.parametrize`)
+    layer.rank_weights.copy_(weights * std if shared else weights)
+    layer.bias.copy_(bias * std + mean)
+    for k, (new, old) in enumerate(zip(layer.projections, inner.projections, strict=True)):
+        scale = std.repeat(layer.rank) if k == 0 and not shared else torch.ones(())  # one row per rank and output
+        new.weight.copy_(old.weight * scale.reshape(-1, 1))
+        new.bias.copy_(old.bias * scale)
+    return layer.requires_grad_(False)
+
+
+def subset_name(subset: Subset, modalities: Sequence[str]) -> str:
+    """ "bias", "image alone", "image x text"."""
+    if not subset:
+        return "bias"
+    return " x ".join(modalities[m] for m in subset) + (" alone" if len(subset) == 1 else "")
+
+
+@torch.no_grad()
+def latents_of(member: FusionModel, features: Mapping[str, Tensor]) -> list[Tensor]:
+    """float64 latents (N, L) of raw features (N, d_m), in the head's order."""
+    encoded = member.encode(features)
+    return [encoded[name].double() for name in member.modalities]
+
+
+@torch.no_grad()
+def account_for(
+    members: Sequence[FusionModel], features: Mapping[str, Tensor], train: Mapping[str, Tensor], output: int = 0
+) -> Account:
+    """Take the predictions on raw features (N, d_m) apart, about the mean latents of raw train features (n, d_m).
+
+    Raises ArithmeticError where the parts of a prediction do not sum to it (within `TOLERANCE`), IndexError for an
+    output that is not there.
+    """
+    modalities = members[0].modalities
+    prediction, parts, slope, radius, latent_std = [], {}, {}, {}, {}
+    for member in members:
+        layer, latents, reference = exact_layer(member), latents_of(member, features), latents_of(member, train)
+        prediction.append(member(features, reconstruct=False).prediction[:, output].double().numpy())
+        for subset, part in parts_about(layer, latents, [z.mean(0) for z in reference]).items():
+            parts.setdefault(subset_name(subset, modalities), []).append(part[:, output].numpy())
+        for m, name in enumerate(modalities):
+            gradient = layer.modality_gradient(latents, m)[:, output]  # (N, L)
+            slope.setdefault(name, []).append(torch.linalg.vector_norm(gradient, dim=-1).numpy())
+            radius.setdefault(name, []).append(certified_radius(layer, latents, m, 2)[:, output].numpy())
+            latent_std.setdefault(name, []).append(reference[m].var(0).mean().sqrt().item())
+    columns = {name: np.stack(values) for name, values in parts.items()}
+    prediction = np.stack(prediction)
+    residual = _residual(sum(columns.values()), prediction)
+    return Account(
+        modalities,
+        prediction,
+        columns,
+        residual,
+        *({name: np.array(values) for name, values in part.items()} for part in (slope, radius, latent_std)),
+    )
+
+
+def _residual(total: np.ndarray, whole: np.ndarray) -> float:
+    """Largest difference; raises ArithmeticError where it is more than rounding."""
+    difference = np.abs(total - whole)
+    if not (difference <= TOLERANCE * np.maximum(1, np.abs(whole))).all():
+        raise ArithmeticError(f"an account misses what it accounts for by {np.nanmax(difference):.1e}")
+    return float(difference.max(initial=0.0))
+
+
+class RankComponents:
+    """The terms that one member's ranks contribute: canonical components for two modalities, else the layer's own."""
+
+    def __init__(self, member: FusionModel, train: Mapping[str, Tensor], output: int = 0) -> None:
+        """`train`: raw features (n, d_m) that means, covariances and neighbours are taken from."""
+        self.member, self.output = member, output
+        self.layer = exact_layer(member)
+        reference = latents_of(member, train)
+        self.means = [z.mean(0) for z in reference]
+        self.canonical = len(reference) == 2
+        if self.canonical:
+            # a ridge of 1e-9: the identity then holds off the span of train too, should it have few examples
+            covariances = [z.T.cov() for z in reference]
+            covariances = [c + 1e-9 * c.diagonal().mean() * torch.eye(len(c), dtype=c.dtype) for c in covariances]
+            spectrum, directions = self.layer.canonical_factors(covariances)
+            self.weight, self.directions = spectrum[output], [p[output] for p in directions]  # (R,), (R, L) each
+        else:
+            weights = self.layer.rank_weights  # (R,), or (R, O) of shared factors
+            self.weight = (weights[:, output] if self.layer.shared_factors else weights) * self.layer.rank_mask
+        self.train_coordinates = self.coordinates(reference)  # (n, R, M)
+        self.train_terms = self.terms(reference)  # (n, R)
+
+    @property
+    def rank(self) -> int:
+        """R; masked ranks are counted and contribute 0."""
+        return self.layer.rank
+
+    def coordinates(self, latents: Sequence[Tensor]) -> Tensor:
+        """(N, R, M): what is multiplied in each term."""
+        if self.canonical:
+            pairs = zip(latents, self.means, self.directions, strict=True)
+            return torch.stack([(z - mean) @ direction.T for z, mean, direction in pairs], -1)
+        split = (self.layer.rank, 1 if self.layer.shared_factors else self.layer.output_dim)
+        own = 0 if self.layer.shared_factors else self.output
+        projected = [p(z).unflatten(-1, split)[..., own] for z, p in zip(latents, self.layer.projections, strict=True)]
+        return torch.stack(projected, -1)
+
+    def terms(self, latents: Sequence[Tensor]) -> Tensor:
+        """(N, R), differentiable in float64 latents (N, L)."""
+        if self.canonical:
+            return self.weight * self.coordinates(latents).prod(-1)
+        return self.layer.rank_terms(latents)[..., self.output]
+
+    @torch.no_grad()
+    def account(self, features: Mapping[str, Tensor], neighbours: int, skip: Sequence[int | None]) -> RankAccount:
+        """Rank terms of raw features (N, d_m), and for each rank the rows of train that are nearest.
+
+        `skip` (N,): the row of train that is the example itself, which is no neighbour of its own.
+        """
+        latents = latents_of(self.member, features)
+        terms, coordinates = self.terms(latents), self.coordinates(latents)
+        raw = self.layer.rank_terms(latents)[..., self.output]
+        whole = self.layer(latents)[..., self.output] - self.layer.bias[self.output]
+        together = parts_about(self.layer, latents, self.means)[(0, 1)][:, self.output] if self.canonical else whole
+        residual = _residual(terms.sum(-1).numpy(), together.numpy())
+        scale = self.train_coordinates.std(0).clamp_min(1e-12)  # (R, M)
+        nearest = []
+        for r in range(self.rank):
+            distance = torch.cdist(coordinates[:, r] / scale[r], self.train_coordinates[:, r] / scale[r])  # (N, n)
+            for row, own in enumerate(skip):
+                if own is not None:
+                    distance[row, own] = torch.inf
+            nearest.append(distance.topk(min(neighbours, distance.shape[1]), largest=False).indices)
+        return RankAccount(
+            self.canonical,
+            self.weight.numpy(),
+            self.train_terms.std(0).numpy(),
+            coordinates.numpy(),
+            terms.numpy(),
+            raw.numpy(),
+            self.layer.bias[self.output].item(),
+            residual,
+            torch.stack(nearest, 1).numpy(),
+        )

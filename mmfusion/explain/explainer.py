@@ -1,0 +1,291 @@
+"""A trained run that explains its predictions: of a new meme, of named examples, of a split."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.special import logsumexp
+from torch import Tensor
+
+from mmfusion.dataset import Corpus, Split, Task, take
+from mmfusion.encoders.frozen import (
+    ImageEncoder,
+    TextEncoder,
+    find_image_encoder,
+    find_text_encoder,
+    image_preprocessing,
+)
+from mmfusion.encoders.images import decode_rgb, preprocess, reason_unreadable
+from mmfusion.errors import InputError
+from mmfusion.explain.account import Examples, Explanation, Maps, RankComponents, account_for
+from mmfusion.explain.saliency import Box, RegionMap, region_map, seen_box, word_map
+from mmfusion.explain.summary import Summary, summarise
+from mmfusion.models.fusion import FusionModel
+from mmfusion.models.heads import ConcatenationHead
+from mmfusion.runs.load import TrainedRun
+
+Place = tuple[str, int]  # split, row
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """Which of a run's models explain, and what of it is shown; flags of `python -m mmfusion.explain`."""
+
+    rank: int | None = None
+    """map this canonical component (two modalities) or rank of --seed, from 1; default: the mean over seeds"""
+    seed: int | None = None
+    """the seed whose rank terms are shown; default: the run's first"""
+    output: int = 0
+    """which output of a regression with several, from 0"""
+    fold: int = 0
+    """which fold's models and splits, from 0 (MUStARD)"""
+    neighbours: int = 3
+    """training examples shown for each rank"""
+    maps: bool = False
+    """on the page too: which regions and words feed each prediction (runs the encoders)"""
+
+
+class Explainer:
+    """A run's members of one fold, with what its explanations are measured against."""
+
+    def __init__(self, run: TrainedRun, choices: Choices, device: str) -> None:
+        """Raises InputError naming the flag of a choice that the run does not offer."""
+        self.run, self.choices, self.device = run, choices, device
+        if choices.fold >= len(run.corpora):
+            raise InputError(f"--fold {choices.fold}: this run has folds 0 to {len(run.corpora) - 1}")
+        if choices.maps and run.encoders is None:
+            raise InputError(f"--maps: {run.folder} has no encoders, its features came from a file; leave it out")
+        self.corpus: Corpus = run.corpora[choices.fold]
+        self.train: Split = self.corpus.splits["train"]
+        self.members: list[FusionModel] = run.members(run.main_row, choices.fold)
+        self.seeds = run.seeds
+        if choices.seed is not None and choices.seed not in self.seeds:
+            raise InputError(f"--seed {choices.seed}: this run's seeds are {', '.join(map(str, self.seeds))}")
+        self.seed = self.seeds[0] if choices.seed is None else choices.seed
+        outputs = len(self.members[0].rescale.std)
+        if choices.output >= outputs:
+            raise InputError(f"--output {choices.output}: this run's outputs are 0 to {outputs - 1}")
+        self.output = output_name(self.corpus, choices.output)
+        self.ranks = RankComponents(self.members[self.seeds.index(self.seed)], self.train.features, choices.output)
+        if choices.rank is not None and choices.rank > self.ranks.rank:
+            raise InputError(f"--rank {choices.rank}: this run has ranks 1 to {self.ranks.rank}")
+
+    # ---- what is explained
+
+    def meme(self, image: Path, text: str) -> Explanation:
+        """One meme that need not be of the run's data, with its maps."""
+        if self.run.memes is None:
+            raise InputError(f"--image {image}: {self.run.folder} was not trained on memes; give --ids or --split")
+        try:
+            picture = self.read(image)
+        except Exception as error:  # a hostile file may raise nearly anything inside Pillow
+            raise InputError(
+                f"--image {image}: {reason_unreadable(error)}; give a picture that Pillow reads"
+            ) from error
+        features = {"image": self.image_encoder(picture[None]), "text": self.text_encoder([self.tokens(text)])}
+        examples = Examples([str(image)], {"text": [text]}, [None], {str(image): image})
+        return self.explain(features, examples, [None], maps=True)
+
+    def known_split(self, name: str) -> str:
+        """The name of a split that is there and has examples."""
+        if not len(self.corpus.splits.get(name, ())):
+            known = ", ".join(key for key, split in self.corpus.splits.items() if len(split))
+            raise InputError(f"--split {name}: {self.corpus.name} has {known}")
+        return name
+
+    def named(self, ids: Sequence[str]) -> list[Place]:
+        """(split, row) of each id; of an id in several splits, in the first of them."""
+        places: dict[str, Place] = {}
+        for name, split in self.corpus.splits.items():
+            for row, key in enumerate(split.ids):
+                places.setdefault(key, (name, row))
+        for key in ids:
+            if key not in places:
+                close = difflib.get_close_matches(key, list(places), 1, cutoff=0.0)
+                raise InputError(
+                    f"--ids {key}: {self.corpus.name} has no example of that id; the nearest is {close[0]}"
+                )
+        return [places[key] for key in ids]
+
+    def rows(self, name: str, worst: int | None) -> list[Place]:
+        """A whole split, or the `worst` of it: those with the largest loss of the mean over members, worst first."""
+        split = self.corpus.splits[name]
+        order = range(len(split))
+        if worst is not None:
+            if split.target is None:
+                raise InputError(
+                    f"--worst: {name} has no labels to be wrong about; leave it out, or name another split"
+                )
+            account = account_for(self.members, split.features, self.train.features, self.choices.output)
+            target = split.target.reshape(len(split), -1)[:, self.choices.output].double().numpy()
+            losses = ensemble_losses(account.prediction, target, self.run.task)
+            order = np.argsort(-losses, kind="stable")[:worst].tolist()
+        return [(name, row) for row in order]
+
+    def explain_places(self, places: Sequence[Place]) -> Explanation:
+        """Examples of the run's own data, from their cached features."""
+        features = {
+            name: torch.stack([self.corpus.splits[split].features[name][row] for split, row in places])
+            for name in self.train.features
+        }
+        parts = [self.examples(split, [row]) for split, row in places]
+        examples = Examples(
+            [key for part in parts for key in part.ids],
+            {name: [text for part in parts for text in part.texts[name]] for name in parts[0].texts},
+            [target for part in parts for target in part.targets],
+            {key: path for part in parts for key, path in part.pictures.items()},
+        )
+        rows = {key: row for row, key in enumerate(self.train.ids)}
+        # ids may begin anew in every split: an example is its own row of train only where it comes from there
+        own = [rows[key] if split == "train" else None for key, (split, _) in zip(examples.ids, places, strict=True)]
+        return self.explain(features, examples, own, self.choices.maps)
+
+    def summary(self, name: str, baselines: bool = False) -> Summary:
+        """What each modality contributes on one split; with `baselines`, scores and EMAP of concatenation beside."""
+        others = {
+            row: self.run.members(row, self.choices.fold)
+            for row, ensemble in self.run.ensembles.items()
+            if isinstance(ensemble.members[0].fusion, ConcatenationHead)
+        }
+        return summarise(
+            self.members,
+            self.corpus.splits[name],
+            name if len(self.run.corpora) == 1 else f"{name} of fold {self.choices.fold}",
+            self.run.task,
+            self.choices.output,
+            self.output,
+            others if baselines else None,
+        )
+
+    def explain(
+        self, features: Mapping[str, Tensor], examples: Examples, own_rows: Sequence[int | None], maps: bool
+    ) -> Explanation:
+        """Account for raw features (N, d_m); `own_rows` (N,) are their own rows of train, if any."""
+        account = account_for(self.members, features, self.train.features, self.choices.output)
+        ranks = self.ranks.account(features, self.choices.neighbours, own_rows)
+        kind = "component" if ranks.canonical else "rank"
+        mapped = f"the {self.output}"
+        if self.choices.rank is not None:
+            mapped = f"{kind} {self.choices.rank} of seed {self.seed}"
+        mappings: list[Maps | None] = [None] * len(examples)
+        if maps:
+            mappings = [
+                self.map({name: x[i : i + 1] for name, x in features.items()}, examples, i)
+                for i in range(len(examples))
+            ]
+        return Explanation(
+            run=str(self.run.folder),
+            row=self.run.main_row,
+            task=self.run.task,
+            output=self.output,
+            seeds=self.seeds,
+            seed=self.seed,
+            mapped=mapped,
+            examples=examples,
+            train=self.examples("train", range(len(self.train))),
+            account=account,
+            ranks=ranks,
+            maps=mappings,
+        )
+
+    def examples(self, split: str, rows: Sequence[int]) -> Examples:
+        """What the given rows of a split look like."""
+        chosen = take(self.corpus.splits[split], rows)
+        texts = {name: [several[i] for i in rows] for name, several in self.run.texts(self.corpus, split).items()}
+        if not texts and "transcript" in chosen.metadata:
+            texts = {"transcript": chosen.metadata["transcript"]}
+        targets: list[float | None] = [None] * len(chosen)
+        if chosen.target is not None:
+            targets = chosen.target.reshape(len(chosen), -1)[:, self.choices.output].tolist()
+        pictures = self.run.image_paths(chosen.ids) if self.run.memes else {}
+        return Examples(chosen.ids, texts, targets, pictures)
+
+    # ---- encoders, loaded when first needed
+
+    @property
+    def image_encoder(self) -> ImageEncoder:
+        if not hasattr(self, "_image_encoder"):
+            self.image_source = find_image_encoder(self.run.encoders)
+            self._image_encoder = ImageEncoder(self.run.encoders, self.image_source, self.device)
+        return self._image_encoder
+
+    @property
+    def text_encoder(self) -> TextEncoder:
+        if not hasattr(self, "_text_encoder"):
+            self._text_encoder = TextEncoder(self.run.encoders, find_text_encoder(self.run.encoders), self.device)
+        return self._text_encoder
+
+    def tokens(self, text: str) -> list[int]:
+        return self.text_encoder.tokenize([text])[0]
+
+    def read(self, image: Path) -> np.ndarray:
+        """Pixels (S, S, 3) as the encoder sees them. Raises what Pillow raises on a file that is no picture."""
+        how = image_preprocessing(self.run.encoders, find_image_encoder(self.run.encoders))
+        return preprocess(decode_rgb(image), how).copy()  # Pillow's own memory is read-only
+
+    # ---- maps
+
+    def score(self, features: Mapping[str, Tensor], name: str, vector: Tensor) -> Tensor:
+        """What is mapped (b,), as a function of one modality's vector (b, d); the others are held at `features`."""
+        features = {**features, name: vector.to("cpu")}
+        if self.choices.rank is not None:
+            encoded = self.ranks.member.encode(features)
+            latents = [encoded[key].double() for key in self.ranks.member.modalities]
+            return self.ranks.terms(latents)[:, self.choices.rank - 1]
+        outputs = [member(features, reconstruct=False).prediction for member in self.members]
+        return torch.stack(outputs).mean(0)[:, self.choices.output]
+
+    def regions(self, path: Path, features: Mapping[str, Tensor]) -> tuple[RegionMap, Box]:
+        """The map of one picture and the part of it that the encoder sees; or ValueError with why there is none."""
+        try:
+            pixels, size = self.read(path), decode_rgb(path).size
+        except Exception as error:  # a hostile file may raise nearly anything inside Pillow
+            raise ValueError(f"the picture cannot be read ({reason_unreadable(error)})") from error
+        reference = self.members[0].standardise["image"].mean  # of train, as that of the account
+        mapped = region_map(self.image_encoder, pixels, partial(self.score, features, "image"), reference)
+        if mapped is None:
+            raise ValueError("this image encoder's vector is not the average of a feature map")
+        if not _is_same(torch.from_numpy(mapped.feature), features["image"][0]):
+            raise ValueError("on this --device the picture's vector is not the one that the run has of it")
+        return mapped, seen_box(size, image_preprocessing(self.run.encoders, self.image_source))
+
+    def map(self, features: Mapping[str, Tensor], examples: Examples, row: int) -> Maps:
+        """Regions and words that feed the score of one example, features (1, d_m)."""
+        regions, box, words, notes = None, (0.0, 0.0, 1.0, 1.0), {}, []
+        if examples.ids[row] in examples.pictures:
+            try:
+                regions, box = self.regions(examples.pictures[examples.ids[row]], features)
+            except ValueError as error:
+                notes.append(f"no region map: {error}")
+        for name, texts in examples.texts.items():
+            if name not in features or self.run.encoders is None:
+                continue
+            if _is_same(self.text_encoder([self.tokens(texts[row])])[0], features[name][0]):
+                words[name] = word_map(self.text_encoder, texts[row], partial(self.score, features, name))
+            else:
+                notes.append(f"no words of {name}: on this --device their vector is not the one that the run has")
+        return Maps(regions, box, words, notes)
+
+
+def _is_same(vector: Tensor, known: Tensor) -> bool:
+    """True where two encodings are of one input: batching alone changes the last digits."""
+    return bool((vector - known).norm() <= 1e-2 * known.norm())
+
+
+def ensemble_losses(prediction: np.ndarray, target: np.ndarray, task: Task) -> np.ndarray:
+    """(N,) loss of the mean over members of predictions (S, N): -log of the mean probability, or squared error."""
+    if task == "regression":
+        return np.square(prediction.mean(0) - target)
+    margin = prediction * (2 * target - 1)
+    return -(logsumexp(-np.logaddexp(0, -margin), axis=0) - np.log(len(prediction)))  # no probability underflows
+
+
+def output_name(corpus: Corpus, output: int) -> str:
+    """What is predicted: "logit" of a binary label, else the target's name."""
+    if corpus.task == "binary":
+        return "logit"
+    return corpus.target_names[output] if corpus.target_names else "value"

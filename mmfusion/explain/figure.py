@@ -1,0 +1,177 @@
+"""One explained prediction as a picture: the meme with its map, the waterfall of the parts, rank terms, neighbours."""
+
+import textwrap
+import warnings
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure, SubFigure
+from PIL import Image
+
+from mmfusion.encoders.images import decode_rgb
+from mmfusion.explain.account import Explanation
+from mmfusion.explain.saliency import overlay
+from mmfusion.explain.text import headline, reach
+from mmfusion.files import write_atomically
+
+RAISES, LOWERS, GREY, DARK = "#d9741a", "#1f6fb4", "#8a8a8a", "#444444"
+SHOWN_RANKS = 4  # with their neighbours; those whose term is largest here
+
+
+def draw_explanation(path: Path, explanation: Explanation, row: int = 0) -> None:
+    """Write one PNG. Raises InputError where the folder cannot be written."""
+    with matplotlib.rc_context({"text.parse_math": False}), warnings.catch_warnings():  # a meme may say $5 or $10
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # of emoji and some scripts; a box stands for them
+        figure = _figure(explanation, row)
+        write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=100, format="png"))
+
+
+def _figure(explanation: Explanation, row: int) -> Figure:
+    account = explanation.account
+    figure = Figure(figsize=(16, 10), layout="constrained")
+    FigureCanvasAgg(figure)
+    upper, lower = figure.subfigures(2, 1, height_ratios=[2.9, 1])
+    left, middle, right = upper.subfigures(1, 3, width_ratios=[1, 1.05, 1.1])
+
+    picture, words = left.subplots(2, 1, height_ratios=[1.5, 1])
+    _draw_picture(picture, explanation, row)
+    _draw_words(words, explanation, row)
+    parts = {name: values[:, row] for name, values in account.parts.items()}
+    _draw_waterfall(middle.subplots(), parts, account.prediction[:, row], explanation)
+    _draw_ranks(right.subplots(), explanation, row)
+    _draw_neighbours(lower, explanation, row)
+    name = _short(explanation.examples.ids[row], 100)
+    figure.suptitle(f"{name}\n{headline(explanation, row)}\n{reach(explanation, row)}", fontsize=12, linespacing=1.4)
+    return figure
+
+
+def _draw_picture(axis: Axes, explanation: Explanation, row: int) -> None:
+    key, maps = explanation.examples.ids[row], explanation.maps[row]
+    axis.axis("off")
+    if key not in explanation.examples.pictures:
+        axis.text(0.5, 0.5, "this corpus has no pictures", ha="center", color=GREY)
+        return
+    picture = decode_rgb(explanation.examples.pictures[key])
+    picture.thumbnail((640, 640))
+    if maps is None or maps.regions is None:
+        axis.imshow(np.asarray(picture))
+        axis.set_title("; ".join(maps.notes) if maps and maps.notes else "", fontsize=9)
+        return
+    axis.imshow(np.asarray(overlay(picture, maps.regions.cells, maps.box)))
+    h, w = maps.regions.cells.shape
+    axis.set_title(
+        f"what feeds {explanation.mapped} ({h} x {w} cells, to first order):\norange raises it, blue lowers it",
+        fontsize=10,
+    )
+
+
+def _draw_words(axis: Axes, explanation: Explanation, row: int) -> None:
+    maps = explanation.maps[row]
+    if maps is None or not any(maps.words.values()):
+        axis.axis("off")
+        text = "\n".join(textwrap.wrap(explanation.examples.text(row), 60)[:8])
+        axis.text(0.5, 0.95, text, ha="center", va="top", fontsize=11)
+        return
+    words = [pair for several in maps.words.values() for pair in several]
+    if len(words) > 12:  # the ones that matter most, in the order of the text
+        least = sorted(abs(value) for _, value in words)[-12]
+        words = [pair for pair in words if abs(pair[1]) >= least]
+    y = np.arange(len(words))[::-1]
+    values = np.array([value for _, value in words])
+    axis.barh(y, values, color=np.where(values > 0, RAISES, LOWERS))
+    axis.set_yticks(y, [_short(word, 18) for word, _ in words], fontsize=10)
+    axis.axvline(0, color="black", lw=0.8)
+    axis.set_title(f"words: gradient x input of {explanation.mapped}", fontsize=10)
+
+
+def _draw_waterfall(axis: Axes, parts: dict[str, np.ndarray], prediction: np.ndarray, explanation: Explanation) -> None:
+    """Mean over members of each part, one after another; whiskers: standard deviation over members."""
+    means = np.array([values.mean() for values in parts.values()])
+    ends = np.append(np.cumsum(means), means.sum())
+    # a value is shown from what the model says at the mean latents: beside it the parts would be slivers
+    origin = means[0] if explanation.task == "regression" else 0.0
+    starts = np.append(ends[:-1] - means, origin)
+    starts[0] = origin if explanation.task == "regression" else starts[0]
+    rows = np.arange(len(ends))
+    several = len(prediction) > 1
+    spread = np.array([values.std(ddof=1) if several else 0.0 for values in (*parts.values(), prediction)])
+    colours = [*np.where(means > 0, RAISES, LOWERS), DARK]
+    axis.barh(rows, ends - starts, left=starts, color=colours, height=0.55)
+    if several:
+        axis.errorbar(ends, rows, xerr=spread, fmt="none", ecolor="black", capsize=3, lw=0.9)
+    for i in rows[:-2]:  # from the end of each part to the beginning of the next
+        axis.plot([ends[i], ends[i]], [i, i + 1], color=GREY, lw=0.8, ls=":")
+    low = min(origin, *starts, *(ends - spread))
+    high = max(origin, *starts, *(ends + spread), low + 1e-6)
+    for i, value in enumerate([*means, means.sum()]):
+        axis.text(high + 0.22 * (high - low), i, f"{value:+.2f}", va="center", ha="right", fontsize=11)
+    axis.set_xlim(low - 0.04 * (high - low), high + 0.24 * (high - low))
+    axis.set_yticks(rows, [*parts, explanation.output], fontsize=11)
+    axis.axvline(origin, color="black", lw=0.8)
+    axis.invert_yaxis()
+    mean = f"mean of {len(prediction)} seeds (whisker: their standard deviation)" if several else "one seed"
+    axis.set_title(
+        f"the exact account, {mean}:\nthe parts, about the mean of train, sum to the {explanation.output}", fontsize=10
+    )
+    if explanation.task == "binary":
+        axis.set_xlabel("logit; above 0 the model says label 1")
+
+
+def _draw_ranks(axis: Axes, explanation: Explanation, row: int) -> None:
+    ranks, names = explanation.ranks, explanation.account.modalities
+    terms = ranks.terms[row]
+    y = np.arange(len(terms))
+    axis.barh(y, ranks.std * 2, left=-ranks.std, color=GREY, alpha=0.25, height=0.8, label="+- 1 std on train")
+    axis.barh(y, terms, color=np.where(terms > 0, RAISES, LOWERS), height=0.4)
+    kind = "component" if ranks.canonical else "rank"
+    reach = 1.12 * max(*ranks.std, *np.abs(terms))
+    axis.set_xlim(-reach, reach)
+    labels = []
+    for k in y:
+        coordinates = "\n".join(
+            f"{name} {value:+.2f}" for name, value in zip(names, ranks.coordinates[row, k], strict=True)
+        )
+        labels.append(f"{kind} {k + 1}: {terms[k]:+.2f}\n{coordinates}")
+    axis.set_yticks(y, labels, fontsize=9)
+    axis.invert_yaxis()
+    axis.axvline(0, color="black", lw=0.8)
+    if ranks.canonical:
+        what = f"components of seed {explanation.seed}: weight x product of coordinates\n"
+        title = f"canonical; they sum to its {' x '.join(names)}, {terms.sum():+.2f}"
+    else:
+        what = f"rank terms of seed {explanation.seed}: weight x product of coordinates\n"
+        title = f"with its bias {ranks.raw_bias:+.2f} they sum to {terms.sum() + ranks.raw_bias:+.2f}"
+    axis.set_title(what + title, fontsize=10)
+    axis.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.05))
+
+
+def _draw_neighbours(figure: SubFigure, explanation: Explanation, row: int) -> None:
+    """Thumbnails of the training examples nearest by each of the largest rank terms."""
+    ranks, train = explanation.ranks, explanation.train
+    shown = np.argsort(-np.abs(ranks.terms[row]))[:SHOWN_RANKS]
+    each = min(3, ranks.neighbours.shape[2])
+    kind = "component" if ranks.canonical else "rank"
+    groups = np.atleast_1d(figure.subfigures(1, len(shown), wspace=0.02))
+    for k, group in zip(shown, groups, strict=True):
+        group.suptitle(f"nearest in train by {kind} {k + 1} ({ranks.terms[row, k]:+.2f})", fontsize=10)
+        for j, axis in enumerate(group.subplots(1, each, squeeze=False)[0]):
+            place = int(ranks.neighbours[row, k, j])
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+            key = train.ids[place]
+            if key in train.pictures:
+                picture = decode_rgb(train.pictures[key])
+                picture.thumbnail((220, 220), Image.Resampling.BILINEAR)
+                axis.imshow(np.asarray(picture))
+            axis.set_anchor("N")
+            target = train.targets[place]
+            label = "" if target is None else f"label {target:g}" if explanation.task == "binary" else f"{target:.2g}"
+            lines = textwrap.wrap(_short(train.text(place), 60), 48 // each + 4)[:3]
+            axis.set_xlabel("\n".join([label, *lines]), fontsize=7)
+
+
+def _short(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"

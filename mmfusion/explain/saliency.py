@@ -1,0 +1,147 @@
+"""Which words and which regions of the picture feed a score: gradient x input through the frozen encoders.
+
+A first-order account (Shrikumar et al., 2016; Ancona et al., 2018). For a picture the input is the last feature map,
+whose average is the image vector x: cell (i, j) of the h x w grid gets
+
+    sum_c dscore/dx_c (a_cij - reference_c) / (h w),    summing to    dscore/dx . (x - reference)
+
+over the cells, exactly. For a text it is the sum over a token's embedding of gradient x embedding; pieces of a word are
+added up. The score is not linear in its inputs: these are not shares of it.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from mmfusion.encoders.frozen import ImageEncoder, TextEncoder
+from mmfusion.encoders.images import Preprocessing
+
+if TYPE_CHECKING:
+    from transformers import BatchEncoding  # imported late elsewhere
+
+SPECIAL = "[special]"
+RAISES, LOWERS = (217, 116, 26), (31, 111, 180)  # orange, blue: told apart by colour-blind readers too
+Box = tuple[float, float, float, float]  # left, top, right, bottom, as fractions of width and height
+Score = Callable[[Tensor], Tensor]  # vectors (b, d) -> (b,), differentiable
+
+
+class RegionMap(NamedTuple):
+    """What each cell of the last feature map feeds into a score."""
+
+    cells: np.ndarray
+    """(h, w), in units of the score"""
+    gradient: np.ndarray
+    """(d,) of the score in the image vector"""
+    feature: np.ndarray
+    """(d,) the image vector"""
+
+
+def region_map(
+    encoder: ImageEncoder, pixels: np.ndarray, score: Score, reference: Tensor | None = None
+) -> RegionMap | None:
+    """Gradient x input on the grid of cells whose average is the image vector.
+
+    Args:
+        encoder: whose vector is the average of a feature map (ResNet).
+        pixels: uint8 (S, S, 3), as the encoder sees the picture.
+        score: of image vectors (1, d).
+        reference: (d,) what the input is counted from, such as the mean vector of train; default 0.
+
+    Returns:
+        None where the encoder's vector is not the average of such a map (a projection follows, or there is none).
+    """
+    pools = [module for module in encoder.model.modules() if isinstance(module, nn.AdaptiveAvgPool2d)]
+    if not pools:
+        return None
+    seen: list[Tensor] = []
+    with pools[-1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])):
+        x = torch.from_numpy(pixels.copy()).to(encoder.device).permute(2, 0, 1)[None].float()
+        with torch.no_grad():
+            vector = encoder.features(x)
+    cells = seen[0][0].float()  # (c, h, w)
+    if cells.shape[0] != vector.shape[1] or not torch.allclose(cells.mean((1, 2)), vector[0], rtol=1e-2, atol=1e-3):
+        return None
+    vector = vector.detach().requires_grad_(True)
+    (gradient,) = torch.autograd.grad(score(vector).sum(), vector)
+    counted = cells if reference is None else cells - reference.to(cells)[:, None, None]
+    weighted = torch.einsum("c,chw->hw", gradient[0], counted) / (cells.shape[1] * cells.shape[2])
+    return RegionMap(weighted.cpu().numpy(), gradient[0].cpu().numpy(), vector.detach()[0].cpu().numpy())
+
+
+def word_map(encoder: TextEncoder, text: str, score: Score) -> list[tuple[str, float]]:
+    """(word, gradient x input) in the order of the text, in units of the score; `SPECIAL` last, where there is any.
+
+    Pieces of a word are added up, and so are the tokens that the encoder adds itself ([CLS], [SEP]). What lies beyond
+    the encoder's longest text is left out.
+    """
+    tokens = encoder.tokenizer(text, truncation=True, max_length=encoder.max_length)
+    embeddings: list[Tensor] = []
+
+    def keep(_: nn.Module, __: tuple, output: Tensor) -> Tensor:
+        embeddings.append(output.detach().requires_grad_(True))
+        return embeddings[-1]
+
+    with token_embedding(encoder.model).register_forward_hook(keep):
+        value = score(encoder.features([tokens["input_ids"]])).sum()
+    (gradient,) = torch.autograd.grad(value, embeddings[0])
+    length = len(tokens["input_ids"])
+    per_token = (gradient * embeddings[0].detach()).sum(-1)[0, :length].tolist()
+
+    words: dict[object, float] = {}  # dicts keep the order in which words are first seen
+    for word, contribution in zip(_words(tokens, text), per_token, strict=True):
+        words[word] = words.get(word, 0.0) + contribution
+    special = words.pop(None, None)
+    named = [(text[start:end], value) for (start, end), value in words.items()]
+    return named + ([] if special is None else [(SPECIAL, special)])
+
+
+def token_embedding(model: nn.Module) -> nn.Module:
+    """The table of token embeddings of a Hugging Face text model, or of a two-tower model's text tower."""
+    return getattr(model, "text_model", model).get_input_embeddings()
+
+
+def _words(tokens: "BatchEncoding", text: str) -> list[tuple[int, int] | None]:
+    """For each token the (start, end) of its word in the text, None for special tokens."""
+    spans = []
+    for word in tokens.word_ids():
+        if word is None:
+            spans.append(None)
+            continue
+        span = tokens.word_to_chars(word)
+        start, end = span.start, span.end
+        while start < end and text[start].isspace():  # byte-level tokenizers count the space before a word to it
+            start += 1
+        spans.append((start, end))
+    return spans
+
+
+def seen_box(size: tuple[int, int], how: Preprocessing) -> Box:
+    """The part of a picture of (width, height) pixels that the encoder sees."""
+    if how.mode == "squash":
+        return 0.0, 0.0, 1.0, 1.0
+    scale = how.resize / min(size)
+    width, height = (max(how.resize, int(side * scale)) for side in size)
+    left, top = round((width - how.size) / 2), round((height - how.size) / 2)
+    return left / width, top / height, (left + how.size) / width, (top + how.size) / height
+
+
+def overlay(picture: Image.Image, cells: np.ndarray, box: Box) -> Image.Image:
+    """The picture in grey with a map (h, w) over its `box`: orange where a cell raises the score, blue where it lowers.
+
+    Each colour's strength is relative to the map's largest absolute value.
+    """
+    grey = np.asarray(picture.convert("L").convert("RGB"), dtype=np.float32)
+    strength = (cells / max(np.abs(cells).max(), 1e-30)).astype(np.float32)  # in [-1, 1]
+    left, right = (round(box[i] * picture.width) for i in (0, 2))
+    top, bottom = (round(box[i] * picture.height) for i in (1, 3))
+    field = Image.fromarray(strength).resize((max(right - left, 1), max(bottom - top, 1)), Image.Resampling.BICUBIC)
+    whole = Image.new("F", picture.size)
+    whole.paste(field, (left, top))
+    value = np.clip(np.asarray(whole), -1, 1)[..., None]  # (height, width, 1)
+    colour = np.where(value > 0, np.float32(RAISES), np.float32(LOWERS))
+    alpha = 0.75 * np.abs(value)
+    return Image.fromarray(((1 - alpha) * grey + alpha * colour).round().astype(np.uint8))

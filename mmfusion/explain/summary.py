@@ -1,0 +1,148 @@
+"""What each modality and each set of modalities contributes on a whole split: one table for every member's average."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from mmfusion.dataset import Split, Task
+from mmfusion.explain.account import exact_layer, latents_of, subset_name
+from mmfusion.metrics.scores import Score, binary_scores, regression_scores
+from mmfusion.models.decomposition import (
+    emap,
+    interventional_values,
+    relevance_scores,
+    shapley_values,
+    values_by_definition,
+    variance_shares,
+)
+from mmfusion.models.fusion import FusionModel
+
+MOST_PAIRED = 1000  # examples whose N^2 pairings are gone through
+SHOWN = {"binary": ("auroc", "accuracy"), "regression": ("mae", "correlation")}
+
+
+@dataclass(frozen=True)
+class Summary:
+    """S members on N examples of one split; in logits, or in units of a regression's target."""
+
+    split: str
+    examples: int
+    output: str
+    scores: dict[str, dict[str, Score]]
+    """{"full model": {score: Score}, "EMAP: additive in the modalities": ...}; empty for an unlabelled split"""
+    shapley: dict[str, np.ndarray]
+    """(S,) per modality: mean |Shapley value| over the examples"""
+    relevance: dict[str, np.ndarray]
+    """(S,) per set of modalities, sums to 1: InTense's (`mmfusion.models.decomposition.relevance_scores`)"""
+    variance: dict[str, np.ndarray]
+    """(S,) per set of modalities, sums to 1: share of the prediction's variance"""
+
+
+@torch.no_grad()
+def summarise(
+    members: Sequence[FusionModel],
+    split: Split,
+    name: str,
+    task: Task,
+    output: int,
+    output_name: str,
+    others: Mapping[str, Sequence[FusionModel]] | None = None,
+) -> Summary:
+    """EMAP, Shapley values, relevance and shares of variance of all members on a split, each about the split's means.
+
+    Relevance and shares are those of
+    all outputs together, everything else of `output` alone. `others` are models of two modalities with any head, whose
+    scores and EMAP, by its definition in N^2 passes, are set beside; they are left out where N is above `MOST_PAIRED`.
+    """
+    modalities = members[0].modalities
+    whole, additive = [], []
+    columns: dict[str, dict[str, list]] = {"shapley": {}, "relevance": {}, "variance": {}}
+    for member in members:
+        layer, latents = exact_layer(member), latents_of(member, split.features)
+        values = interventional_values(layer, latents)
+        whole.append(layer(latents)[:, output].numpy())
+        additive.append(emap(values)[:, output].numpy())
+        phi = shapley_values({known: value[:, output] for known, value in values.items()})  # (N, M)
+        for m, modality in enumerate(modalities):
+            columns["shapley"].setdefault(modality, []).append(phi[:, m].abs().mean().item())
+        for column, shares in (
+            ("relevance", relevance_scores(layer, latents)),
+            ("variance", variance_shares(layer, latents)),
+        ):
+            for subset, share in shares.items():
+                columns[column].setdefault(subset_name(subset, modalities), []).append(share)
+    scores = {}
+    if split.target is not None:
+        target = split.target.reshape(len(split), -1)[:, output].numpy()
+        for label, prediction in (("full model", whole), ("its EMAP: additive in the modalities", additive)):
+            scores[label] = _scores(np.stack(prediction), target, task)
+        for label, models in (others or {}).items():
+            if len(split) <= MOST_PAIRED and len(models[0].modalities) == 2:
+                both = [_by_definition(model, split, output) for model in models]
+                scores[label] = _scores(np.stack([full for full, _ in both]), target, task)
+                scores["its EMAP, " + label] = _scores(np.stack([projected for _, projected in both]), target, task)
+    arrays = {key: {name: np.array(values) for name, values in column.items()} for key, column in columns.items()}
+    return Summary(name, len(split), output_name, scores, **arrays)
+
+
+def _by_definition(model: FusionModel, split: Split, output: int) -> tuple[np.ndarray, np.ndarray]:
+    """Prediction and its EMAP (N,) of a model with any head."""
+    encoded = model.encode(split.features)
+    values = values_by_definition(
+        lambda latents: model.rescale(model.fusion(latents)), [encoded[name] for name in model.modalities]
+    )
+    return values[(0, 1)][:, output].double().numpy(), emap(values)[:, output].double().numpy()
+
+
+def _scores(prediction: np.ndarray, target: np.ndarray, task: Task) -> dict[str, Score]:
+    if task == "binary":
+        names = SHOWN["binary"] if len(np.unique(target)) > 1 else ("accuracy",)
+        return binary_scores(1 / (1 + np.exp(-prediction)), target, names=names)
+    return {name: score for name, score in regression_scores(prediction, target).items() if name in SHOWN["regression"]}
+
+
+def summary_rows(summary: Summary) -> list[tuple[str, list[str], list[list[str]]]]:
+    """The summary as tables (caption, head, rows) of text."""
+    tables = []
+    if summary.scores:
+        names = list(next(iter(summary.scores.values())))
+        rows = [
+            [label, *(f"{s.mean:.3f}{_plus_minus(s.std)} [{s.low:.3f}, {s.high:.3f}]" for s in scores.values())]
+            for label, scores in summary.scores.items()
+        ]
+        caption = (
+            f"scores on {summary.split}, n = {summary.examples}: mean +- std over seeds [95 % bootstrap interval]; "
+            "EMAP (Hessel & Lee, 2020) is the model without its interactions"
+        )
+        tables.append((caption, ["", *names], rows))
+    total = sum(summary.shapley.values())
+    rows = [[name, _cell(x), f"{(x / total).mean():.0%}"] for name, x in summary.shapley.items()]
+    caption = f"Shapley values of the {summary.output} on {summary.split}: mean over examples of their absolute value"
+    tables.append((caption, ["modality", "mean |value|", "share"], rows))
+    rows = [[name, _cell(summary.variance[name]), _cell(x)] for name, x in summary.relevance.items()]
+    together = "" if summary.output == "logit" else " (of all outputs together)"
+    caption = (
+        f"sets of modalities{together}: share of the prediction's variance, and relevance "
+        "(norm of the weights, after InTense)"
+    )
+    tables.append((caption, ["set", "share of variance", "relevance"], rows))
+    return tables
+
+
+def print_summary(summary: Summary) -> None:
+    """The summary as fixed-width tables."""
+    for caption, head, rows in summary_rows(summary):
+        widths = [max(len(cells[i]) for cells in (head, *rows)) for i in range(len(head))]
+        print(f"\n{caption}")
+        for cells in (head, *rows):
+            print("  " + "  ".join(f"{cell:{width}}" for cell, width in zip(cells, widths, strict=True)).rstrip())
+
+
+def _cell(values: np.ndarray) -> str:
+    return f"{values.mean():.3f}" + _plus_minus(values.std(ddof=1) if len(values) > 1 else None)
+
+
+def _plus_minus(std: float | None) -> str:
+    return "" if std is None else f" +- {std:.3f}"

@@ -1,0 +1,1 @@
+"""Losses between the latents of several modalities."""

@@ -1,0 +1,175 @@
+"""jWAE -> fusion as one module that takes raw features, and an ensemble of such members that saves and loads.
+
+features --standardise--> x_m --encoder--> z_m --LMF--> --rescale--> prediction: a logit, or a regression's target
+                                 z_m --decoder--> reconstruction of x_m
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+from torch import Tensor, nn
+
+from jwae_module import JWAE
+from lmf_module import LowRankMultimodalFusion
+from mmfusion.errors import InputError, check_numbers
+from mmfusion.models.heads import ConcatenationHead, FusedWidthHead, Rescale, Standardise, TensorHead
+from mmfusion.models.spectral_norm import normalise_spectrally
+
+Fusion = Literal["lmf", "concatenation", "tensor"]
+MOST_WIDTH = 65536  # of a latent, a hidden layer or a rank: beyond it a typing mistake is likelier than a wish
+
+
+class FusionOutput(NamedTuple):
+    """What one model says of one batch."""
+
+    prediction: Tensor  # (..., O): logits, or values in the units of a regression's target
+    latents: dict[str, Tensor]  # (..., L) per modality
+    standardised: dict[str, Tensor]  # (..., d_m) per modality: what the reconstructions are compared with
+    reconstructions: dict[str, Tensor]  # (..., d_m) per modality; empty unless asked for
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Model"""
+
+    latent_dim: int = 32
+    """width L of the latents"""
+    hidden_dim: int = 128
+    """width of the encoders' and decoders' hidden layer"""
+    rank: int = 4
+    """number of rank-1 terms R; for one logit this is the CP rank of the interaction"""
+    spectral_norm: float | None = None
+    """fix the spectral norm of every weight matrix of encoders and head to this; default: weights are free"""
+
+    def check(self) -> None:
+        """Raise InputError naming the first flag out of range."""
+        check_numbers(self, {name: (1, MOST_WIDTH) for name in ("latent_dim", "hidden_dim", "rank")})
+        if self.spectral_norm is not None and not 0 < self.spectral_norm < math.inf:
+            raise InputError(f"--spectral-norm {self.spectral_norm}: give a number above 0, for instance 1")
+
+
+class FusionModel(nn.Module):
+    """One member: standardisation, jWAE, and a head over the latents.
+
+    Args:
+        input_dims: width d_m of each modality; the head takes them in alphabetical order. With one modality the LMF
+            head is an affine map of its latent: that is the one-modality baseline.
+        latent_dim: L, the width of every latent.
+        hidden_dim: width of the encoders' and decoders' hidden layer (and of the concatenation head's).
+        rank: R, the number of rank-1 terms of the LMF head.
+        output_dim: O; 1 gives the logit itself, so that R is the CP rank of the interaction.
+        fusion: "lmf"; for the baselines "concatenation", or "tensor" for the explicit tensor product.
+        active_rank: only the first `active_rank` of the R terms take part (default all R).
+        fused_dim: LMF into this many outputs, and a linear layer over them; default: LMF gives the outputs itself.
+        spectral_norm: every weight matrix of the encoders and of the head is divided by its spectral norm and
+            multiplied by this; default: weights are free.
+    """
+
+    def __init__(
+        self,
+        input_dims: Mapping[str, int],
+        latent_dim: int = ModelConfig.latent_dim,
+        hidden_dim: int = ModelConfig.hidden_dim,
+        rank: int = ModelConfig.rank,
+        output_dim: int = 1,
+        fusion: Fusion = "lmf",
+        active_rank: int | None = None,
+        fused_dim: int | None = None,
+        spectral_norm: float | None = ModelConfig.spectral_norm,
+    ) -> None:
+        super().__init__()
+        # config.json is written with sorted keys: any other order would not survive saving and loading
+        input_dims = dict(sorted(input_dims.items()))
+        self.modalities = tuple(input_dims)
+        self.standardise = nn.ModuleDict({name: Standardise(dim) for name, dim in input_dims.items()})
+        self.jwae = JWAE(input_dims, latent_dim, hidden_dim)
+        widths = [latent_dim] * len(input_dims)
+        self.rescale = Rescale(output_dim)
+        if fusion == "concatenation":
+            self.fusion = ConcatenationHead(widths, output_dim, hidden_dim)
+        elif fusion == "tensor":
+            self.fusion = TensorHead(widths, output_dim)
+        else:
+            layer = LowRankMultimodalFusion(widths, fused_dim or output_dim, rank, active_rank=active_rank)
+            self.fusion = FusedWidthHead(layer, output_dim) if fused_dim else layer
+        if spectral_norm is not None:
+            normalise_spectrally(self.jwae.encoders, spectral_norm)
+            normalise_spectrally(self.fusion, spectral_norm)
+
+    def fit_standardisation(self, features: Mapping[str, Tensor]) -> None:
+        """Fit mean and std of each modality on the training features (N, d_m)."""
+        for name, module in self.standardise.items():
+            module.fit(features[name])
+
+    def encode(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Latents (..., L) of raw features (..., d_m)."""
+        return self.jwae.encode({name: module(features[name]) for name, module in self.standardise.items()})
+
+    def forward(
+        self, features: Mapping[str, Tensor], reconstruct: bool = True, present: Mapping[str, Tensor] | None = None
+    ) -> FusionOutput:
+        """Prediction (..., O), latents and, where asked for, reconstructions of raw features (..., d_m).
+
+        `present` (...) holds 1 and 0 for each modality that may be missing: the head sees 0 in place of its latent,
+        which removes exactly the parts of an LMF prediction that the modality takes part in. The latents returned are
+        whole.
+        """
+        standardised = {name: module(features[name]) for name, module in self.standardise.items()}
+        latents = self.jwae.encode(standardised)
+        reconstructions = self.jwae.decode(latents) if reconstruct else {}
+        seen = dict(latents)
+        for name, mask in (present or {}).items():
+            seen[name] = latents[name] * mask.unsqueeze(-1)
+        prediction = self.rescale(self.fusion([seen[name] for name in self.modalities]))
+        return FusionOutput(prediction, latents, standardised, reconstructions)
+
+
+class FusionEnsemble(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="low-rank-multimodal-fusion",
+    tags=["multimodal", "low-rank-fusion", "hateful-memes"],
+):
+    """Independently trained members of one shape; takes raw features, gives the logits of every member.
+
+    `from_pretrained(folder or hub name)`, `save_pretrained` and `push_to_hub` follow the Hugging Face hub's
+    conventions: config.json holds the constructor's arguments, model.safetensors the weights.
+    """
+
+    def __init__(
+        self,
+        input_dims: dict[str, int],
+        members: int = 1,
+        latent_dim: int = ModelConfig.latent_dim,
+        hidden_dim: int = ModelConfig.hidden_dim,
+        rank: int = ModelConfig.rank,
+        output_dim: int = 1,
+        fusion: Fusion = "lmf",
+        spectral_norm: float | None = ModelConfig.spectral_norm,
+    ) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(
+            FusionModel(input_dims, latent_dim, hidden_dim, rank, output_dim, fusion, spectral_norm=spectral_norm)
+            for _ in range(members)
+        )
+
+    @classmethod
+    def from_members(cls, models: Sequence[FusionModel], **shape: object) -> "FusionEnsemble":
+        """An ensemble with the values of trained models, in evaluation mode; `shape` is its constructor's arguments."""
+        ensemble = cls(**shape, members=len(models)).eval()
+        for empty, model in zip(ensemble.members, models, strict=True):
+            empty.load_state_dict(model.state_dict())
+        return ensemble
+
+    def forward(self, features: Mapping[str, Tensor]) -> Tensor:
+        """Logits (S, N, O) of raw features (N, d_m)."""
+        return torch.stack([member(features, reconstruct=False).prediction for member in self.members])
+
+    @torch.inference_mode()
+    def predict_proba(self, features: Mapping[str, Tensor]) -> Tensor:
+        """Probability of the positive class, (S, N), of raw features (N, d_m); for one output."""
+        return self(features).squeeze(-1).sigmoid()

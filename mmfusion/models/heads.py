@@ -1,0 +1,103 @@
+"""Scalings that travel with a model, and the heads that LMF is compared with."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lmf_module import LowRankMultimodalFusion
+
+
+class Standardise(nn.Module):
+    """(x - mean) / std per coordinate; mean and std are buffers, so they travel with the weights.
+
+    A coordinate that is constant in training is mapped to 0 there and divided by 1 elsewhere.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("std", torch.ones(dim))
+
+    @torch.no_grad()
+    def fit(self, x: Tensor) -> None:
+        """Take mean and standard deviation from x (N, d), in float64, since N may be large."""
+        x = x.double()
+        std, mean = torch.std_mean(x, dim=0, correction=0)
+        # relative to the coordinate's size: a constant column has a rounding-error std, not 0
+        constant = std <= 1e-6 * mean.abs().clamp_min(1e-12)
+        self.mean.copy_(mean)
+        self.std.copy_(torch.where(constant, torch.ones_like(std), std))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.std
+
+
+class Rescale(nn.Module):
+    """x * std + mean per output, so that a regression learns a standardised target; the identity unless fitted."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("std", torch.ones(dim))
+
+    @torch.no_grad()
+    def fit(self, target: Tensor) -> None:
+        """Take mean and standard deviation from a regression's training targets, (N,) or (N, O)."""
+        std, mean = torch.std_mean(target.double().reshape(len(target), -1), dim=0, correction=0)
+        self.mean.copy_(mean)
+        self.std.copy_(torch.where(std > 0, std, torch.ones_like(std)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.std + self.mean
+
+
+class ConcatenationHead(nn.Module):
+    """The usual alternative to LMF: concatenated latents through one hidden layer.
+
+    Takes the same list of latents (..., d_m) and returns (..., O).
+    """
+
+    def __init__(self, input_dims: list[int], output_dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(sum(input_dims), hidden_dim), nn.GELU(), nn.Linear(hidden_dim, output_dim)
+        )
+
+    def forward(self, latents: list[Tensor]) -> Tensor:
+        return self.layers(torch.cat(latents, dim=-1))
+
+
+class TensorHead(nn.Module):
+    """Tensor fusion (TFN; Zadeh et al., EMNLP 2017) with a linear readout: a free weight for every entry of the outer
+    product of the [z_m; 1]. LMF is this head with its weight tensor, (d_1 + 1) x ... x (d_M + 1) per output, at rank R.
+
+    Takes a list of latents (..., d_m) and returns (..., O).
+    """
+
+    def __init__(self, input_dims: list[int], output_dim: int) -> None:
+        super().__init__()
+        self.readout = nn.Linear(math.prod(d + 1 for d in input_dims), output_dim)
+
+    def forward(self, latents: list[Tensor]) -> Tensor:
+        product = F.pad(latents[0], (0, 1), value=1.0)
+        for z in latents[1:]:
+            product = (product.unsqueeze(-1) * F.pad(z, (0, 1), value=1.0).unsqueeze(-2)).flatten(-2)
+        return self.readout(product)  # (..., prod_m (d_m + 1)) -> (..., O)
+
+
+class FusedWidthHead(nn.Module):
+    """LMF into `fused_dim` outputs and a linear layer over them, as the published models have it.
+
+    The prediction's CP rank is then bounded by rank * fused_dim, not by the rank. Takes a list of latents (..., d_m)
+    and returns (..., O).
+    """
+
+    def __init__(self, layer: LowRankMultimodalFusion, output_dim: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.readout = nn.Linear(layer.output_dim, output_dim)
+
+    def forward(self, latents: list[Tensor]) -> Tensor:
+        return self.readout(self.layer(latents))

@@ -1,0 +1,1 @@
+"""Certificates, attacks, worst cases and corruptions."""

@@ -1,0 +1,187 @@
+"""A finished run with its models and its data, as it stands in runs/NAME.
+
+Two commands leave models behind: `python main_hateful_memes.py` and `python -m experiments.baselines`.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors import SafetensorError
+
+from mmfusion.dataset import Corpus, Task
+from mmfusion.errors import InputError
+from mmfusion.data.registry import DataOptions, load_corpora, memes_source
+from mmfusion.data.memes import MemesConfig, MemesSource, find_source, load_memes
+from mmfusion.data.folds import Study, study_of
+from mmfusion.encoders.frozen import EncoderConfig
+from mmfusion.models.fusion import FusionEnsemble, FusionModel
+from hateful_memes_loader import find_annotations, image_paths
+from mmfusion.runs.folder import is_complete
+from mmfusion.distributed import Processes
+
+Settings = TypeVar("Settings")
+
+MODEL_KEEPERS = ("baselines", "train")  # experiments whose runs keep models; "train" is what baselines was called
+# columns of the metadata that hold what a modality was encoded from
+TEXT_COLUMNS = {"text": "transcript", "utterance": "transcript", "context": "context"}
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """What a run has learned, and from what."""
+
+    folder: Path
+    study: Study
+    """all examples in one pool, and the folds"""
+    corpora: list[Corpus]
+    """as loaded, one per fold: splits that the study leaves out, and unlabelled ones, are here"""
+    ensembles: dict[str, FusionEnsemble]
+    """{row: all its members, seed-major, then fold}; jWAE-LMF first"""
+    seeds: list[int]
+    settings: dict[str, object]
+    """as in run.json"""
+    encoders: EncoderConfig | None
+    """None where the features came as they are from a file"""
+    memes: MemesSource | None
+    """for runs on memes: where they lie"""
+    cache_dir: Path
+    trained_on_dev: bool
+
+    @property
+    def task(self) -> Task:
+        """ "binary" or "regression"."""
+        return self.study.task
+
+    @property
+    def main_row(self) -> str:
+        """jWAE-LMF at the run's rank."""
+        return next(iter(self.ensembles))
+
+    @property
+    def prior_free_row(self) -> str | None:
+        """The same model trained without the prior (and, in `experiments.baselines`, without any jWAE term)."""
+        return next((row for row in ("LMF without jWAE", "jWAE-LMF, no prior") if row in self.ensembles), None)
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 of the main row's weights: which models a measurement was made of."""
+        return hashlib.sha256((self.folder / "model.safetensors").read_bytes()).hexdigest()
+
+    def members(self, row: str, fold: int = 0) -> list[FusionModel]:
+        """The members of one row that were trained on one fold, one per seed."""
+        return list(self.ensembles[row].members)[fold :: len(self.study.folds)]
+
+    def image_paths(self, ids: Sequence[str]) -> dict[str, Path]:
+        """The image file of each id; for runs on memes. Raises InputError where the folder is gone."""
+        return image_paths(ids, self.memes.jsonl.parent, self.memes.img_dir)
+
+    def texts(self, corpus: Corpus, split: str) -> dict[str, list[str]]:
+        """What the modalities that were encoded from text were encoded from, example by example."""
+        if self.encoders is None:
+            return {}
+        metadata = corpus.splits[split].metadata
+        names = [name for name in corpus.input_dims if TEXT_COLUMNS.get(name) in metadata]
+        return {name: metadata[TEXT_COLUMNS[name]] for name in names}
+
+
+def load_run(folder: Path, device: str = "cpu") -> TrainedRun:
+    """Read models and data of a finished run; the data are those that its settings name, encoded or from the cache.
+
+    Raises InputError where the folder holds no such run, or the data are no longer those that it was trained on.
+    """
+    begun = _read_run(folder)
+    settings = begun["settings"]
+    ensembles = _read_ensembles(folder)
+    memes = encoders = None
+    if "experiment" in begun["data"]:
+        options = _from_json(DataOptions, settings)
+        corpora = load_corpora(options, device)
+        study = study_of(corpora)
+        now = {"experiment": begun["data"]["experiment"], **study.description}
+        memes = memes_source(options)
+        if options.dataset == "mustard":
+            encoders = EncoderConfig(text_encoder=options.text_encoder).filled()
+        # where dev itself is tested on, nothing but train was trained on
+        overlap = any(bool(torch.isin(fold.dev, fold.test).any()) for fold in study.folds)
+        trained_on_dev = not settings.get("hold_out_dev", False) and not overlap
+    else:
+        data, choices = _from_json(MemesConfig, settings), _from_json(EncoderConfig, settings)
+        processes = Processes(device=device)
+        corpora = [load_memes(data, choices, processes, quiet=True)]
+        study = study_of(corpora)
+        now = corpora[0].description
+        memes = find_source(data, choices, processes, quiet=True)
+        trained_on_dev = False
+    if memes is not None:
+        memes = replace(memes, jsonl=find_annotations(memes.jsonl)["train"])
+        encoders = memes.encoders
+    cache_dir = Path(settings["cache_dir"])
+    seeds = settings["seeds"]
+    seeds = list(seeds) if isinstance(seeds, list) else list(range(seeds))  # the main script used to list them
+    if json.loads(json.dumps(now)) != begun["data"]:
+        raise InputError(
+            f"{folder}: was trained on other data, or with other encoders, than its settings lead to now; bring them "
+            "back, or train it anew"
+        )
+    for row, ensemble in ensembles.items():
+        if len(ensemble.members) != len(seeds) * len(study.folds):
+            raise InputError(
+                f"{folder}: {row!r} has {len(ensemble.members)} members, not {len(seeds)} seeds x {len(study.folds)} folds; "
+                "its files are of several runs, train it anew"
+            )
+    return TrainedRun(folder, study, corpora, ensembles, seeds, settings, encoders, memes, cache_dir, trained_on_dev)
+
+
+def _read_run(folder: Path) -> dict:
+    remedy = "train one with main_hateful_memes.py or experiments.baselines, and give its folder, such as runs/demo"
+    path = folder / "run.json"
+    if not path.is_file():
+        raise InputError(f"{folder}: holds no run (no run.json); {remedy}")
+    try:
+        begun = json.loads(path.read_text(encoding="utf-8"))
+        experiment = begun["data"].get("experiment", "baselines")
+        begun["settings"].items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: damaged ({type(error).__name__}); {remedy}") from error
+    if experiment not in MODEL_KEEPERS:
+        raise InputError(f"{folder}: a run of experiments.{experiment} keeps no models; {remedy}")
+    if not is_complete(folder):
+        raise InputError(f"{folder}: this run has not come to its end; go on with it with --resume first")
+    if not (folder / "model.safetensors").is_file():
+        raise InputError(f"{folder}: keeps no model.safetensors; {remedy}")
+    return begun
+
+
+def _read_ensembles(folder: Path) -> dict[str, FusionEnsemble]:
+    """The run's own ensemble, then its baselines in the order in which they were saved."""
+    places = [folder, *(path.parent for path in (folder / "baselines").glob("*/config.json"))]
+    places[1:] = sorted(places[1:], key=lambda place: ((place / "config.json").stat().st_mtime_ns, place.name))
+    ensembles = {}
+    for place in places:
+        try:
+            row = json.loads((place / "config.json").read_text(encoding="utf-8"))["row"]
+            with contextlib.redirect_stdout(io.StringIO()):  # it says for each that it reads a folder
+                ensembles[row] = FusionEnsemble.from_pretrained(place).eval().requires_grad_(False)
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+            reason = " ".join(str(error).split())[:120]
+            raise InputError(f"{place}: its model cannot be read ({reason}); train the run anew") from error
+    return ensembles
+
+
+def _from_json(config_class: type[Settings], settings: dict) -> Settings:
+    """The dataclass whose fields were written to run.json; flags that came later have their defaults."""
+    values = {}
+    for field in fields(config_class):
+        if field.name in settings:
+            value = settings[field.name]
+            if value is not None and "Path" in str(field.type):
+                value = Path(value)
+            values[field.name] = tuple(value) if isinstance(value, list) else value
+    return config_class(**values)

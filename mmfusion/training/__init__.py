@@ -1,0 +1,1 @@
+"""Many members at once: trainer, objective, recipe."""

@@ -1,0 +1,245 @@
+"""A grid of settings x seeds x folds, trained in one call, and what its members say of every example."""
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+from tqdm import tqdm
+
+from mmfusion.data.folds import Study, targets
+from mmfusion.metrics.scores import example_losses, example_scores
+from mmfusion.models.fusion import Fusion, FusionEnsemble, FusionModel
+from mmfusion.training.objective import objective
+from mmfusion.training.recipe import Recipe
+from mmfusion.training.trainer import EVALUATION_CHUNK, Fold, Member, Schedule, train
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of a grid."""
+
+    label: str
+    rank: int
+    terms: tuple[str, ...] = ("mmd", "reconstruction", "alignment")
+    """regularising terms that are on; the others have weight 0"""
+    weight_decay: float | None = None
+    """default: the recipe's"""
+    dropout: Mapping[str, float] | None = None
+    """rate at which each modality is hidden in training; default: the recipe's, for all"""
+
+
+MEMBERS_AT_ONCE = 320  # keeps every experiment below 4 GB; the rest of a grid follows in further blocks
+JWAE = ("mmd", "reconstruction", "alignment")
+PLAIN: tuple[str, ...] = ()
+
+
+@dataclass
+class Grid:
+    """P settings x S seeds x F folds of trained members."""
+
+    study: Study
+    settings: list[Setting]
+    seeds: list[int]
+    models: list[FusionModel]
+    """setting-major, then seed, then fold"""
+    outputs: np.ndarray
+    """(P, S, F, N) or (P, S, F, N, O): what each member says of every example of the pool"""
+    shape: dict[str, object]
+    """arguments of every member's FusionModel, the active rank apart"""
+
+    def ensemble(self, setting: int) -> FusionEnsemble:
+        """All members of a setting, seed-major, then fold, as one model that saves and loads."""
+        models = self.members([setting])
+        shape = {name: value for name, value in self.shape.items() if name != "fused_dim"}
+        return FusionEnsemble.from_members(models, **shape)
+
+    def model(self, setting: int, seed: int, fold: int = 0) -> FusionModel:
+        """The member of one setting, seed and fold, by their indices."""
+        return self.models[(setting * len(self.seeds) + seed) * len(self.study.folds) + fold]
+
+    def index(self, label: str) -> int:
+        """Place of the setting of that label."""
+        return [setting.label for setting in self.settings].index(label)
+
+    def predictions(self, part: str = "test") -> np.ndarray:
+        """(P, S, n[, O]): predictions on that part of every fold, fold after fold."""
+        return select(self.study, self.outputs, part)
+
+    def members(self, places: Sequence[int]) -> list[FusionModel]:
+        """All members of these settings: setting-major, then seed, then fold."""
+        block = len(self.seeds) * len(self.study.folds)
+        return [model for p in places for model in self.models[p * block : (p + 1) * block]]
+
+    def without(self, missing: Sequence[str], places: Sequence[int], part: str = "test") -> np.ndarray:
+        """(len(places), S, n): additive scores of these settings where the latents in `missing` are zero."""
+        outputs = outputs_of(self.study, self.members(places), missing)
+        outputs = outputs.reshape(len(places), *self.outputs.shape[1:])
+        return per_example(self.study, select(self.study, outputs, part), part, example_scores)
+
+    def scores(self, part: str = "test") -> np.ndarray:
+        """(P, S, n): additive score of each example, larger is better (metrics.example_scores)."""
+        return per_example(self.study, self.predictions(part), part, example_scores)
+
+    def losses(self, part: str = "test") -> np.ndarray:
+        """(P, S, n): loss of each example (metrics.example_losses)."""
+        return per_example(self.study, self.predictions(part), part, example_losses)
+
+
+def select(study: Study, outputs: np.ndarray, part: str) -> np.ndarray:
+    """(..., F, N[, O]) -> (..., n[, O]): each fold's own part of the pool, fold after fold."""
+    axis = -2 if study.pool.target.ndim == 1 else -3
+    folds = [np.take(outputs, f, axis=axis) for f in range(len(study.folds))]
+    rows = [getattr(fold, part).numpy() for fold in study.folds]
+    return np.concatenate([np.take(x, r, axis=axis + 1) for x, r in zip(folds, rows, strict=True)], axis=axis + 1)
+
+
+def per_example(study: Study, predictions: np.ndarray, part: str, of: Callable) -> np.ndarray:
+    """(..., n[, O]) -> (..., n) by `of` (example_scores or example_losses), in units of the target's deviation."""
+    target, scale = targets(study, part), study.target_scale.numpy()
+    if study.task == "regression":  # so that outputs, and corpora, weigh alike
+        scale = scale if target.ndim > 1 else scale[0]
+        predictions, target = predictions / scale, target / scale
+    lead = predictions.shape[: -target.ndim]
+    values = of(predictions.reshape(-1, *target.shape), target, study.task)
+    return values.reshape(*lead, -1)
+
+
+def train_grid(
+    study: Study,
+    settings: Sequence[Setting],
+    seeds: Sequence[int],
+    recipe: Recipe,
+    *,
+    fusion: Fusion = "lmf",
+    fused_dim: int | None = None,
+    spectral_norm: float | None = None,
+    compile: bool = False,
+    device: str | torch.device = "cpu",
+    checkpoint: Path | None = None,
+    title: str = "train",
+) -> Grid:
+    """Train every setting with every seed on every fold, at once up to MEMBERS_AT_ONCE members: memory is bounded."""
+    shape = {
+        "input_dims": study.input_dims,
+        "latent_dim": recipe.latent_dim,
+        "hidden_dim": recipe.hidden_dim,
+        "rank": max(setting.rank for setting in settings),
+        "output_dim": study.output_dim,
+        "fusion": fusion,
+        "fused_dim": fused_dim,
+        "spectral_norm": spectral_norm,
+    }
+    fitted = [_fitted(shape, study, fold.train) for fold in study.folds]
+
+    def build(member: Member) -> FusionModel:
+        model = FusionModel(**shape, active_rank=member.settings["rank"])
+        model.standardise.load_state_dict(fitted[member.fold].standardise.state_dict())
+        model.rescale.load_state_dict(fitted[member.fold].rescale.state_dict())
+        return model
+
+    members = [
+        Member(
+            seed,
+            recipe.objective.loss_weights(study.task, study.input_dims, setting.terms),
+            recipe.weight_decay if setting.weight_decay is None else setting.weight_decay,
+            {"rank": setting.rank},
+            _dropout(setting, recipe, study),
+            fold,
+        )
+        for setting in settings
+        for seed in seeds
+        for fold in range(len(study.folds))
+    ]
+    schedule = Schedule(
+        epochs=recipe.epochs,
+        batch_size=recipe.batch_size,
+        learning_rate=recipe.learning_rate,
+        annealing="cosine",
+        keep="last",
+        compile=compile,
+    )
+    scale = study.target_scale.to(device)
+
+    folds = [Fold(fold.train, fold.dev) for fold in study.folds]
+    # blocks of equal size, so that compilation meets one shape, or two
+    count = math.ceil(len(members) / MEMBERS_AT_ONCE)
+    bounds = [round(len(members) * k / count) for k in range(count + 1)]
+    models: list[FusionModel] = []
+    with tqdm(
+        total=count * recipe.epochs, desc=f"{title}, {len(members)} trainings", unit="epoch", mininterval=0.5
+    ) as bar:
+        for number, (start, stop) in enumerate(itertools.pairwise(bounds), 1):
+            trained = train(
+                build,
+                members[start:stop],
+                lambda model, batch: objective(model, batch, study.task, scale=scale),
+                predict_of(study),
+                study.pool,
+                study.pool,
+                selection_score(study),
+                schedule,
+                folds=folds,
+                device=device,
+                checkpoint=checkpoint and checkpoint.with_stem(f"{checkpoint.stem}-{number}"),
+                on_epoch=lambda record: bar.update(),
+            )
+            models += trained.models
+    outputs = outputs_of(study, models)
+    return Grid(
+        study,
+        list(settings),
+        list(seeds),
+        models,
+        outputs.reshape(len(settings), len(seeds), len(study.folds), *outputs.shape[1:]),
+        shape,
+    )
+
+
+def predict_of(study: Study, missing: Sequence[str] = ()) -> Callable:
+    """(model, features) -> (N,), or (N, O) where the study has several outputs; the latents in `missing` are zero."""
+
+    def predict(model, features: dict[str, Tensor]) -> Tensor:
+        present = {name: features[name].new_zeros(len(features[name])) for name in missing}
+        prediction = model(features, reconstruct=False, present=present).prediction
+        return prediction.squeeze(-1) if study.pool.target.ndim == 1 else prediction
+
+    return predict
+
+
+def selection_score(study: Study) -> Callable[[np.ndarray, np.ndarray], float]:
+    """(predictions, target) -> AUROC, or minus the mean absolute error; for the log alone, nothing is selected."""
+    if study.task == "binary":
+        return lambda logits, target: roc_auc_score(target, logits)
+    return lambda values, target: -float(np.abs(values - target).mean())
+
+
+@torch.inference_mode()
+def outputs_of(study: Study, models: Sequence[FusionModel], missing: Sequence[str] = ()) -> np.ndarray:
+    """(members, N[, O]): predictions of every model on the whole pool; the latents in `missing` are zero."""
+    predict, size = predict_of(study, missing), len(study.pool)
+    chunks = [
+        {name: x[start : start + EVALUATION_CHUNK] for name, x in study.pool.features.items()}
+        for start in range(0, size, EVALUATION_CHUNK)
+    ]
+    return np.stack([torch.cat([predict(model, chunk) for chunk in chunks]).numpy() for model in models])
+
+
+def _fitted(shape: dict, study: Study, rows: Tensor) -> FusionModel:
+    model = FusionModel(**shape)
+    model.fit_standardisation({name: x[rows] for name, x in study.pool.features.items()})
+    if study.task == "regression":
+        model.rescale.fit(study.pool.target[rows])
+    return model
+
+
+def _dropout(setting: Setting, recipe: Recipe, study: Study) -> dict[str, float]:
+    if setting.dropout is not None:
+        return dict(setting.dropout)
+    # of one modality alone nothing would be left
+    return {name: recipe.modality_dropout for name in study.pool.features} if len(study.pool.features) > 1 else {}

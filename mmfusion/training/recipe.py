@@ -1,0 +1,120 @@
+"""Settings of a training, each declared once: sections of the main script's Config, and the study's common recipe."""
+
+import os
+import shutil
+from collections.abc import Collection
+from dataclasses import dataclass, fields
+
+from mmfusion.dataset import Task
+from mmfusion.errors import InputError, check_numbers
+from mmfusion.models.fusion import ModelConfig
+from mmfusion.training.objective import FIT_TERM, Alignment
+
+INFINITY = float("inf")
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """Objective"""
+
+    mmd_weight: float = 1.0
+    """weight of the MMD to the Gaussian prior; 0 turns the prior off"""
+    reconstruction_weight: float = 0.1
+    """weight of the reconstruction error"""
+    alignment_weight: float = 0.1
+    """weight of the alignment of one example's latents"""
+    alignment: Alignment = "margin"
+    """which alignment: the margin ranking loss of the jWAE paper, or symmetric InfoNCE"""
+
+    def loss_weights(
+        self, task: Task, modalities: Collection[str], active: Collection[str] | None = None
+    ) -> dict[str, float]:
+        """Weight of each loss term: 1 for the fit, 0 for a regularising term outside `active` (default: all are on).
+
+        A single modality has nothing to be aligned with, and no such term.
+        """
+        weights = {FIT_TERM[task]: 1.0}
+        for field in fields(self):
+            term = field.name.removesuffix("_weight")
+            if term != field.name and (term != "alignment" or len(modalities) > 1):
+                weights[term] = getattr(self, field.name) if active is None or term in active else 0.0
+        return weights
+
+    def check(self) -> None:
+        """Raise InputError naming the first flag out of range."""
+        names = [field.name for field in fields(self) if field.name.endswith("_weight")]
+        check_numbers(self, {name: (0, 1e9) for name in names})
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Training"""
+
+    seeds: int = 5
+    """seeds 0 .. n - 1: one member each; all are trained at once"""
+    epochs: int = 30
+    """at most; see --patience"""
+    patience: int = 6
+    """epochs without a better dev AUROC after which a member stops"""
+    batch_size: int = 64
+    """examples per step"""
+    learning_rate: float = 1e-3
+    """of Adam"""
+    weight_decay: float = 0.01
+    """decoupled, on weight matrices"""
+    modality_dropout: float = 0.0
+    """rate at which each modality is hidden in training, of models that have both"""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes CUDA where there is one"""
+    compile: bool = False
+    """compile the training step (pays on long runs)"""
+
+    def check(self) -> None:
+        """Raise InputError naming the first flag out of range."""
+        bounds = {"seeds": (1, 1024), "epochs": (1, 1e6), "patience": (1, 1e6), "batch_size": (2, 1e6)}
+        check_numbers(self, bounds | {"weight_decay": (0, 1e9)})
+        if not 0 < self.learning_rate < INFINITY:
+            raise InputError(f"--learning-rate {self.learning_rate}: give a number above 0, for instance 1e-3")
+        if not 0 <= self.modality_dropout < 1:
+            raise InputError(f"--modality-dropout {self.modality_dropout}: give a rate from 0 up to, not including, 1")
+        check_compiler(self.compile)
+
+
+def check_compiler(wanted: bool) -> None:
+    """Raise InputError where --compile is wanted and there is no C++ compiler."""
+    compiler = os.environ.get("CXX", "g++")
+    if wanted and shutil.which(compiler) is None:
+        raise InputError(
+            f"--compile: needs a C++ compiler, and {compiler} is not found; install it, or leave the flag out"
+        )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What all experiments train alike, on every data set; docs/recipe.md says how it was chosen."""
+
+    latent_dim: int = ModelConfig.latent_dim
+    """width L of the latents"""
+    hidden_dim: int = 32
+    """width of the encoders' and decoders' hidden layer"""
+    epochs: int = 40
+    """passes over the training part; the last epoch's parameters are kept, so no split is selected upon"""
+    batch_size: int = TrainingConfig.batch_size
+    """examples per step"""
+    learning_rate: float = TrainingConfig.learning_rate
+    """of Adam, at the start; it falls to 0 along half a cosine"""
+    weight_decay: float = 10.0
+    """decoupled, on weight matrices: each step takes learning_rate * weight_decay off them, 1 %"""
+    modality_dropout: float = 0.3
+    """rate at which each modality is hidden in training"""
+    mmd_weight: float = 0.3
+    """weight of the prior where it is on"""
+    reconstruction_weight: float = ObjectiveConfig.reconstruction_weight
+    """weight of the reconstruction error where it is on"""
+    alignment_weight: float = ObjectiveConfig.alignment_weight
+    """weight of the pair alignment (margin ranking) where it is on"""
+
+    @property
+    def objective(self) -> ObjectiveConfig:
+        """The weights of the loss terms."""
+        return ObjectiveConfig(self.mmd_weight, self.reconstruction_weight, self.alignment_weight)

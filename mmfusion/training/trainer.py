@@ -1,0 +1,437 @@
+"""Train S members at once: one model and one batch in the objective, a stack of members in the step.
+
+A member is a seed plus whatever may differ without changing a shape: the weights of the loss terms, the weight decay,
+the fold of the data, the rates at which modalities are dropped, and what `build` makes of it (for instance a rank
+mask). Members with the same seed see the same batches in the same order, so differences between settings are paired;
+different seeds share nothing. The random numbers of an epoch are a function of (seed, epoch) alone: a resumed run
+needs no generator state, and no member depends on its companions.
+"""
+
+import hashlib
+import itertools
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value, stack_module_state, vmap
+
+from mmfusion.dataset import Split
+from mmfusion.errors import InputError, NonFiniteLoss
+from mmfusion.files import write_safetensors
+
+EVALUATION_CHUNK = 1024  # examples at a time: bounds the memory of S members' hidden layers
+
+
+class Batch(NamedTuple):
+    """B examples as the objective sees them."""
+
+    features: dict[str, Tensor]  # (B, d_m)
+    target: Tensor  # (B,) or (B, O)
+    present: dict[str, Tensor] = {}  # noqa: RUF012 (B,) of 1 and 0 where modalities are dropped; empty where none is
+
+
+class Fold(NamedTuple):
+    """Which examples a member trains on and is selected on; long (n,)."""
+
+    train: Tensor  # rows of `data`; in every fold as many batches as the smallest fold has
+    selection: Tensor  # rows of `selection`
+
+
+@dataclass(frozen=True)
+class Member:
+    """One training among S."""
+
+    seed: int
+    loss_weights: Mapping[str, float]
+    """weight of each term that the objective names; a term without a weight is an error"""
+    weight_decay: float = 0.0
+    """decoupled (AdamW), on weight matrices alone"""
+    settings: Mapping[str, float | int | str] = field(default_factory=dict)
+    """whatever `build` needs to know; part of the checkpoint's identity"""
+    dropout: Mapping[str, float] = field(default_factory=dict)
+    """rate at which each modality is hidden in training, independently; a modality that is not named is always seen"""
+    fold: int = 0
+    """which of the folds it is trained on"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """What all members have in common."""
+
+    epochs: int = 40
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    annealing: Literal["none", "cosine"] = "none"
+    """cosine: the learning rate falls to 0 over all epochs along half a cosine (Loshchilov & Hutter, 2017)"""
+    patience: int = 10
+    """epochs without a better selection score after which a member stops"""
+    keep: Literal["best", "last"] = "best"
+    """the epoch whose parameters are returned: the best by the selection score, or the last (nothing stops early)"""
+    compile: bool = False
+    checkpoint_seconds: float = 10.0
+    """least time between two checkpoints; results do not depend on it"""
+
+
+@dataclass
+class Trained:
+    """S trained members, each at the epoch that the schedule keeps; `best_*` tell which epoch scored best."""
+
+    models: list[nn.Module]
+    best_epoch: list[int]
+    best_score: list[float]
+    history: list[dict]
+    """one record per epoch: {"epoch", "loss": {term: [S]}, "score": [S]}"""
+
+
+ModelCall = Callable[..., NamedTuple]
+Objective = Callable[[ModelCall, Batch], dict[str, Tensor]]
+Predict = Callable[[ModelCall, dict[str, Tensor]], Tensor]
+
+
+def epoch_order(seed: int, epoch: int, examples: int) -> Tensor:
+    """Order (examples,) in which the members of `seed` see the training examples in `epoch`."""
+    return torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(examples))
+
+
+def epoch_uniforms(seed: int, epoch: int, examples: int, modalities: int) -> Tensor:
+    """Uniform numbers (examples, modalities) of `seed` and `epoch`: a modality of rate p is hidden where they are < p.
+
+    All rates share them, so what is hidden at a low rate is hidden at every higher one too.
+    """
+    return torch.from_numpy(np.random.default_rng([seed, epoch, 1]).random((examples, modalities), dtype=np.float32))
+
+
+def build_members(build: Callable[[Member], nn.Module], members: list[Member]) -> list[nn.Module]:
+    """Models of all members, initial values drawn from each member's own seed; the caller's RNG is left as it was."""
+    models = []
+    for member in members:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(member.seed)
+            models.append(build(member))
+    return models
+
+
+def vectorized_step(skeleton: nn.Module, objective: Objective, compile: bool = False) -> Callable:
+    """Map the objective's gradient over S members.
+
+    Returns step(parameters (S, ...), buffers (S, ...), batch (S, B, ...), weights {term: (S,)}) ->
+    (gradients (S, ...), terms {term: (S,)}).
+    """
+
+    def loss(parameters: dict, buffers: dict, batch: Batch, weights: dict) -> tuple[Tensor, dict[str, Tensor]]:
+        terms = objective(lambda *args, **kw: functional_call(skeleton, (parameters, buffers), args, kw), batch)
+        return sum(weights[name] * value for name, value in terms.items()), terms
+
+    def step(parameters: dict, buffers: dict, batch: Batch, weights: dict) -> tuple[dict, dict[str, Tensor]]:
+        gradients, (_, terms) = vmap(grad_and_value(loss, has_aux=True))(parameters, buffers, batch, weights)
+        return gradients, terms
+
+    return torch.compile(step) if compile else step
+
+
+class _State:
+    """Parameters, optimiser and best values of S members; the part of a training that a checkpoint holds."""
+
+    def __init__(self, models: list[nn.Module], members: list[Member], schedule: Schedule, device: torch.device):
+        parameters, buffers = stack_module_state(models)
+        # detached: with requires_grad, autograd would record the step's own backward pass for a second one
+        self.parameters = {k: v.detach().to(device) for k, v in parameters.items()}  # (S, ...)
+        self.buffers = {k: v.to(device) for k, v in buffers.items()}  # (S, ...)
+        decay = torch.tensor([m.weight_decay for m in members], device=device)  # (S,)
+        # a decay that all members share rides along in the optimiser's kernel; others need a pass of their own
+        is_shared = bool((decay == decay[0]).all())
+        shared = decay[0].item() if is_shared else 0.0
+        self.decay = None if is_shared else decay
+        matrices = [p for p in self.parameters.values() if p.ndim > 2]  # (S, rows, columns)
+        others = [p for p in self.parameters.values() if p.ndim <= 2]
+        groups = [{"params": matrices, "weight_decay": shared}, {"params": others, "weight_decay": 0.0}]
+        # elementwise, so one AdamW over the stack is S independent ones; `fused` has no per-tensor Python cost
+        self.optimizer = torch.optim.AdamW(groups, lr=schedule.learning_rate, fused=True)
+        self.best = {k: v.detach().clone() for k, v in self.parameters.items()}
+        self.best_epoch = [-1] * len(members)
+        self.best_score = [-math.inf] * len(members)
+        self.history: list[dict] = []
+        self.finished = False
+
+    def apply(self, gradients: dict[str, Tensor], learning_rate: float) -> None:
+        """One AdamW step of every member."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        with torch.no_grad():
+            keep = None if self.decay is None else (1 - learning_rate * self.decay).view(-1, 1, 1)
+            for name, parameter in self.parameters.items():
+                if keep is not None and parameter.ndim > 2:
+                    parameter.mul_(keep)
+                parameter.grad = gradients[name]
+        self.optimizer.step()
+
+    def select(self, epoch: int, scores: list[float], schedule: Schedule) -> bool:
+        """Keep the parameters of members that have improved; True when every member has run out of patience."""
+        better = torch.zeros(len(scores), dtype=torch.bool)
+        keeps_last = schedule.keep == "last"
+        for s, score in enumerate(scores):
+            # a member that has stopped stays stopped, whatever its companions still need
+            in_time = keeps_last or epoch - self.best_epoch[s] <= schedule.patience
+            if in_time and score > self.best_score[s]:
+                better[s], self.best_score[s], self.best_epoch[s] = True, score, epoch
+        if keeps_last:
+            self.best = self.parameters
+            return False
+        for name, parameter in self.parameters.items():
+            self.best[name][better] = parameter.detach()[better]
+        return all(epoch - best >= schedule.patience for best in self.best_epoch)
+
+    def save(self, path: Path, identity: str) -> None:
+        tensors = {}
+        for name, parameter in self.parameters.items():
+            tensors[f"parameters/{name}"] = parameter
+            if self.best is not self.parameters:
+                tensors[f"best/{name}"] = self.best[name]
+            for key, value in self.optimizer.state[parameter].items():
+                tensors[f"{key}/{name}"] = value
+        progress = {
+            "identity": identity,
+            "finished": self.finished,
+            "best_epoch": self.best_epoch,
+            "best_score": self.best_score,
+            "history": self.history,
+        }
+        write_safetensors(path, tensors, {"progress": json.dumps(progress)})
+
+    def load(self, path: Path, identity: str) -> None:
+        """Go on from a checkpoint. Raises InputError where it is damaged or belongs to another training."""
+        try:
+            with safe_open(path, framework="pt", device=str(next(iter(self.parameters.values())).device)) as file:
+                progress = json.loads(file.metadata()["progress"])
+                if progress["identity"] != identity:
+                    raise InputError(f"{path}: belongs to a run with other settings; choose another --name")
+                with torch.no_grad():
+                    for name, parameter in self.parameters.items():
+                        parameter.copy_(file.get_tensor(f"parameters/{name}"))
+                        if f"best/{name}" in file.keys():
+                            self.best[name].copy_(file.get_tensor(f"best/{name}"))
+                        else:  # the last epoch's are kept
+                            self.best[name] = parameter
+                        self.optimizer.state[parameter] = {
+                            key: file.get_tensor(f"{key}/{name}") for key in ("step", "exp_avg", "exp_avg_sq")
+                        }
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise InputError(f"{path}: damaged checkpoint ({error}); delete it to train this model anew") from error
+        self.finished, self.history = progress["finished"], progress["history"]
+        self.best_epoch, self.best_score = progress["best_epoch"], progress["best_score"]
+
+
+def train(
+    build: Callable[[Member], nn.Module],
+    members: list[Member],
+    objective: Objective,
+    predict: Predict,
+    data: Split,
+    selection: Split,
+    score: Callable[[np.ndarray, np.ndarray], float],
+    schedule: Schedule,
+    *,
+    folds: Sequence[Fold] | None = None,
+    device: str | torch.device = "cpu",
+    checkpoint: Path | None = None,
+    on_epoch: Callable[[dict], None] | None = None,
+) -> Trained:
+    """Train all members at once and return each at the epoch that `score` likes best, or at the last.
+
+    Args:
+        build: makes one member's model; called under that member's seed.
+        objective: (model, batch) -> named loss terms of ONE model on ONE batch; their weighted sum is minimised.
+        predict: (model, features) -> predictions (N,) or (N, O) of one model, for selection.
+        data, selection: the split trained on and the split selected on.
+        score: (predictions, target) -> float, larger is better.
+        folds: rows of `data` and `selection` for each `Member.fold`; default: one fold, all rows.
+        checkpoint: file to save progress to, and to go on from where it exists.
+        on_epoch: called with each epoch's record; after a resume it gets the past epochs' records first.
+
+    On the CPU the result is a function of the arguments, bit for bit, also across a kill and a resume.
+    Raises NonFiniteLoss (the last good checkpoint stays), InputError for a checkpoint of other settings.
+    """
+    device = torch.device(device)
+    models = build_members(build, members)
+    state = _State(models, members, schedule, device)
+    folds = folds or [Fold(torch.arange(len(data)), torch.arange(len(selection)))]
+    identity = _identity(members, schedule, data, selection, folds, models[0])
+    if checkpoint is not None and checkpoint.exists():
+        state.load(checkpoint, identity)
+    for record in state.history:
+        if on_epoch:
+            on_epoch(record)
+
+    skeleton = models[0].to(device)  # lends its forward; its own parameters are never read
+    step = vectorized_step(skeleton, objective, schedule.compile)
+    feed = _Feed(data, members, folds, schedule.batch_size, device)
+    judge = _Selection(selection, members, folds, predict, score, device)
+    saved_at = time.monotonic()
+    for epoch in range(len(state.history), 0 if state.finished else schedule.epochs):
+        losses = _train_epoch(epoch, state, step, feed, members, schedule)
+        scores = judge.scores(skeleton, state, epoch)
+        record = {"epoch": epoch, "loss": losses, "score": scores}
+        state.history.append(record)
+        out_of_patience = state.select(epoch, scores, schedule)
+        state.finished = out_of_patience or epoch + 1 == schedule.epochs
+        if checkpoint is not None and (state.finished or time.monotonic() - saved_at >= schedule.checkpoint_seconds):
+            state.save(checkpoint, identity)
+            saved_at = time.monotonic()
+        if on_epoch:
+            on_epoch(record)
+        if state.finished:
+            break
+    return Trained(_load_best(models, state), state.best_epoch, state.best_score, state.history)
+
+
+class _Feed:
+    """The training examples on the device, and the batches that each member takes of them."""
+
+    def __init__(
+        self, data: Split, members: list[Member], folds: Sequence[Fold], batch_size: int, device: torch.device
+    ) -> None:
+        self.features = {name: x.to(device) for name, x in data.features.items()}
+        self.target = data.target.to(device)
+        # members of one seed and fold share their batches
+        keys = sorted({(member.seed, member.fold) for member in members})
+        self.orders = [(seed, folds[fold].train) for seed, fold in keys]
+        self.row = torch.tensor([keys.index((member.seed, member.fold)) for member in members])  # (S,) into orders
+        smallest = min(len(rows) for _, rows in self.orders)
+        self.batch_size = min(batch_size, smallest)
+        self.steps = smallest // self.batch_size  # a last, smaller batch is left out: all batches weigh the same
+        unknown = {name for member in members for name in member.dropout} - set(self.features)
+        if unknown:
+            raise ValueError(f"dropout of {sorted(unknown)}: the data have modalities {list(self.features)}")
+        self.rates = {
+            name: torch.tensor([float(member.dropout.get(name, 0)) for member in members], device=device)
+            for name in self.features
+            if any(member.dropout.get(name, 0) for member in members)
+        }  # (S,) of every modality that some member drops
+
+    def batches(self, epoch: int) -> Iterator[Batch]:
+        """Batches with features (S, B, d_m), target (S, B) and, if a modality is dropped, present (S, B)."""
+        device, seen = self.target.device, self.steps * self.batch_size
+        orders = torch.stack([rows[epoch_order(seed, epoch, len(rows))[:seen]] for seed, rows in self.orders])
+        orders = orders[self.row].to(device)  # (S, n)
+        if self.rates:
+            names = list(self.features)
+            uniforms = torch.stack([epoch_uniforms(seed, epoch, seen, len(names)) for seed, _ in self.orders])
+            uniforms = uniforms[self.row].to(device)  # (S, n, M)
+        for k in range(self.steps):
+            part = slice(k * self.batch_size, (k + 1) * self.batch_size)
+            rows = orders[:, part]  # (S, B)
+            present = {
+                name: (uniforms[:, part, names.index(name)] >= rate[:, None]).float()
+                for name, rate in self.rates.items()
+            }
+            yield Batch({name: x[rows] for name, x in self.features.items()}, self.target[rows], present)
+
+
+class _Selection:
+    """The examples that members are selected on, and each member's score on those of its fold."""
+
+    def __init__(
+        self,
+        split: Split,
+        members: list[Member],
+        folds: Sequence[Fold],
+        predict: Predict,
+        score: Callable[[np.ndarray, np.ndarray], float],
+        device: torch.device,
+    ) -> None:
+        self.members, self.score = members, score
+        self.target = split.target.numpy()
+        self.rows = [folds[member.fold].selection.numpy() for member in members]
+        needed = np.unique(np.concatenate(self.rows))  # every member predicts all that any fold needs
+        self.place = np.zeros(len(split), dtype=int)
+        self.place[needed] = np.arange(len(needed))
+        self.chunks = [
+            {name: x[needed[i : i + EVALUATION_CHUNK]].to(device) for name, x in split.features.items()}
+            for i in range(0, len(needed), EVALUATION_CHUNK)
+        ]
+        self.predict = predict
+
+    def scores(self, skeleton: nn.Module, state: _State, epoch: int) -> list[float]:
+        """One score per member. Raises NonFiniteLoss: the epoch's last step may spoil what no loss has seen yet."""
+        predictions = _predict_members(skeleton, state, self.predict, self.chunks).numpy()  # (S, n) or (S, n, O)
+        scores = []
+        for s, (member, rows) in enumerate(zip(self.members, self.rows, strict=True)):
+            prediction = predictions[s, self.place[rows]]
+            if not np.isfinite(prediction).all():
+                raise NonFiniteLoss(
+                    f"loss term unknown: the predictions of member {s} (seed {member.seed}) are not finite after the "
+                    f"last step of epoch {epoch}; lower --learning-rate"
+                )
+            scores.append(float(self.score(prediction, self.target[rows])))
+        return scores
+
+
+def _train_epoch(
+    epoch: int, state: _State, step: Callable, feed: _Feed, members: list[Member], schedule: Schedule
+) -> dict[str, list]:
+    """One pass over the data; the mean of each loss term, {term: [S]}."""
+    device = feed.target.device
+    names = list(members[0].loss_weights)
+    weights = {n: torch.tensor([float(m.loss_weights[n]) for m in members], device=device) for n in names}
+    history = []
+    for k, batch in enumerate(feed.batches(epoch)):
+        gradients, terms = step(state.parameters, state.buffers, batch, weights)
+        state.apply(gradients, _learning_rate(schedule, epoch * feed.steps + k, schedule.epochs * feed.steps))
+        history.append(torch.stack([terms[name] for name in names]).detach())
+    values = torch.stack(history).cpu()  # (steps, terms, S); one transfer an epoch, so that a GPU is never waited for
+    bad = (~values.isfinite()).nonzero()
+    if len(bad):
+        k, t, s = bad[0].tolist()
+        raise NonFiniteLoss(
+            f"loss term '{names[t]}' of member {s} (seed {members[s].seed}) became {values[k, t, s].item()} at step "
+            f"{epoch * feed.steps + k} (epoch {epoch}); lower --learning-rate or that term's weight"
+        )
+    return {name: values[:, t].double().mean(0).tolist() for t, name in enumerate(names)}
+
+
+def _learning_rate(schedule: Schedule, step: int, steps: int) -> float:
+    if schedule.annealing == "none":
+        return schedule.learning_rate
+    return schedule.learning_rate * (1 + math.cos(math.pi * step / steps)) / 2
+
+
+@torch.no_grad()
+def _predict_members(skeleton: nn.Module, state: _State, predict: Predict, chunks: list[dict]) -> Tensor:
+    """Predictions (S, N) or (S, N, O) of all members, on the CPU."""
+
+    def one(parameters: dict, buffers: dict, features: dict) -> Tensor:
+        return predict(lambda *args, **kw: functional_call(skeleton, (parameters, buffers), args, kw), features)
+
+    many = vmap(one, in_dims=(0, 0, None))
+    return torch.cat([many(state.parameters, state.buffers, features).cpu() for features in chunks], dim=1)
+
+
+def _load_best(models: list[nn.Module], state: _State) -> list[nn.Module]:
+    """Each member's best values in a module of its own, on the CPU."""
+    for s, model in enumerate(models):
+        model.cpu().load_state_dict({name: value[s].cpu() for name, value in (state.best | state.buffers).items()})
+    return models
+
+
+def _identity(
+    members: list[Member], schedule: Schedule, data: Split, selection: Split, folds: Sequence[Fold], model: nn.Module
+) -> str:
+    """Digest of everything that the result depends on, so that a checkpoint cannot be continued as another run."""
+    settings = asdict(schedule)
+    del settings["checkpoint_seconds"]
+    shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
+    digest = hashlib.sha256(json.dumps([settings, [asdict(m) for m in members], shapes], sort_keys=True).encode())
+    for split in (data, selection):
+        for tensor in (*split.features.values(), split.target):
+            digest.update(tensor.contiguous().numpy().tobytes())
+    for rows in itertools.chain.from_iterable(folds):
+        digest.update(rows.numpy().tobytes() + b"|")
+    return digest.hexdigest()
