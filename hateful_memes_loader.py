@@ -1,7 +1,7 @@
 """Hateful Memes (Kiela et al., 2020) on disk -> frozen image and text vectors, split by split, cached.
 
-    corpus = load_hateful_memes(Path("data/train.jsonl"), None, EncoderConfig(), Path("cache"))
-    corpus.splits["train"].features["image"].shape  # (8500, 2048)
+    dataset = load_hateful_memes(Path("data/train.jsonl"), None, EncoderConfig(), Path("cache"))
+    dataset.splits["train"].features["image"].shape  # (8500, 2048)
 
 Rows are keyed on `img`; everything a user can get wrong raises InputError with one line that names the remedy.
 """
@@ -18,7 +18,7 @@ from typing import Literal
 
 import torch
 
-from mmfusion.dataset import Corpus, Split
+from mmfusion.dataset import Dataset, Split
 from mmfusion.distributed import Processes, current_processes
 from mmfusion.encoders.cache import FeatureCache, text_digest
 from mmfusion.encoders.extract import encode_images, encode_texts
@@ -49,7 +49,7 @@ class Meme:
     """FILE:LINE, for messages"""
 
 
-Rows = dict[str, list[Meme]]
+MemesBySplit = dict[str, list[Meme]]
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,11 @@ def load_hateful_memes(
     device: str = "cpu",
     workers: int | None = None,
     progress: bool = True,
-) -> Corpus:
+) -> Dataset:
     """Load every split beside `jsonl` (train.jsonl, or the folder with it) as image and text vectors.
 
     `img_dir` holds the image files; None means the img folder beside the jsonl. `workers` decode images (None: by the
-    number of cores). Under torchrun every process must call it, after `join_processes`; all get the same corpus.
+    number of cores). Under torchrun every process must call it, after `join_processes`; all get the same dataset.
     Raises InputError, in all processes alike.
     """
     processes = current_processes(str(device))
@@ -83,7 +83,7 @@ def load_hateful_memes(
         encoders = encoders.filled()
         files = find_annotations(Path(jsonl))
         notes: list[str] = []
-        rows: Rows = {}
+        rows: MemesBySplit = {}
         for name, path in files.items():
             rows[name], note = read_annotations(path)
             notes += [note] if note else []
@@ -123,7 +123,7 @@ def load_hateful_memes(
         "skipped": [{"img": img, "reason": reason} for img, reason in sorted(images.bad.items())],
     }
     splits = {name: _split(memes, images.digests, caches) for name, memes in rows.items()}
-    return Corpus("hateful_memes", "binary", splits, selection, notes, provenance)
+    return Dataset("hateful_memes", "binary", splits, selection, notes, provenance)
 
 
 def download_hateful_memes() -> tuple[Path, Path]:
@@ -145,7 +145,7 @@ def download_hateful_memes() -> tuple[Path, Path]:
     return train, train.parent / "img"
 
 
-def _check_labels(rows: Rows, files: dict[str, Path], selection: str) -> None:
+def _check_labels(rows: MemesBySplit, files: dict[str, Path], selection: str) -> None:
     """What is trained and selected upon must have labels, of both kinds."""
     for name in ("train", selection):
         labels = {meme.label for meme in rows.get(name, [])}
@@ -192,7 +192,7 @@ def _digest(paths: dict[str, Path], processes: Processes) -> _Images:
     return images
 
 
-def _refuse_or_drop(rows: Rows, bad: dict[str, str], bad_images: str, files: dict[str, Path]) -> None:
+def _refuse_or_drop(rows: MemesBySplit, bad: dict[str, str], bad_images: str, files: dict[str, Path]) -> None:
     """With bad images: raise an InputError that counts them, or drop their rows from `rows` in place."""
     if not bad:
         return
@@ -222,7 +222,7 @@ def _open_caches(
     return caches, {"encoders": encoders, "encoder_config": asdict(config)}
 
 
-def _hold_out(rows: Rows, digests: dict[str, str], train: Path) -> str:
+def _hold_out(rows: MemesBySplit, digests: dict[str, str], train: Path) -> str:
     """Move a seeded 15 % of train to a split `holdout`, in place; returns the note that goes with it.
 
     Memes that share an image or a text stay on one side.
@@ -266,7 +266,7 @@ def _groups(memes: list[Meme], digests: dict[str, str]) -> list[set[str]]:
     return list(groups.values())
 
 
-def _overlap_notes(rows: Rows, digests: dict[str, str]) -> list[str]:
+def _overlap_notes(rows: MemesBySplit, digests: dict[str, str]) -> list[str]:
     """Memes (same picture, same text) that a later split shares with an earlier one."""
     notes = []
     content = {name: Counter((digests[meme.img], meme.text) for meme in memes) for name, memes in rows.items()}
@@ -279,7 +279,7 @@ def _overlap_notes(rows: Rows, digests: dict[str, str]) -> list[str]:
     return notes
 
 
-def _data_fingerprint(rows: Rows, digests: dict[str, str]) -> str:
+def _data_fingerprint(rows: MemesBySplit, digests: dict[str, str]) -> str:
     """SHA-256 of all splits: names, rows in order, and the content of their images."""
     content = {
         name: [(meme.img, meme.label, meme.text, digests[meme.img]) for meme in memes] for name, memes in rows.items()

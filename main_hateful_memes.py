@@ -110,17 +110,17 @@ def main(config: Config) -> None:
 
     # ---- features, from the cache where they are there; under torchrun all processes extract, and one goes on
     processes = join_processes(str(device))
-    corpus = load_memes(config.data, config.encoders, processes)
+    dataset = load_memes(config.data, config.encoders, processes)
     leave_processes()
     if not processes.is_main:
         return
 
     # ---- the run's folder
-    open_run(folder, config, corpus.description, device, config.run.resume)
+    open_run(folder, config, dataset.description, device, config.run.resume)
     if is_complete(folder):
         print(f"{folder}: this run is complete; its scores are in {folder / 'results.json'}")
         return
-    report.print_corpus(corpus, folder, device)
+    report.print_dataset(dataset, folder, device)
 
     # ---- training: fusion and its baselines
     ensembles: dict[str, FusionEnsemble] = {}
@@ -130,7 +130,7 @@ def main(config: Config) -> None:
             labels = [method.label for method in stack]
             with log.stack(labels, config.training.seeds, config.training.epochs) as on_epoch:
                 fitted, trained = fit(
-                    corpus,
+                    dataset,
                     stack,
                     config.model,
                     config.objective,
@@ -146,28 +146,30 @@ def main(config: Config) -> None:
 
     # ---- scores on every labelled split
     probabilities = {
-        label: {name: ensemble.predict_proba(split.features) for name, split in corpus.splits.items()}
+        label: {name: ensemble.predict_proba(split.features) for name, split in dataset.splits.items()}
         for label, ensemble in ensembles.items()
     }  # {row: {split: (S, N)}}
     labelled = [
-        n for n, s in corpus.splits.items() if n != "train" and s.target is not None and len(s.target.unique()) > 1
+        n for n, s in dataset.splits.items() if n != "train" and s.target is not None and len(s.target.unique()) > 1
     ]
     scores = {
-        label: {name: binary_scores(p[name].numpy(), corpus.splits[name].target.numpy()) for name in labelled}
+        label: {name: binary_scores(p[name].numpy(), dataset.splits[name].target.numpy()) for name in labelled}
         for label, p in probabilities.items()
     }
-    report.print_scores(scores, corpus)
+    report.print_scores(scores, dataset)
 
     # ---- what the fusion has learned
     main_row = next(iter(ensembles))
-    ranks = report.rank_report(ensembles[main_row], corpus.splits[corpus.selection].features)
-    report.print_ranks(ranks, corpus.selection)
+    ranks = report.rank_report(ensembles[main_row], dataset.splits[dataset.selection].features)
+    report.print_ranks(ranks, dataset.selection)
 
     # ---- everything to disk; results.json comes last and marks the run as complete
     save_ensembles(folder, ensembles)
-    write_predictions(folder, corpus, probabilities[main_row])
-    report.draw(folder / "report.png", corpus, ensembles[main_row], histories[main_row], probabilities[main_row], ranks)
-    close_run(folder, {"selection": corpus.selection, "scores": scores, "ranks": ranks})
+    write_predictions(folder, dataset, probabilities[main_row])
+    report.draw(
+        folder / "report.png", dataset, ensembles[main_row], histories[main_row], probabilities[main_row], ranks
+    )
+    close_run(folder, {"selection": dataset.selection, "scores": scores, "ranks": ranks})
     print(
         f"\nkept in {folder}/: report.png, results.json, metrics.jsonl, predictions_*.csv, "
         "model.safetensors with config.json (FusionEnsemble.from_pretrained)"

@@ -89,8 +89,8 @@ class BareEncoders:
         self.folded, self.plain = self.image.model, torchvision.models.resnet50().eval()
         self.plain.fc = torch.nn.Identity()
         self.plain.to(device, memory_format=torch.channels_last)
-        how = Preprocessing("squash", config.image_size, config.image_size, (0.0,) * 3, (1.0,) * 3)
-        pixels = [preprocess(decode_rgb(jsonl.parent / meme.img), how) for meme in memes]
+        preprocessing = Preprocessing("squash", config.image_size, config.image_size, (0.0,) * 3, (1.0,) * 3)
+        pixels = [preprocess(decode_rgb(jsonl.parent / meme.img), preprocessing) for meme in memes]
         tokens = sorted(self.text.tokenize(sorted({meme.text for meme in memes})), key=len)
         self.tokens_per_text = sum(map(len, tokens)) / len(tokens)
         size = BATCH_CUDA if device.startswith("cuda") else BATCH_CPU

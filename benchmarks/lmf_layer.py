@@ -76,7 +76,7 @@ class TensorFusion(nn.Module):
 
 
 @dataclass(frozen=True)
-class Row:
+class Timing:
     """One shape, rank and output width. Times in microseconds, memory in bytes."""
 
     times: dict[str, list[float]]
@@ -114,7 +114,7 @@ def microseconds(call: Callable[[], None]) -> float:
     return (time.perf_counter() - start) * 1e6
 
 
-def measure(input_dims: Sequence[int], output_dim: int, rank: int, repeats: int, seconds: float) -> Row:
+def measure(input_dims: Sequence[int], output_dim: int, rank: int, repeats: int, seconds: float) -> Timing:
     torch.manual_seed(0)
     latents = [torch.randn(BATCH, d, requires_grad=True) for d in input_dims]
     sides: dict[str, nn.Module] = {
@@ -140,7 +140,7 @@ def measure(input_dims: Sequence[int], output_dim: int, rank: int, repeats: int,
                     times[name].append(statistics.median(blocks[name]))
     projections = BATCH * rank * output_dim * sum(input_dims)
     touched = 4 * (BATCH * sum(input_dims) + rank * output_dim * sum(d + 1 for d in input_dims))
-    return Row(times, {name: saved_bytes(layer, latents) for name, layer in sides.items()}, 6 * projections, touched)
+    return Timing(times, {name: saved_bytes(layer, latents) for name, layer in sides.items()}, 6 * projections, touched)
 
 
 def matmul_rate() -> float:
@@ -158,7 +158,7 @@ HEADER = (
 
 
 def table_line(
-    input_dims: Sequence[int], output_dim: int, rank: int, row: Row, rate: float
+    input_dims: Sequence[int], output_dim: int, rank: int, row: Timing, rate: float
 ) -> tuple[str, float, float]:
     """The line, the ratio of the times and the ratio of the saved memory."""
     middle = {name: statistics.median(values) for name, values in row.times.items()}

@@ -20,7 +20,7 @@ from sklearn.model_selection import StratifiedKFold
 from torch import Tensor
 
 from jwae_module import margin_ranking
-from mmfusion.data.folds import Study, refitted, study_of
+from mmfusion.data.folds import FoldedDataset, fold_datasets, with_dev_in_training
 from mmfusion.data.memes import MemesConfig, load_memes
 from mmfusion.data.mustard import load_mustard
 from mmfusion.dataset import Split, take
@@ -93,9 +93,9 @@ def measure(train_split: Split, held_out: Split, seeds: int, epochs: int) -> np.
     return np.array(rows).reshape(len(settings()), seeds, 3)
 
 
-def mustard(annotations: Path, folds: Path, encoder: str, cache_dir: Path) -> Study:
+def mustard(annotations: Path, folds: Path, encoder: str, cache_dir: Path) -> FoldedDataset:
     """The first fold alone: utterance and context vectors, target sarcasm; its test part is not used."""
-    return study_of(load_mustard(annotations, EncoderConfig(text_encoder=encoder), cache_dir, folds=folds)[:1])
+    return fold_datasets(load_mustard(annotations, EncoderConfig(text_encoder=encoder), cache_dir, folds=folds)[:1])
 
 
 def print_table(title: str, results: np.ndarray) -> None:
@@ -123,15 +123,15 @@ def main() -> None:
     options = parser.parse_args()
     print(f"torch {torch.__version__}, CPU, {torch.get_num_threads()} threads; first row: the defaults")
 
-    corpus = load_memes(MemesConfig(cache_dir=options.cache_dir), EncoderConfig(), Processes())
+    dataset = load_memes(MemesConfig(cache_dir=options.cache_dir), EncoderConfig(), Processes())
     start = time.perf_counter()
-    results = measure(corpus.splits["train"], corpus.splits["dev"], options.seeds, options.epochs)
+    results = measure(dataset.splits["train"], dataset.splits["dev"], options.seeds, options.epochs)
     seconds = time.perf_counter() - start
     print_table(f"demo, dev, n = 192, {options.seeds} seeds, {options.epochs} epochs ({seconds:.0f} s)", results)
 
     if options.mustard:
-        study = mustard(options.mustard, options.mustard_folds, options.text_encoder, options.cache_dir)
-        split = take(study.pool, refitted(study).folds[0].train)
+        data = mustard(options.mustard, options.mustard_folds, options.text_encoder, options.cache_dir)
+        split = take(data.pool, with_dev_in_training(data).folds[0].train)
         folds = StratifiedKFold(5, shuffle=True, random_state=0).split(np.zeros(len(split)), split.target)
         start = time.perf_counter()
         results = np.concatenate(

@@ -19,8 +19,8 @@ from torch import nn
 
 from experiments.rank_ablation import RANKS
 from jwae_module import margin_ranking, mmd_penalty, reconstruction_error
-from mmfusion.data.folds import Study
-from mmfusion.data.registry import DataOptions, load_study
+from mmfusion.data.folds import FoldedDataset
+from mmfusion.data.registry import DataOptions, load_folded
 from mmfusion.models.fusion import FusionModel
 from mmfusion.training.grid import JWAE, PLAIN, Recipe, Setting, predict_of, selection_score, train_grid
 
@@ -33,15 +33,15 @@ def settings() -> list[Setting]:
     return [Setting(f"{kind}, rank {rank}", rank, terms) for kind, terms in kinds for rank in RANKS]
 
 
-def plain_training(study: Study, setting: Setting, seed: int, recipe: Recipe) -> nn.Module:
+def plain_training(data: FoldedDataset, setting: Setting, seed: int, recipe: Recipe) -> nn.Module:
     """One training, without any of the project's machinery for many."""
     torch.manual_seed(seed)
-    model = FusionModel(study.input_dims, recipe.latent_dim, recipe.hidden_dim, setting.rank)
-    fold = study.folds[0]
-    features = {name: x[fold.train] for name, x in study.pool.features.items()}
-    target = study.pool.target[fold.train]
-    dev = {name: x[fold.dev] for name, x in study.pool.features.items()}
-    dev_target = study.pool.target[fold.dev].numpy()
+    model = FusionModel(data.input_dims, recipe.latent_dim, recipe.hidden_dim, setting.rank)
+    fold = data.folds[0]
+    features = {name: x[fold.train] for name, x in data.pool.features.items()}
+    target = data.pool.target[fold.train]
+    dev = {name: x[fold.dev] for name, x in data.pool.features.items()}
+    dev_target = data.pool.target[fold.dev].numpy()
     model.fit_standardisation(features)
     matrices = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim < 2]
@@ -49,7 +49,7 @@ def plain_training(study: Study, setting: Setting, seed: int, recipe: Recipe) ->
     optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate)
     steps = len(target) // recipe.batch_size
     annealing = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.epochs * steps)
-    score = selection_score(study)
+    score = selection_score(data)
     for _ in range(recipe.epochs):
         order = torch.randperm(len(target))
         for k in range(steps):
@@ -69,7 +69,7 @@ def plain_training(study: Study, setting: Setting, seed: int, recipe: Recipe) ->
             optimizer.step()
             annealing.step()
         with torch.no_grad():
-            score(predict_of(study)(model, dev).numpy(), dev_target)
+            score(predict_of(data)(model, dev).numpy(), dev_target)
     return model
 
 
@@ -86,12 +86,12 @@ def main() -> None:
     parser.add_argument("--sample", type=int, default=4, help="plain trainings per round, half of them with jWAE")
     parser.add_argument("--epochs", type=int, default=Recipe.epochs)
     options = parser.parse_args()
-    study = load_study(DataOptions(dataset="cmu_mosi", data=options.data))
+    data = load_folded(DataOptions(dataset="cmu_mosi", data=options.data))
     recipe, grid = Recipe(epochs=options.epochs), settings()
     count = len(grid) * len(SEEDS)
     print(
         f"torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads, CPU; {count} trainings, "
-        f"{recipe.epochs} epochs of {len(study.folds[0].train) // recipe.batch_size} steps"
+        f"{recipe.epochs} epochs of {len(data.folds[0].train) // recipe.batch_size} steps"
     )
     rows = []
     for number in range(options.rounds):
@@ -101,12 +101,12 @@ def main() -> None:
         ]
         start = time.perf_counter()
         for setting in sample:
-            plain_training(study, setting, number, recipe)
+            plain_training(data, setting, number, recipe)
         plain = (time.perf_counter() - start) / options.sample * count
         # a fresh compilation each round, as a run from the shell has it
         torch._dynamo.reset()
-        compiled = timed(lambda: train_grid(study, grid, SEEDS, recipe, compile=True))
-        eager = timed(lambda: train_grid(study, grid, SEEDS, recipe))
+        compiled = timed(lambda: train_grid(data, grid, SEEDS, recipe, compile=True))
+        eager = timed(lambda: train_grid(data, grid, SEEDS, recipe))
         rows.append((plain, compiled, eager))
         print(
             f"round {number + 1}: plain loop {plain:.0f} s (from {options.sample}); "

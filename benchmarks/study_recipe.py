@@ -3,7 +3,7 @@
     python -m benchmarks.study_recipe --dataset mustard --data sarcasm_data.json --text-encoder MODEL_FOLDER
     python -m benchmarks.study_recipe --dataset pom --data pom_audio_video.npz
 
-A corpus with one fold is cross-validated on its train and dev parts together (5 folds, whole groups where it has
+A dataset with one fold is cross-validated on its train and dev parts together (5 folds, whole groups where it has
 groups); one with several is scored on each fold's own dev part. In MUStARD the dev examples of one fold are test
 examples of another, so there the choice has seen labels of test examples, though never in a fold that tests them.
 """
@@ -17,8 +17,9 @@ import torch
 from sklearn.model_selection import GroupKFold, KFold
 
 from mmfusion.cli import run_command
-from mmfusion.data.folds import Rows, Study
-from mmfusion.data.registry import DataOptions, load_study
+from mmfusion.data.folds import FoldedDataset
+from mmfusion.data.registry import DataOptions, load_folded
+from mmfusion.dataset import Fold
 from mmfusion.training.grid import JWAE, Recipe, Setting, predict_of, selection_score, train_grid
 
 # one thing at a time, from the recipe
@@ -43,38 +44,38 @@ class Config(DataOptions):
     """seeds of every setting"""
 
 
-def inner(study: Study) -> Study:
+def inner(data: FoldedDataset) -> FoldedDataset:
     """The same study with folds that leave every test part out."""
-    if len(study.folds) > 1:
-        return replace(study, folds=[Rows(fold.train, fold.dev, fold.dev) for fold in study.folds])
-    known = torch.cat([study.folds[0].train, study.folds[0].dev]).unique()
-    groups = study.pool.metadata.get("group")
+    if len(data.folds) > 1:
+        return replace(data, folds=[Fold(fold.train, fold.dev, fold.dev) for fold in data.folds])
+    known = torch.cat([data.folds[0].train, data.folds[0].dev]).unique()
+    groups = data.pool.metadata.get("group")
     if groups is None:
         cuts = KFold(5, shuffle=True, random_state=0).split(known)
     else:
         cuts = GroupKFold(5).split(known, groups=[groups[row] for row in known])
     parts = [(known[torch.from_numpy(a)], known[torch.from_numpy(b)]) for a, b in cuts]
-    return replace(study, folds=[Rows(a, b, b) for a, b in parts])
+    return replace(data, folds=[Fold(a, b, b) for a, b in parts])
 
 
 def main(config: Config) -> None:
     """Print one line per setting: mean +- std over seeds of the mean over folds."""
-    study = inner(load_study(config))
-    score = selection_score(study)
-    name = "AUROC" if study.task == "binary" else "-MAE"
-    print(f"{study.name}: jWAE-LMF, rank 4, {config.seeds} seeds, {len(study.folds)} inner folds, {name}")
+    data = inner(load_folded(config))
+    score = selection_score(data)
+    name = "AUROC" if data.task == "binary" else "-MAE"
+    print(f"{data.name}: jWAE-LMF, rank 4, {config.seeds} seeds, {len(data.folds)} inner folds, {name}")
     for change in CHANGES:
         start = time.perf_counter()
         recipe = replace(Recipe(), **change)
-        grid = train_grid(study, [Setting("jWAE", 4, JWAE)], range(config.seeds), recipe, title=str(change))
+        grid = train_grid(data, [Setting("jWAE", 4, JWAE)], range(config.seeds), recipe, title=str(change))
         values = []
         for s in range(config.seeds):
             folds = []
-            for f, fold in enumerate(study.folds):
-                features = {key: x[fold.dev] for key, x in study.pool.features.items()}
+            for f, fold in enumerate(data.folds):
+                features = {key: x[fold.dev] for key, x in data.pool.features.items()}
                 with torch.inference_mode():
-                    prediction = predict_of(study)(grid.model(0, s, f), features).numpy()
-                folds.append(score(prediction, study.pool.target[fold.dev].numpy()))
+                    prediction = predict_of(data)(grid.model(0, s, f), features).numpy()
+                folds.append(score(prediction, data.pool.target[fold.dev].numpy()))
             values.append(np.mean(folds))
         label = ", ".join(f"{key} {value}" for key, value in change.items()) or "the recipe"
         seconds = time.perf_counter() - start

@@ -7,8 +7,8 @@ seeds, and all but "LMF without jWAE" are trained with the jWAE terms, so that t
 selected upon, so the dev part is trained on too (unless it is what is tested on, or --hold-out-dev is given). The
 neural methods are kept in the run's folder, where `experiments.robustness`, `experiments.uncertainty` and
 `mmfusion.explain` read them (rank 1 among them for their sake; it is no baseline, and no contrast is made with it). The
-MKL-SVM is deterministic: it has no spread over seeds. The recipe was chosen for jWAE-LMF at rank 4, the MKL-SVM's C = 1 and p = 2
-are defaults.
+MKL-SVM is deterministic: it has no spread over seeds. The recipe was chosen for jWAE-LMF at rank 4, the MKL-SVM's
+C = 1 and p = 2 are defaults.
 """
 
 import time
@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 from experiments.experiment import Experiment, Options, Outcome, Run, contrasts_on_test, main
 from lmf_module import LowRankMultimodalFusion
-from mmfusion.data.folds import Study, only, refitted, targets
+from mmfusion.data.folds import FoldedDataset, only, targets, with_dev_in_training
 from mmfusion.metrics.scores import Score, binary_scores, example_scores, regression_scores
 from mmfusion.metrics.statistics import combine
 from mmfusion.models.fusion import FusionEnsemble, FusionModel
@@ -46,7 +46,7 @@ class TrainOptions(Options):
     """keep the dev part out of training: experiments.uncertainty calibrates on it"""
 
 
-class Method:
+class MethodResult:
     """What one method says of the test examples, and what it cost."""
 
     def __init__(
@@ -62,25 +62,25 @@ class Method:
         self.ensemble = ensemble  # all seeds and folds; None for what is no neural model
 
 
-def measure(study: Study, run: Run) -> Outcome:
+def measure(data: FoldedDataset, run: Run) -> Outcome:
     """Train every method; contrasts are jWAE-LMF against each, paired over seeds and test examples."""
     if not run.options.hold_out_dev:
-        study = refitted(study)
-    methods = neural(study, run) | kernel_machines(study)
+        data = with_dev_in_training(data)
+    methods = neural(data, run) | kernel_machines(data)
     save_ensembles(run.folder, {label: m.ensemble for label, m in methods.items() if m.ensemble is not None})
-    methods["training mean" if study.task == "regression" else "training majority"] = constant(study)
-    scores = {label: fold_scores(study, method.predictions) for label, method in methods.items()}
+    methods["training mean" if data.task == "regression" else "training majority"] = constant(data)
+    scores = {label: fold_scores(data, method.predictions) for label, method in methods.items()}
     examples = {
-        label: per_example(study, method.predictions, "test", example_scores) for label, method in methods.items()
+        label: per_example(data, method.predictions, "test", example_scores) for label, method in methods.items()
     }  # (S, n); one row of a deterministic method stands for all seeds
     named = {
         f"over {label}": (examples[MAIN] - values, f"{MAIN} scores higher than {label}")
         for label, values in examples.items()
         if label not in (MAIN, LOWEST)
     }
-    made = contrasts_on_test(study, named)
-    verdict = combine([contrast.verdict for contrast in made], "all")
-    answer = made_sentence(study, scores)
+    contrasts = contrasts_on_test(data, named)
+    verdict = combine([contrast.verdict for contrast in contrasts], "all")
+    answer = answer_sentence(data, scores)
     numbers = {
         label: {
             "parameters": methods[label].parameters,
@@ -90,23 +90,23 @@ def measure(study: Study, run: Run) -> Outcome:
         for label, by in scores.items()
     }
     return Outcome(
-        table(study, methods, scores),
-        made,
+        table(data, methods, scores),
+        contrasts,
         verdict,
         answer,
         numbers,
-        lambda figure: draw(figure, study, scores),
+        lambda figure: draw(figure, data, scores),
         (9, 4.5),
-        notes_of(study, methods),
+        notes_of(data, methods),
     )
 
 
-def notes_of(study: Study, methods: dict[str, Method]) -> list[str]:
+def notes_of(data: FoldedDataset, methods: dict[str, MethodResult]) -> list[str]:
     """What the reader of the scores must know."""
-    grown = any(bool(torch.isin(fold.dev, fold.train).any()) for fold in study.folds)
+    grown = any(bool(torch.isin(fold.dev, fold.train).any()) for fold in data.folds)
     notes = ["trained on train and dev together, the other experiments on train alone"] if grown else []
     notes.append("the recipe was chosen for jWAE-LMF at rank 4; C and the norm of the MKL-SVM are defaults")
-    if len(study.pool.features) > 1 and TENSOR not in methods:
+    if len(data.pool.features) > 1 and TENSOR not in methods:
         notes.append(f"{TENSOR} is left out: its outer product has over {TENSOR_ENTRIES} entries for each example")
     return notes
 
@@ -114,27 +114,27 @@ def notes_of(study: Study, methods: dict[str, Method]) -> list[str]:
 # ---- methods -----------------------------------------------------------------------------------------------------
 
 
-def neural(study: Study, run: Run) -> dict[str, Method]:
+def neural(data: FoldedDataset, run: Run) -> dict[str, MethodResult]:
     """All neural methods; settings of one shape are trained in one call."""
     lmf = [Setting(MAIN, RANK, JWAE), Setting("LMF without jWAE", RANK, PLAIN), Setting(LOWEST, 1, JWAE)]
-    methods = train(study, run, lmf)
-    methods |= train(study, run, [Setting("concatenation + MLP", 1, JWAE)], fusion="concatenation")
-    if len(study.pool.features) > 1:
-        if (run.recipe.latent_dim + 1) ** len(study.pool.features) <= TENSOR_ENTRIES:
-            methods |= train(study, run, [Setting(TENSOR, 1, JWAE)], fusion="tensor")
-        for name in study.pool.features:
-            methods |= train(only(study, [name]), run, [Setting(f"{name} alone", 1, JWAE)])
+    methods = train(data, run, lmf)
+    methods |= train(data, run, [Setting("concatenation + MLP", 1, JWAE)], fusion="concatenation")
+    if len(data.pool.features) > 1:
+        if (run.recipe.latent_dim + 1) ** len(data.pool.features) <= TENSOR_ENTRIES:
+            methods |= train(data, run, [Setting(TENSOR, 1, JWAE)], fusion="tensor")
+        for name in data.pool.features:
+            methods |= train(only(data, [name]), run, [Setting(f"{name} alone", 1, JWAE)])
     return methods
 
 
-def train(study: Study, run: Run, settings: Sequence[Setting], **shape: object) -> dict[str, Method]:
+def train(data: FoldedDataset, run: Run, settings: Sequence[Setting], **shape: object) -> dict[str, MethodResult]:
     """Settings of one shape -> methods, by label."""
     start = time.perf_counter()
-    grid: Grid = run.grid(study, settings, settings[0].label, **shape)
+    grid: Grid = run.grid(data, settings, settings[0].label, **shape)
     seconds = (time.perf_counter() - start) / len(grid.models)
     predictions = grid.predictions()
     return {
-        setting.label: Method(predictions[p], parameters(grid.model(p, 0)), seconds, grid.ensemble(p))
+        setting.label: MethodResult(predictions[p], parameters(grid.model(p, 0)), seconds, grid.ensemble(p))
         for p, setting in enumerate(settings)
     }
 
@@ -149,48 +149,48 @@ def parameters(model: FusionModel) -> int:
     return count
 
 
-def kernel_machines(study: Study) -> dict[str, Method]:
+def kernel_machines(data: FoldedDataset) -> dict[str, MethodResult]:
     """MKL-SVM with learned and with uniform weights, product kernels included."""
-    made = {}
+    results = {}
     for label, uniform in (("MKL-SVM, learned weights", False), ("MKL-SVM, uniform weights", True)):
         start = time.perf_counter()
         folds = []
-        for fold in study.folds:
-            features = {name: x.numpy() for name, x in study.pool.features.items()}
-            machine = MultipleKernelSVM(study.task, uniform=uniform)
-            machine.fit({k: x[fold.train] for k, x in features.items()}, study.pool.target[fold.train].numpy())
+        for fold in data.folds:
+            features = {name: x.numpy() for name, x in data.pool.features.items()}
+            machine = MultipleKernelSVM(data.task, uniform=uniform)
+            machine.fit({k: x[fold.train] for k, x in features.items()}, data.pool.target[fold.train].numpy())
             folds.append(machine.decision({k: x[fold.test] for k, x in features.items()}))
-        seconds = (time.perf_counter() - start) / len(study.folds)
-        made[label] = Method(np.concatenate(folds)[None].astype(np.float32), None, seconds)
-    return made
+        seconds = (time.perf_counter() - start) / len(data.folds)
+        results[label] = MethodResult(np.concatenate(folds)[None].astype(np.float32), None, seconds)
+    return results
 
 
-def constant(study: Study) -> Method:
+def constant(data: FoldedDataset) -> MethodResult:
     """The training mean, or the majority class, of every fold: what knowing nothing scores."""
     folds = []
-    for fold in study.folds:
-        mean = study.pool.target[fold.train].mean(0).numpy()
-        value = mean if study.task == "regression" else np.float32(1 if mean >= 0.5 else -1)
+    for fold in data.folds:
+        mean = data.pool.target[fold.train].mean(0).numpy()
+        value = mean if data.task == "regression" else np.float32(1 if mean >= 0.5 else -1)
         folds.append(np.broadcast_to(value, (len(fold.test), *np.shape(value))))
-    return Method(np.concatenate(folds)[None].astype(np.float32), 0, 0.0)
+    return MethodResult(np.concatenate(folds)[None].astype(np.float32), 0, 0.0)
 
 
 # ---- scores ------------------------------------------------------------------------------------------------------
 
 
-def fold_scores(study: Study, predictions: np.ndarray) -> dict[str, tuple[np.ndarray, list[float] | None]]:
+def fold_scores(data: FoldedDataset, predictions: np.ndarray) -> dict[str, tuple[np.ndarray, list[float] | None]]:
     """{score: ((S, F), [low, high] over examples where there is one fold)} of test predictions (S, n[, O])."""
-    target = targets(study)
+    target = targets(data)
     folds, start = [], 0
-    for fold in study.folds:
+    for fold in data.folds:
         part = slice(start, start + len(fold.test))
         start = part.stop
-        if study.task == "binary":
+        if data.task == "binary":
             # scores of ranks and signs do not mind that a kernel machine's margin is no logit
             chances = 1 / (1 + np.exp(-predictions[:, part].astype(np.float64)))
             folds.append(binary_scores(chances, target[part], names=SCORES))
         else:
-            folds.append(regression_scores(predictions[:, part], target[part], label_range=study.label_range))
+            folds.append(regression_scores(predictions[:, part], target[part], label_range=data.label_range))
     return {name: _stack([fold[name] for fold in folds]) for name in folds[0]}
 
 
@@ -202,10 +202,10 @@ def _stack(folds: list[Score]) -> tuple[np.ndarray, list[float] | None]:
 # ---- table and figure --------------------------------------------------------------------------------------------
 
 
-def table(study: Study, methods: dict[str, Method], scores: dict[str, dict]) -> str:
+def table(data: FoldedDataset, methods: dict[str, MethodResult], scores: dict[str, dict]) -> str:
     """One line per method: parameters, seconds per model, every score."""
     names = list(scores[MAIN])
-    spread = "[95 % bootstrap interval over examples, each by itself]" if len(study.folds) == 1 else "(std over folds)"
+    spread = "[95 % bootstrap interval over examples, each by itself]" if len(data.folds) == 1 else "(std over folds)"
     width = max(map(len, methods))
     lines = [f"mean +- std over seeds {spread}; seconds of training per model"]
     lines.append(f"{'':{width}}  parameters  seconds" + "".join(f"  {name:^31}" for name in names))
@@ -225,7 +225,7 @@ def cell(values: np.ndarray, interval: list[float] | None) -> str:
     return f"{seeds.mean():.{DIGITS}f} +- {std} ({values.mean(0).std(ddof=1):.{DIGITS}f})"
 
 
-def made_sentence(study: Study, scores: dict[str, dict]) -> str:
+def answer_sentence(data: FoldedDataset, scores: dict[str, dict]) -> str:
     """The main row's scores, and which method has the best mean of the first."""
     names = list(scores[MAIN])
     first, smaller_is_better = names[0], names[0] == "mae"
@@ -234,7 +234,7 @@ def made_sentence(study: Study, scores: dict[str, dict]) -> str:
     return f"{MAIN}: {own}. Best mean {first}: {best}, {scores[best][first][0].mean():.3f}."
 
 
-def draw(figure: Figure, study: Study, scores: dict[str, dict]) -> None:
+def draw(figure: Figure, data: FoldedDataset, scores: dict[str, dict]) -> None:
     """One row per method: the first score of every seed as dots, their mean, the interval over examples."""
     axis = figure.subplots()
     name = next(iter(scores[MAIN]))
@@ -247,8 +247,8 @@ def draw(figure: Figure, study: Study, scores: dict[str, dict]) -> None:
         axis.plot(seeds, [row] * len(seeds), "o", color=color, alpha=0.4, markersize=4)
         axis.plot(seeds.mean(), row, "|", color="black", markersize=16)
     axis.set_yticks(range(len(scores)), list(reversed(scores)))
-    band = "; band: 95 % interval over examples" if len(study.folds) == 1 else "; mean over folds"
-    axis.set(title=f"{study.name}, test (dots: seeds; line: mean{band})", xlabel=name)
+    band = "; band: 95 % interval over examples" if len(data.folds) == 1 else "; mean over folds"
+    axis.set(title=f"{data.name}, test (dots: seeds; line: mean{band})", xlabel=name)
 
 
 EXPERIMENT = Experiment(

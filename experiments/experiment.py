@@ -18,11 +18,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from mmfusion.cli import pick_device, run_command
-from mmfusion.data.folds import Study
-from mmfusion.data.registry import DataOptions, load_study
+from mmfusion.data.folds import FoldedDataset
+from mmfusion.data.registry import DataOptions, load_folded
 from mmfusion.errors import InputError
 from mmfusion.files import write_atomically, write_text
-from mmfusion.metrics.statistics import Contrast, Verdict, contrasts, grouped
+from mmfusion.metrics.statistics import Contrast, Verdict, corrected_contrasts, grouped
 from mmfusion.runs.folder import check_resumable, choose_folder, close_run, is_complete, open_run
 from mmfusion.training.grid import Grid, Recipe, Setting, train_grid
 
@@ -88,10 +88,10 @@ class Run:
         """The common recipe with what the flags change of it."""
         return self.options.recipe
 
-    def grid(self, study: Study, settings: Sequence[Setting], title: str, **shape: object) -> Grid:
+    def grid(self, data: FoldedDataset, settings: Sequence[Setting], title: str, **shape: object) -> Grid:
         """Train settings x seeds x folds in one call; a killed run goes on from the checkpoint of that title."""
         return train_grid(
-            study,
+            data,
             settings,
             self.seeds,
             self.recipe,
@@ -132,7 +132,7 @@ class Experiment:
     measure: Callable[..., Outcome]
     """(study, run) -> outcome; of a question about a trained run, whatever its own command makes of it"""
     decides: Callable[[str, Sequence[str]], bool] = lambda contrast, modalities: True
-    """whether the verdict rests on the contrast of that name, in a corpus of those modalities"""
+    """whether the verdict rests on the contrast of that name, in a dataset of those modalities"""
     modalities: int = 1
     """least number of modalities that the question needs"""
     options: type[Options] = Options
@@ -140,18 +140,18 @@ class Experiment:
 
 
 def contrasts_on_test(
-    study: Study, named: dict[str, tuple[np.ndarray, str]], effect: float | dict[str, float] = SCORE_EFFECT
+    data: FoldedDataset, named: dict[str, tuple[np.ndarray, str]], effect: float | dict[str, float] = SCORE_EFFECT
 ) -> list[Contrast]:
-    """Contrasts whose differences (S, n) run over the test examples, resampled by group where the corpus has groups."""
-    groups = study.pool.metadata.get("group")
+    """Contrasts whose differences (S, n) run over the test examples, resampled by group where there are groups."""
+    groups = data.pool.metadata.get("group")
     if groups is not None:
-        groups = [groups[row] for row in study.test_rows]
-    size = len(study.test_rows)
+        groups = [groups[row] for row in data.test_rows]
+    size = len(data.test_rows)
     pooled = {
         name: (grouped(d, groups) if d.ndim == 2 and d.shape[1] == size else d, claim)
         for name, (d, claim) in named.items()
     }
-    return contrasts(pooled, effect)
+    return corrected_contrasts(pooled, effect)
 
 
 # ---- command line ------------------------------------------------------------------------------------------------
@@ -175,24 +175,24 @@ def execute(experiment: Experiment, options: Options) -> None:
     folder = choose_folder(options.name, f"{experiment.name}-{options.dataset}", options.resume)
     if options.resume:
         check_resumable(folder, options)
-    study = load_study(options, str(device))
-    if len(study.input_dims) < experiment.modalities:
+    data = load_folded(options, str(device))
+    if len(data.input_dims) < experiment.modalities:
         raise InputError(
-            f"--dataset {options.dataset}: has {', '.join(study.input_dims)} alone; {experiment.name} needs "
+            f"--dataset {options.dataset}: has {', '.join(data.input_dims)} alone; {experiment.name} needs "
             f"{experiment.modalities} modalities"
         )
-    open_run(folder, options, {"experiment": experiment.name, **study.description}, device, options.resume)
+    open_run(folder, options, {"experiment": experiment.name, **data.description}, device, options.resume)
     if is_complete(folder):
         print(f"{folder}: this run is complete; its table is in {folder / 'table.txt'}")
         return
-    for note in study.notes:
+    for note in data.notes:
         print(f"note: {note}")
     start = time.perf_counter()
-    outcome = experiment.measure(study, Run(options, folder, device))
+    outcome = experiment.measure(data, Run(options, folder, device))
     seconds = time.perf_counter() - start
     record(
         experiment,
-        study,
+        data,
         outcome,
         folder,
         seeds=options.seeds,
@@ -205,7 +205,7 @@ def execute(experiment: Experiment, options: Options) -> None:
 
 def record(
     experiment: Experiment,
-    study: Study,
+    data: FoldedDataset,
     outcome: Outcome,
     folder: Path,
     *,
@@ -216,7 +216,7 @@ def record(
     device: torch.device,
 ) -> None:
     """Print what came out, and leave table.txt, figure.png and results.json in the run's folder."""
-    text = render(experiment, study, seeds, outcome)
+    text = render(experiment, data, seeds, outcome)
     print(text)
     write_text(folder / "table.txt", text)
     figure = Figure(figsize=outcome.size, layout="constrained")
@@ -227,19 +227,19 @@ def record(
         "experiment": experiment.name,
         "claim": experiment.claim,
         "question": experiment.question,
-        "dataset": study.name,
-        "task": study.task,
-        "examples": {part: len(rows) for part, rows in zip(("train", "dev", "test"), study.folds[0], strict=True)},
-        "folds": len(study.folds),
+        "dataset": data.name,
+        "task": data.task,
+        "examples": {part: len(rows) for part, rows in zip(("train", "dev", "test"), data.folds[0], strict=True)},
+        "folds": len(data.folds),
         "seeds": seeds,
         "recipe": recipe,
         "verdict": outcome.verdict,
-        "deciding": [c.name for c in outcome.contrasts if experiment.decides(c.name, list(study.input_dims))],
+        "deciding": [c.name for c in outcome.contrasts if experiment.decides(c.name, list(data.input_dims))],
         "answer": outcome.answer,
         "contrasts": [asdict(contrast) for contrast in outcome.contrasts],
         "table": outcome.table,
         "numbers": outcome.numbers,
-        "notes": study.notes + outcome.notes,
+        "notes": data.notes + outcome.notes,
         "seconds": round(seconds, 1),
         "resumed": resumed,
         "peak_memory_gb": round(peak_memory_gb(), 2),
@@ -277,12 +277,12 @@ def peak_memory_gb() -> float:
 # ---- text --------------------------------------------------------------------------------------------------------
 
 
-def render(experiment: Experiment, study: Study, seeds: int, outcome: Outcome) -> str:
+def render(experiment: Experiment, data: FoldedDataset, seeds: int, outcome: Outcome) -> str:
     """The printed page: question, table, contrasts, verdict."""
-    folds = "" if len(study.folds) == 1 else f", {len(study.folds)} folds"
+    folds = "" if len(data.folds) == 1 else f", {len(data.folds)} folds"
     lines = [
         "",
-        f"{experiment.name} on {study.name}: {len(study.test_rows)} test examples{folds}, {seeds} seeds",
+        f"{experiment.name} on {data.name}: {len(data.test_rows)} test examples{folds}, {seeds} seeds",
         experiment.question,
         "",
         outcome.table,
@@ -295,13 +295,13 @@ def render(experiment: Experiment, study: Study, seeds: int, outcome: Outcome) -
     return "\n".join(lines + [f"note: {note}" for note in outcome.notes]) + "\n"
 
 
-def contrast_table(made: Sequence[Contrast]) -> str:
+def contrast_table(contrasts: Sequence[Contrast]) -> str:
     """One line per contrast: estimate, 95 % interval, Holm's p, verdict, seeds needed."""
-    width = max((len(c.name) for c in made), default=0)
+    width = max((len(c.name) for c in contrasts), default=0)
     lines = [
         f"{'contrast (positive: as claimed)':{width}}  estimate [95 % interval]     p (Holm)  seeds needed  verdict"
     ]
-    for c in made:
+    for c in contrasts:
         needed = "-" if c.seeds < 2 else "no number" if c.seeds_needed is None else str(c.seeds_needed)
         lines.append(
             f"{c.name:{width}}  {c.estimate:+.4f} [{c.low:+.4f}, {c.high:+.4f}]  {c.p_holm:8.4f}  "

@@ -11,7 +11,7 @@ import torch
 from matplotlib.figure import Figure
 
 from experiments.experiment import SCORE_EFFECT, Experiment, Outcome, Run, contrasts_on_test, main, mean_std
-from mmfusion.data.folds import Study
+from mmfusion.data.folds import FoldedDataset
 from mmfusion.metrics.statistics import Contrast, Verdict, combine
 from mmfusion.training.grid import Grid, Setting
 
@@ -27,16 +27,16 @@ BANDS = {"low": (1, 2), "medium": (4, 8), "high": (32,)}  # ranks
 RANKS = tuple(rank for ranks in BANDS.values() for rank in ranks)
 
 
-def measure(study: Study, run: Run) -> Outcome:
+def measure(data: FoldedDataset, run: Run) -> Outcome:
     """Train variants x ranks in one call; contrasts are paired over seeds and test examples."""
     settings = [Setting(f"{name}, rank {rank}", rank, terms) for name, terms in VARIANTS.items() for rank in RANKS]
-    grid = run.grid(study, settings, "jwae")
-    made = contrasts_on_test(study, differences(study, grid))
-    verdict = judged(study, made)
-    own, parts = made[: len(BANDS)], made[len(BANDS) :]
+    grid = run.grid(data, settings, "jwae")
+    contrasts = contrasts_on_test(data, differences(data, grid))
+    verdict = verdict_by_band(data, contrasts)
+    own, parts = contrasts[: len(BANDS)], contrasts[len(BANDS) :]
     text = [f"{c.name} {c.estimate:+.3f} [{c.low:+.3f}, {c.high:+.3f}]" for c in (*own, *parts)]
     distances = distance_from_prior(grid)
-    part = "classification" if study.task == "binary" else "MAE"
+    part = "classification" if data.task == "binary" else "MAE"
     numbers = {
         setting.label: {
             "test score": grid.scores()[p].mean(-1),
@@ -48,18 +48,18 @@ def measure(study: Study, run: Run) -> Outcome:
         for p, setting in enumerate(settings)
     }
     return Outcome(
-        table(study, numbers),
-        made,
+        table(data, numbers),
+        contrasts,
         verdict,
         f"Paired test scores: {'; '.join(text)}.",
         numbers,
-        lambda figure: draw(figure, study, numbers),
+        lambda figure: draw(figure, data, numbers),
         (12, 4.2),
-        [f"score: {study.score_name}; this corpus tests the claim's part on {part}, not the other"],
+        [f"score: {data.score_name}; this dataset tests the claim's part on {part}, not the other"],
     )
 
 
-def differences(study: Study, grid: Grid) -> dict[str, tuple[np.ndarray, str]]:
+def differences(data: FoldedDataset, grid: Grid) -> dict[str, tuple[np.ndarray, str]]:
     """Contrasts as the claim orients them, (S, n); the three bands of ranks first."""
     scores = grid.scores()  # (P, S, n)
 
@@ -70,7 +70,7 @@ def differences(study: Study, grid: Grid) -> dict[str, tuple[np.ndarray, str]]:
     for band, ranks in BANDS.items():
         gain = of(FULL, ranks) - of("none", ranks)
         label = f"at {band} rank ({', '.join(map(str, ranks))})"
-        if study.task == "regression":
+        if data.task == "regression":
             named[f"cost of jWAE {label}"] = (-gain, f"jWAE has a larger MAE {label}")
         elif band == "high":
             # "as good or better": worse by less than would matter, and (the interval's upper end, `judge`) not
@@ -86,10 +86,10 @@ def differences(study: Study, grid: Grid) -> dict[str, tuple[np.ndarray, str]]:
     return named
 
 
-def judged(study: Study, made: list[Contrast]) -> Verdict:
+def verdict_by_band(data: FoldedDataset, contrasts: list[Contrast]) -> Verdict:
     """Classification: all three bands as claimed. Regression: a cost in any band, since the claim says "may"."""
-    verdicts = [contrast.verdict for contrast in made[: len(BANDS)]]
-    return combine(verdicts, "any" if study.task == "regression" else "all")
+    verdicts = [contrast.verdict for contrast in contrasts[: len(BANDS)]]
+    return combine(verdicts, "any" if data.task == "regression" else "all")
 
 
 @torch.inference_mode()
@@ -99,15 +99,15 @@ def distance_from_prior(grid: Grid) -> np.ndarray:
     for p in range(len(grid.settings)):
         for s in range(len(grid.seeds)):
             folds = []
-            for f, fold in enumerate(grid.study.folds):
-                features = {name: x[fold.test] for name, x in grid.study.pool.features.items()}
+            for f, fold in enumerate(grid.data.folds):
+                features = {name: x[fold.test] for name, x in grid.data.pool.features.items()}
                 latents = torch.cat(list(grid.model(p, s, f).encode(features).values()), dim=1)  # (n, M L)
                 folds.append((latents.std(0) - 1).abs().mean().item())
             values.append(np.mean(folds))
     return np.array(values).reshape(len(grid.settings), len(grid.seeds))
 
 
-def table(study: Study, numbers: dict[str, dict[str, np.ndarray]]) -> str:
+def table(data: FoldedDataset, numbers: dict[str, dict[str, np.ndarray]]) -> str:
     """One line per variant and rank, mean +- std over seeds."""
     names = list(next(iter(numbers.values())))
     width = max(map(len, numbers))
@@ -118,11 +118,11 @@ def table(study: Study, numbers: dict[str, dict[str, np.ndarray]]) -> str:
     return "\n".join(lines)
 
 
-def draw(figure: Figure, study: Study, numbers: dict[str, dict[str, np.ndarray]]) -> None:
+def draw(figure: Figure, data: FoldedDataset, numbers: dict[str, dict[str, np.ndarray]]) -> None:
     """Test score, test loss and the distance from the prior over the rank, one line per variant."""
     panels = {
-        "test score": f"test {study.score_name}",
-        "test loss": f"test {study.loss_name}",
+        "test score": f"test {data.score_name}",
+        "test loss": f"test {data.loss_name}",
         "distance from prior": "latents: mean |std - 1|",
     }
     for axis, (name, title) in zip(figure.subplots(1, 3), panels.items(), strict=True):
@@ -135,7 +135,7 @@ def draw(figure: Figure, study: Study, numbers: dict[str, dict[str, np.ndarray]]
         axis.set(title=title, xlabel="rank R")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(VARIANTS), frameon=False)
-    figure.suptitle(f"{study.name}: parts of the jWAE (mean and standard deviation over seeds)")
+    figure.suptitle(f"{data.name}: parts of the jWAE (mean and standard deviation over seeds)")
 
 
 EXPERIMENT = Experiment(

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
 from experiments.experiment import SCORE_EFFECT, Experiment, Outcome, Run, contrasts_on_test, main, mean_std
-from mmfusion.data.folds import Study
+from mmfusion.data.folds import FoldedDataset
 from mmfusion.metrics.scores import example_scores
 from mmfusion.metrics.statistics import Contrast, Verdict, combine
 from mmfusion.models.decomposition import contributions, imbalance, variance_shares
@@ -54,7 +54,7 @@ class Balance:
 
 
 @dataclass(frozen=True)
-class Found:
+class BalanceResult:
     """What table, figure and results.json show."""
 
     task: str
@@ -69,42 +69,42 @@ class Found:
     """score of a coin, or of the training mean"""
 
 
-def measure(study: Study, run: Run) -> Outcome:
+def measure(data: FoldedDataset, run: Run) -> Outcome:
     """Train subsets and full-set variants; score every subset, then relate imbalance to the worst drop."""
-    names = tuple(study.input_dims)
+    names = tuple(data.input_dims)
     subsets = {label(subset): subset for size in range(1, len(names) + 1) for subset in combinations(names, size)}
     settings = [
         Setting(text, RANK, TERMS, dropout={name: 1.0 for name in names if name not in subset})
         for text, subset in subsets.items()
     ]
     settings += [Setting(f"{name} dropped at {p}", RANK, TERMS, dropout={name: p}) for name in names for p in RATES]
-    grid = run.grid(study, settings, "balance")
-    found = Found(
-        study.task,
+    grid = run.grid(data, settings, "balance")
+    result = BalanceResult(
+        data.task,
         names,
         subsets,
         subset_scores(grid, subsets, "test"),
         subset_scores(grid, subsets, "dev"),
         measure_balance(grid, range(len(subsets) - 1, len(settings))),  # the full set comes last of the subsets
-        chance_score(study),
+        chance_score(data),
     )
-    named = differences(found)
+    named = differences(result)
     effects = {name: CORRELATION_EFFECT if name == BALANCE else SCORE_EFFECT for name in named}
-    made = contrasts_on_test(study, named, effects)
+    contrasts = contrasts_on_test(data, named, effects)
 
     def draw_all(figure: Figure) -> None:
-        figure.suptitle(f"{study.name}: contributions of the modalities and robustness to a missing one")
-        draw(figure, found)
+        figure.suptitle(f"{data.name}: contributions of the modalities and robustness to a missing one")
+        draw(figure, result)
 
     return Outcome(
-        table(found),
-        made,
-        verdict_of(made),
-        answer(made),
-        numbers_of(found),
+        table(result),
+        contrasts,
+        verdict_of(contrasts),
+        answer(contrasts),
+        numbers_of(result),
         draw_all,
         (14.5, 5.0),
-        notes_of(study, names),
+        notes_of(data, names),
     )
 
 
@@ -119,17 +119,17 @@ def label(subset: Sequence[str]) -> str:
 @torch.inference_mode()
 def measure_balance(grid: Grid, places: Sequence[int]) -> Balance:
     """Shares, contributions and drops of these settings' members on the test examples; shares are means over folds."""
-    study, names = grid.study, list(grid.study.input_dims)
+    data, names = grid.data, list(grid.data.input_dims)
     by_setting: list[list[dict[tuple[int, ...], float]]] = []
     for p in places:
         by_seed = []
         for s in range(len(grid.seeds)):
-            found = []
-            for f, fold in enumerate(study.folds):
+            result = []
+            for f, fold in enumerate(data.folds):
                 model = grid.model(p, s, f)
-                latents = model.encode({name: x[fold.test] for name, x in study.pool.features.items()})
-                found.append(variance_shares(model.fusion, [latents[name] for name in model.modalities]))
-            by_seed.append({subset: float(np.mean([shares[subset] for shares in found])) for subset in found[0]})
+                latents = model.encode({name: x[fold.test] for name, x in data.pool.features.items()})
+                result.append(variance_shares(model.fusion, [latents[name] for name in model.modalities]))
+            by_seed.append({subset: float(np.mean([shares[subset] for shares in result])) for subset in result[0]})
         by_setting.append(by_seed)
     shares = {
         subset: np.array([[seed[subset] for seed in by_seed] for by_seed in by_setting]) for subset in by_setting[0][0]
@@ -147,7 +147,7 @@ def measure_balance(grid: Grid, places: Sequence[int]) -> Balance:
 
 def subset_scores(grid: Grid, subsets: Mapping[str, tuple[str, ...]], part: str) -> dict[str, np.ndarray]:
     """{subset: (S, n)}: scores of the members that saw that subset alone, tested on it alone."""
-    names = grid.study.input_dims
+    names = grid.data.input_dims
     return {
         text: grid.without([name for name in names if name not in subset], [grid.index(text)], part)[0]
         for text, subset in subsets.items()
@@ -159,28 +159,28 @@ def best_single(subset: Sequence[str], dev: Mapping[str, np.ndarray]) -> str:
     return max(subset, key=lambda name: dev[name].mean())
 
 
-def chance_score(study: Study) -> float:
+def chance_score(data: FoldedDataset) -> float:
     """Test score of a coin, 1/2 whatever the classes' shares; for a regression that of the training part's mean."""
-    if study.task == "binary":
+    if data.task == "binary":
         return 0.5
-    means = [study.pool.target[fold.train].mean(0).expand_as(study.pool.target[fold.test]) for fold in study.folds]
-    return float(per_example(study, torch.cat(means).numpy()[None], "test", example_scores).mean())
+    means = [data.pool.target[fold.train].mean(0).expand_as(data.pool.target[fold.test]) for fold in data.folds]
+    return float(per_example(data, torch.cat(means).numpy()[None], "test", example_scores).mean())
 
 
 # ---- contrasts and verdict ---------------------------------------------------------------------------------------
 
 
-def differences(found: Found) -> dict[str, tuple[np.ndarray, str]]:
+def differences(result: BalanceResult) -> dict[str, tuple[np.ndarray, str]]:
     """Contrasts: (S,) rank correlations; (S, n) between pairs of modalities, and of all against the best single."""
-    test, dev, balance = found.test, found.dev, found.balance
+    test, dev, balance = result.test, result.dev, result.balance
     correlations = rank_correlations(balance.imbalance, balance.worst_drop)
     named = {BALANCE: (correlations, f"{BALANCE}, over {len(balance.labels)} settings of all modalities")}
-    pairs = [text for text, subset in found.subsets.items() if len(subset) == 2]
+    pairs = [text for text, subset in result.subsets.items() if len(subset) == 2]
     for two in combinations(pairs, 2):
         # oriented by dev, so that the test examples have no say in which difference is claimed
         higher, lower = sorted(two, key=lambda text: -dev[text].mean())
         named[f"{higher} over {lower}"] = (test[higher] - test[lower], f"{higher} scores higher than {lower}")
-    full, best = label(found.names), best_single(found.names, dev)
+    full, best = label(result.names), best_single(result.names, dev)
     named[OVER_SINGLE] = (test[full] - test[best], f"{full} scores higher than {best}, the best single one on dev")
     return named
 
@@ -191,13 +191,13 @@ def rank_correlations(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.array([0.0 if constant[s] else spearmanr(x[:, s], y[:, s]).statistic for s in range(x.shape[1])])
 
 
-def verdict_of(made: Sequence[Contrast]) -> Verdict:
+def verdict_of(contrasts: Sequence[Contrast]) -> Verdict:
     """The balance matters, and (with three or more modalities) some pair is better than another."""
-    pairs = [c.verdict for c in made if c.name not in (BALANCE, OVER_SINGLE)]
-    return combine([made[0].verdict, *([combine(pairs, "any")] if pairs else [])], "all")
+    pairs = [c.verdict for c in contrasts if c.name not in (BALANCE, OVER_SINGLE)]
+    return combine([contrasts[0].verdict, *([combine(pairs, "any")] if pairs else [])], "all")
 
 
-def notes_of(study: Study, names: Sequence[str]) -> list[str]:
+def notes_of(data: FoldedDataset, names: Sequence[str]) -> list[str]:
     """What the reader of the verdict must know."""
     notes = [
         "the balance is varied by dropping modalities in training, which also trains for their absence: the "
@@ -205,30 +205,30 @@ def notes_of(study: Study, names: Sequence[str]) -> list[str]:
     ]
     if len(names) == 2:
         notes.append("two modalities are one pair: the verdict is that of the balance alone")
-    if any(bool(torch.isin(fold.dev, fold.test).any()) for fold in study.folds):
+    if any(bool(torch.isin(fold.dev, fold.test).any()) for fold in data.folds):
         notes.append(
             "dev shares examples with test: pairs are oriented, and the best single chosen, on tested examples"
         )
     return notes
 
 
-def answer(made: Sequence[Contrast]) -> str:
+def answer(contrasts: Sequence[Contrast]) -> str:
     """The estimates in one sentence."""
-    first, last = made[0], made[-1]
+    first, last = contrasts[0], contrasts[-1]
     text = (
         f"Rank correlation of imbalance and worst drop {first.estimate:+.2f} [{first.low:+.2f}, {first.high:+.2f}]; "
         f"all modalities over the best single one {last.estimate:+.3f} [{last.low:+.3f}, {last.high:+.3f}]"
     )
-    pairs = [f"{c.name} {c.estimate:+.3f} [{c.low:+.3f}, {c.high:+.3f}]" for c in made[1:-1]]
+    pairs = [f"{c.name} {c.estimate:+.3f} [{c.low:+.3f}, {c.high:+.3f}]" for c in contrasts[1:-1]]
     return "; ".join([text, *pairs]) + "."
 
 
 # ---- text and figure ---------------------------------------------------------------------------------------------
 
 
-def numbers_of(found: Found) -> dict[str, object]:
+def numbers_of(result: BalanceResult) -> dict[str, object]:
     """Everything in table and figure, one number per seed, JSON-able."""
-    names, balance, mean_drop = found.names, found.balance, found.balance.drops.mean(-1)
+    names, balance, mean_drop = result.names, result.balance, result.balance.drops.mean(-1)
     of_settings = {
         text: {
             "share of variance": {label([names[m] for m in s]): x[p].tolist() for s, x in balance.shares.items()},
@@ -240,29 +240,29 @@ def numbers_of(found: Found) -> dict[str, object]:
         }
         for p, text in enumerate(balance.labels)
     }
-    parts = {"dev": found.dev, "test": found.test}
+    parts = {"dev": result.dev, "test": result.test}
     return {
-        "subsets": {s: {part: x[s].mean(1).tolist() for part, x in parts.items()} for s in found.subsets},
-        "best single on dev": best_single(names, found.dev),
-        "coin or training mean": found.chance,
+        "subsets": {s: {part: x[s].mean(1).tolist() for part, x in parts.items()} for s in result.subsets},
+        "best single on dev": best_single(names, result.dev),
+        "coin or training mean": result.chance,
         "settings of all modalities": of_settings,
         "rank correlation of imbalance and mean drop": rank_correlations(balance.imbalance, mean_drop).tolist(),
     }
 
 
-def table(found: Found) -> str:
+def table(result: BalanceResult) -> str:
     """Fixed-width: one line per subset, then two per setting that sees all modalities; mean +- std over seeds."""
-    names, balance, test, dev = found.names, found.balance, found.test, found.dev
-    score, constant = ("accuracy", "a coin") if found.task == "binary" else ("-MAE / std", "training mean")
-    width = max(map(len, [*found.subsets, *balance.labels, constant]))
+    names, balance, test, dev = result.names, result.balance, result.test, result.dev
+    score, constant = ("accuracy", "a coin") if result.task == "binary" else ("-MAE / std", "training mean")
+    width = max(map(len, [*result.subsets, *balance.labels, constant]))
     lines = [f"score: {score}, mean +- std over seeds; each subset trained and tested without the other modalities"]
     lines.append(f"{'':{width}}  {'dev':>16}  {'test':>16}  {'over its best single modality (by dev)':>38}")
-    for text, subset in found.subsets.items():
+    for text, subset in result.subsets.items():
         best = best_single(subset, dev)
         over = "-" if len(subset) == 1 else f"{mean_std((test[text] - test[best]).mean(1))} over {best}"
         cells = (mean_std(dev[text].mean(1)), mean_std(test[text].mean(1)))
         lines.append(f"{text:{width}}  {cells[0]:>16}  {cells[1]:>16}  {over:>38}")
-    lines.append(f"{constant:{width}}  {'':16}  {found.chance:>16.3f}")
+    lines.append(f"{constant:{width}}  {'':16}  {result.chance:>16.3f}")
     parts = {label([names[m] for m in s]): x for s, x in balance.shares.items()}
     losses = {f"{name} contributes": balance.contributions[..., m] for m, name in enumerate(names)}
     losses |= {"imbalance": balance.imbalance, "mean drop": balance.drops.mean(-1), "worst drop": balance.worst_drop}
@@ -277,18 +277,18 @@ def table(found: Found) -> str:
     return "\n".join(lines)
 
 
-def draw(figure: Figure, found: Found) -> None:
+def draw(figure: Figure, result: BalanceResult) -> None:
     """Scores of the subsets, shares of variance of the full-set settings, imbalance against the worst drop."""
     left, middle, right = figure.subplots(1, 3)
-    binary, chance, balance = found.task == "binary", found.chance, found.balance
-    scores = np.array([values.mean(1) for values in found.test.values()])  # (subsets, S)
+    binary, chance, balance = result.task == "binary", result.chance, result.balance
+    scores = np.array([values.mean(1) for values in result.test.values()])  # (subsets, S)
     # bars begin at what knowing nothing scores, so that a negative score reads like an accuracy
     left.bar(
         range(len(scores)), scores.mean(1) - chance, bottom=chance, yerr=scores.std(1, ddof=1), capsize=3, color="0.6"
     )
     left.use_sticky_edges = False  # room below the line that the bars stand on
     left.axhline(chance, color="black", linewidth=0.8, label="a coin" if binary else "training mean")
-    left.set_xticks(range(len(scores)), [text.replace("+", "+\n") for text in found.test], fontsize=8)
+    left.set_xticks(range(len(scores)), [text.replace("+", "+\n") for text in result.test], fontsize=8)
     left.set(
         title="each subset alone (std over seeds)", ylabel="test accuracy" if binary else "test -MAE / std of target"
     )
@@ -299,7 +299,7 @@ def draw(figure: Figure, found: Found) -> None:
     upper, lower = np.zeros(len(places)), np.zeros(len(places))
     for k, (subset, values) in enumerate(balance.shares.items()):
         mean = values.mean(1)
-        text = label([found.names[m] for m in subset])
+        text = label([result.names[m] for m in subset])
         middle.barh(places, mean, left=np.where(mean >= 0, upper, lower), color=f"C{k}", label=text)
         upper, lower = upper + np.clip(mean, 0, None), lower + np.clip(mean, None, 0)
     middle.axvline(0, color="black", linewidth=0.8)

@@ -7,7 +7,7 @@ s1 and s0 the score with and without it: a straight line, so "at test" the harm 
 training at each p can bend the curve. Drawn masks stand beside the exact line, since few of them look bent by chance;
 and AUROC, which is not additive, is not linear.
 
-Harm at a rate is the score at p = 0 minus the score there. Verdict: in some protocol, of audio or, in a corpus without
+Harm at a rate is the score at p = 0 minus the score there. Verdict: in some protocol, of audio or, in a dataset without
 it, of any modality, both (a) mean harm at 30-50 % exceeds mean harm at 70-90 %, and (b) mean harm at 30-50 % is
 positive; each by the common rule with an effect of `SCORE_EFFECT`, Holm's correction being over both kinds. (a) alone
 holds too where the dropout helps, and helps more at high rates. "At test" the line rules out that both hold.
@@ -23,7 +23,7 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from experiments.experiment import SCORE_EFFECT, Experiment, Outcome, Run, contrasts_on_test, main
-from mmfusion.data.folds import Study, targets
+from mmfusion.data.folds import FoldedDataset, targets
 from mmfusion.files import write_safetensors
 from mmfusion.metrics.scores import example_scores
 from mmfusion.metrics.statistics import Contrast, Verdict, combine
@@ -40,23 +40,23 @@ ROWS = ("at test", MEAN_LATENT, "in training", "both")
 COLORS = dict(zip(ROWS, ("C0", "C4", "C1", "C2"), strict=True))
 
 
-def measure(study: Study, run: Run) -> Outcome:
+def measure(data: FoldedDataset, run: Run) -> Outcome:
     """Train at every rate of every modality; contrasts are paired over seeds and test examples."""
-    names = list(study.input_dims)
+    names = list(data.input_dims)
     settings = [Setting("complete", RANK, JWAE, dropout={})]
     settings += [Setting(label(name, p), RANK, JWAE, dropout={name: p}) for name in names for p in RATES[1:]]
-    grid = run.grid(study, settings, "dropout")
-    uniforms = drawn_uniforms(run.folder / "masks.safetensors", len(study.test_rows), len(names))
+    grid = run.grid(data, settings, "dropout")
+    uniforms = drawn_uniforms(run.folder / "masks.safetensors", len(data.test_rows), len(names))
     curves, checks = {}, {}
     for m, name in enumerate(names):
         missing = missing_predictions(grid, name)
         curves[name] = rate_curves(grid, name, missing)
         checks[name] = check_identities(grid, missing, uniforms[:, :, m].numpy())
-    made = contrasts_on_test(study, differences(curves))
-    # the claim is about audio; a corpus without it is asked about all that it has
+    contrasts = contrasts_on_test(data, differences(curves))
+    # the claim is about audio; a dataset without it is asked about all that it has
     claimed = ["audio"] if "audio" in names else names
-    deciding = {key: pair for key, pair in by_protocol(made).items() if key[0] in claimed}
-    notes = [] if "audio" in names else [f"no audio in this corpus: the verdict is over {' and '.join(names)}"]
+    deciding = {key: pair for key, pair in by_protocol(contrasts).items() if key[0] in claimed}
+    notes = [] if "audio" in names else [f"no audio in this dataset: the verdict is over {' and '.join(names)}"]
     numbers = {
         name: {
             "rates": list(RATES),
@@ -68,12 +68,12 @@ def measure(study: Study, run: Run) -> Outcome:
     }
     size = (max(8.0, 4.4 * len(names)), 4.6)
     return Outcome(
-        table(study, numbers),
-        made,
+        table(data, numbers),
+        contrasts,
         verdict_of(deciding),
         answer(deciding, curves),
         numbers,
-        lambda figure: draw(figure, study, curves, checks),
+        lambda figure: draw(figure, data, curves, checks),
         size,
         notes,
     )
@@ -95,30 +95,36 @@ def missing_predictions(grid: Grid, name: str) -> dict[str, np.ndarray]:
     "dropped terms": the sum of the subset terms that the modality takes no part in, which is the zero latent's
     prediction by another way (`LowRankMultimodalFusion.subset_terms`).
     """
-    study, features = grid.study, grid.study.pool.features
-    place = list(study.input_dims).index(name)
+    data, features = grid.data, grid.data.pool.features
+    place = list(data.input_dims).index(name)
     models = grid.members([0])
     outputs: dict[str, list[Tensor]] = {"zero latent": [], "mean latent": [], "dropped terms": []}
     for k, model in enumerate(models):
         latents = model.encode(features)
-        train = study.folds[k % len(study.folds)].train
+        train = data.folds[k % len(data.folds)].train
         z = [latents[other] for other in model.modalities]  # (N, L) each
         terms = model.fusion.subset_terms(z)
         kept = sum(term for subset, term in terms.items() if place not in subset)  # (N, O)
-        for way, value in (("zero latent", 0 * z[place]), ("mean latent", z[place][train].mean(0).expand_as(z[place]))):
-            outputs[way].append(model.rescale(model.fusion([*z[:place], value, *z[place + 1 :]])))
+        for replacement, value in (
+            ("zero latent", 0 * z[place]),
+            ("mean latent", z[place][train].mean(0).expand_as(z[place])),
+        ):
+            outputs[replacement].append(model.rescale(model.fusion([*z[:place], value, *z[place + 1 :]])))
         outputs["dropped terms"].append(model.rescale(kept))
     shape = grid.outputs.shape[1:]  # (S, F, N[, O])
-    return {way: select(study, torch.stack(values).numpy().reshape(shape), "test") for way, values in outputs.items()}
+    return {
+        replacement: select(data, torch.stack(values).numpy().reshape(shape), "test")
+        for replacement, values in outputs.items()
+    }
 
 
 def rate_curves(grid: Grid, name: str, missing: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """{row: (rates, S, n)}: expected score of every test example at every rate of that modality's dropout."""
-    study = grid.study
+    data = grid.data
     places = [0, *(grid.index(label(name, p)) for p in RATES[1:])]
     trained = grid.scores()[places]  # (rates, S, n), tested complete
     hidden = grid.without([name], places)  # (rates, S, n), tested without
-    mean_latent = per_example(study, missing["mean latent"], "test", example_scores)  # (S, n)
+    mean_latent = per_example(data, missing["mean latent"], "test", example_scores)  # (S, n)
     p = np.array(RATES)[:, None, None]
     return {
         "at test": (1 - p) * trained[0] + p * hidden[0],
@@ -147,20 +153,20 @@ def check_identities(grid: Grid, missing: dict[str, np.ndarray], uniforms: np.nd
 
     Raises AssertionError where zero latent and dropped terms differ by more than rounding: the layer is then wrong.
     """
-    study, complete = grid.study, grid.predictions()[0]
+    data, complete = grid.data, grid.predictions()[0]
     apart = float(np.abs(missing["zero latent"] - missing["dropped terms"]).max())
     if not apart < TOLERANCE * max(1.0, float(np.abs(complete).max())):
         raise AssertionError(f"zero latent and dropped terms differ by {apart:.2e}; they are the same function")
-    s1 = per_example(study, complete, "test", example_scores)  # (S, n)
-    s0 = per_example(study, missing["zero latent"], "test", example_scores)
+    s1 = per_example(data, complete, "test", example_scores)  # (S, n)
+    s0 = per_example(data, missing["zero latent"], "test", example_scores)
     drawn, errors = drawn_scores(s1, s0, uniforms)
     checks: dict[str, object] = {
         "zero latent - dropped terms, largest": apart,
         "masks": drawn.tolist(),
         "masks - line, largest, in standard errors": float(np.abs(errors).max()),
     }
-    if study.task == "binary":
-        checks["auroc"] = auroc_curve(study, complete, missing["zero latent"], uniforms)
+    if data.task == "binary":
+        checks["auroc"] = auroc_curve(data, complete, missing["zero latent"], uniforms)
     return checks
 
 
@@ -186,13 +192,15 @@ def drawn_scores(s1: np.ndarray, s0: np.ndarray, uniforms: np.ndarray) -> tuple[
     return np.array(means), np.array(errors)
 
 
-def auroc_curve(study: Study, complete: np.ndarray, missing: np.ndarray, uniforms: np.ndarray) -> dict[str, object]:
+def auroc_curve(
+    data: FoldedDataset, complete: np.ndarray, missing: np.ndarray, uniforms: np.ndarray
+) -> dict[str, object]:
     """AUROC at each rate by the drawn masks, and its largest deviation from the chord between p = 0 and p = 1."""
-    at_0, at_1 = auroc(study, complete).mean(), auroc(study, missing).mean()
+    at_0, at_1 = auroc(data, complete).mean(), auroc(data, missing).mean()
     means, deviations, errors = [], [], []
     for p in RATES:
         hidden = uniforms[:, None] < p  # (draws, 1, n)
-        by_draw = auroc(study, np.where(hidden, missing, complete)).mean(1)  # (draws, S, n) -> (draws,)
+        by_draw = auroc(data, np.where(hidden, missing, complete)).mean(1)  # (draws, S, n) -> (draws,)
         means.append(float(by_draw.mean()))
         deviations.append(float(by_draw.mean() - (1 - p) * at_0 - p * at_1))
         errors.append(float(by_draw.std(ddof=1) / len(by_draw) ** 0.5))
@@ -201,14 +209,14 @@ def auroc_curve(study: Study, complete: np.ndarray, missing: np.ndarray, uniform
     return {"mean": means, "at 1": float(at_1), "largest deviation from the chord": worst}
 
 
-def auroc(study: Study, predictions: np.ndarray) -> np.ndarray:
+def auroc(data: FoldedDataset, predictions: np.ndarray) -> np.ndarray:
     """(..., n) logits of the test examples -> (...): AUROC, mean over the folds; NaN-free needs both classes in each.
 
     (sum of the positives' ranks - P (P + 1) / 2) / (P N), ties by mid-ranks: the Mann-Whitney statistic.
     """
     values, start = [], 0
-    positive = targets(study) == 1
-    for fold in study.folds:
+    positive = targets(data) == 1
+    for fold in data.folds:
         part = slice(start, start := start + len(fold.test))
         ranks = rankdata(predictions[..., part], axis=-1)
         count, size = positive[part].sum(), positive[part].size
@@ -236,10 +244,10 @@ def differences(curves: dict[str, dict[str, np.ndarray]]) -> dict[str, tuple[np.
     return named
 
 
-def by_protocol(made: list[Contrast]) -> dict[tuple[str, str], list[Contrast]]:
+def by_protocol(contrasts: list[Contrast]) -> dict[tuple[str, str], list[Contrast]]:
     """{(modality, protocol): [difference, harm]}, from the contrasts of `differences`."""
     found: dict[tuple[str, str], list[Contrast]] = {}
-    for c in made:
+    for c in contrasts:
         name, protocol = c.name.split(":")[0].split(", ")
         found.setdefault((name, protocol), []).append(c)
     return found
@@ -252,21 +260,21 @@ def verdict_of(deciding: dict[tuple[str, str], list[Contrast]]) -> Verdict:
 
 def answer(deciding: dict[tuple[str, str], list[Contrast]], curves: dict[str, dict[str, np.ndarray]]) -> str:
     """The estimates of the contrasts that decide, and where the mean harm is largest."""
-    said = []
+    sentences = []
     for (name, protocol), pair in deciding.items():
         difference, middle = (f"{c.estimate:+.3f} [{c.low:+.3f}, {c.high:+.3f}]" for c in pair)
         means = [harm(curves[name][protocol], (k,)).mean() for k in range(1, len(RATES))]
         worst = int(np.argmax(means))
-        said.append(
+        sentences.append(
             f"{name} {protocol} {middle}, minus that at 70-90 % {difference} "
             f"(largest harm {means[worst]:+.3f}, at {RATES[worst + 1]:.0%})"
         )
-    return f"Harm of dropout at 30-50 %: {'; '.join(said)}."
+    return f"Harm of dropout at 30-50 %: {'; '.join(sentences)}."
 
 
-def table(study: Study, numbers: dict[str, dict]) -> str:
+def table(data: FoldedDataset, numbers: dict[str, dict]) -> str:
     """Fixed-width: one line per modality and protocol, one column per rate, then what was checked."""
-    score = study.score_name
+    score = data.score_name
     rows = {}
     for name, found in numbers.items():
         for row in ROWS:
@@ -292,7 +300,7 @@ def table(study: Study, numbers: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def draw(figure: Figure, study: Study, curves: dict, checks: dict) -> None:
+def draw(figure: Figure, data: FoldedDataset, curves: dict, checks: dict) -> None:
     """One panel per modality: the score over the rate; band: standard deviation over seeds; dots: drawn masks."""
     axes = figure.subplots(1, len(curves), squeeze=False)[0]  # scales of their own: else only the largest harm shows
     for axis, (name, rows) in zip(axes, curves.items(), strict=True):
@@ -309,11 +317,11 @@ def draw(figure: Figure, study: Study, curves: dict, checks: dict) -> None:
         least = rows["at test"][0].mean() - SCORE_EFFECT
         axis.axhline(least, color="black", linestyle=":", linewidth=0.8, label=f"harm of {SCORE_EFFECT:g}")
         axis.set(title=f"{name} (scale of its own)", xlabel="rate of dropout p")
-    axes[0].set_ylabel(f"test {study.score_name}")
+    axes[0].set_ylabel(f"test {data.score_name}")
     handles, texts = axes[0].get_legend_handles_labels()
     columns = len(texts) if len(curves) > 2 else 3  # two panels are too narrow for all in one row
     figure.legend(handles, texts, loc="outside lower center", ncols=columns, frameon=False)
-    figure.suptitle(f"{study.name}: dropout of one modality (mean and std over seeds; grey: rates compared)")
+    figure.suptitle(f"{data.name}: dropout of one modality (mean and std over seeds; grey: rates compared)")
 
 
 EXPERIMENT = Experiment(

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.experiment import SCORE_EFFECT, Experiment, Outcome, Run, contrasts_on_test, main, mean_std
-from mmfusion.data.folds import Study
+from mmfusion.data.folds import FoldedDataset
 from mmfusion.metrics.statistics import combine
 from mmfusion.training.grid import JWAE, PLAIN, Grid, Setting
 
@@ -25,29 +25,35 @@ LOSS_EFFECT = 0.05  # smallest ratio of training losses of interest: 5 %
 KINDS = {"jWAE": JWAE, "plain": PLAIN}
 
 
-def measure(study: Study, run: Run) -> Outcome:
+def measure(data: FoldedDataset, run: Run) -> Outcome:
     """Train the grid and its fused-width control; contrasts are paired over seeds and test examples."""
     settings = [Setting(f"{kind}, rank {rank}", rank, terms) for kind, terms in KINDS.items() for rank in RANKS]
     settings += [Setting(f"decay {decay:g}, rank {RANKS[-1]}", RANKS[-1], JWAE, decay) for decay in DECAYS]
-    grid = run.grid(study, settings, "rank")
+    grid = run.grid(data, settings, "rank")
     fused = run.grid(
-        study, [Setting(f"fused, rank {rank}", rank, JWAE) for rank in RANKS], "rank fused", fused_dim=FUSED_DIM
+        data, [Setting(f"fused, rank {rank}", rank, JWAE) for rank in RANKS], "rank fused", fused_dim=FUSED_DIM
     )
     columns = summary(grid) | summary(fused)
     named = differences(grid, fused)
     effects = {name: LOSS_EFFECT if "training loss" in name else SCORE_EFFECT for name in named}
-    made = contrasts_on_test(study, named, effects)
-    verdict = combine([c.verdict for c in made if c.name.startswith("jWAE: ")], "all")
+    contrasts = contrasts_on_test(data, named, effects)
+    verdict = combine([c.verdict for c in contrasts if c.name.startswith("jWAE: ")], "all")
     best = max(RANKS, key=lambda rank: columns[f"jWAE, rank {rank}"]["test score"].mean())
     least = min(RANKS, key=lambda rank: columns[f"jWAE, rank {rank}"]["train loss"].mean())
     answer = (
         f"With jWAE the best mean test score is at rank {best}, the lowest training loss at rank {least}; "
-        f"ranks 2-4 against rank 1: {made[0].estimate:+.3f} [{made[0].low:+.3f}, {made[0].high:+.3f}], "
-        f"against rank 8: {made[1].estimate:+.3f} [{made[1].low:+.3f}, {made[1].high:+.3f}]."
+        f"ranks 2-4 against rank 1: {contrasts[0].estimate:+.3f} [{contrasts[0].low:+.3f}, {contrasts[0].high:+.3f}], "
+        f"against rank 8: {contrasts[1].estimate:+.3f} [{contrasts[1].low:+.3f}, {contrasts[1].high:+.3f}]."
     )
     numbers = {label: {name: list(map(float, v)) for name, v in cells.items()} for label, cells in columns.items()}
     return Outcome(
-        table(study, columns), made, verdict, answer, numbers, lambda figure: draw(figure, study, columns), (13, 4.2)
+        table(data, columns),
+        contrasts,
+        verdict,
+        answer,
+        numbers,
+        lambda figure: draw(figure, data, columns),
+        (13, 4.2),
     )
 
 
@@ -64,7 +70,7 @@ def summary(grid: Grid) -> dict[str, dict[str, np.ndarray]]:
 def differences(grid: Grid, fused: Grid) -> dict[str, tuple[np.ndarray, str]]:
     """Contrasts as the claim orients them: (S, n) over test examples; (S,) log ratios of training losses."""
     named: dict[str, tuple[np.ndarray, str]] = {}
-    scores, losses = grid.scores(), np.log(grid.losses("train").mean(-1))  # a ratio means the same on every corpus
+    scores, losses = grid.scores(), np.log(grid.losses("train").mean(-1))  # a ratio means the same on every dataset
     for kind in KINDS:
         of = {rank: scores[grid.index(f"{kind}, rank {rank}")] for rank in RANKS}
         loss = {rank: losses[grid.index(f"{kind}, rank {rank}")] for rank in RANKS}
@@ -91,24 +97,24 @@ def differences(grid: Grid, fused: Grid) -> dict[str, tuple[np.ndarray, str]]:
     return named
 
 
-def table(study: Study, columns: dict[str, dict[str, np.ndarray]]) -> str:
+def table(data: FoldedDataset, columns: dict[str, dict[str, np.ndarray]]) -> str:
     """Fixed-width: one line per setting, mean +- std over seeds."""
     names = list(next(iter(columns.values())))
     width = max(map(len, columns))
-    lines = [f"score: {study.score_name}; loss: {study.loss_name}; mean +- std over seeds"]
+    lines = [f"score: {data.score_name}; loss: {data.loss_name}; mean +- std over seeds"]
     lines.append(f"{'':{width}}" + "".join(f"  {name:>16}" for name in names))
     for label, cells in columns.items():
         lines.append(f"{label:{width}}" + "".join(f"  {mean_std(cells[name]):>16}" for name in names))
     return "\n".join(lines)
 
 
-def draw(figure: Figure, study: Study, columns: dict[str, dict[str, np.ndarray]]) -> None:
+def draw(figure: Figure, data: FoldedDataset, columns: dict[str, dict[str, np.ndarray]]) -> None:
     """Three panels over the rank: training loss, test loss, test score; band: standard deviation over seeds."""
     axes = figure.subplots(1, 3)
     panels = {
-        "train loss": f"training {study.loss_name}",
-        "test loss": f"test {study.loss_name}",
-        "test score": f"test {study.score_name}",
+        "train loss": f"training {data.loss_name}",
+        "test loss": f"test {data.loss_name}",
+        "test score": f"test {data.score_name}",
     }
     kinds = {
         "jWAE": ("jWAE-LMF", "C0"),
@@ -126,7 +132,7 @@ def draw(figure: Figure, study: Study, columns: dict[str, dict[str, np.ndarray]]
         axis.minorticks_off()
         axis.set(title=label, xlabel="rank R")
     axes[0].legend(frameon=False)
-    figure.suptitle(f"{study.name}: rank ablation (mean and standard deviation over seeds)")
+    figure.suptitle(f"{data.name}: rank ablation (mean and standard deviation over seeds)")
 
 
 EXPERIMENT = Experiment(

@@ -24,19 +24,19 @@ import torch
 from matplotlib.figure import Figure
 
 from experiments.experiment import SCORE_EFFECT, Experiment, Outcome, Run, contrasts_on_test, main, mean_std
-from mmfusion.data.folds import Study, only
+from mmfusion.data.folds import FoldedDataset, only
 from mmfusion.metrics.scores import example_scores
 from mmfusion.metrics.statistics import combine
 from mmfusion.models.fusion import FusionModel
 from mmfusion.robustness.certificates import feature_path, gelu_slope, pair_norm
 from mmfusion.robustness.corruptions import add_noise
 from mmfusion.robustness.worst_case import (
-    Truth,
+    Criterion,
     attacked_scores,
+    change_size,
     feature_certificates,
     latent_scores,
     latent_stds,
-    unit,
 )
 from mmfusion.training.grid import JWAE, Grid, Setting, outputs_of, per_example, select
 
@@ -59,7 +59,7 @@ DECIDES = (
 
 
 @dataclass
-class Found:
+class RankRobustnessResult:
     """Of every setting: per example (S, n), or per seed (S,)."""
 
     clean: dict[str, np.ndarray]
@@ -78,7 +78,7 @@ class Found:
     """(S,) mean over examples and pairs of |B|_2, raw"""
 
 
-def measure(study: Study, run: Run) -> Outcome:
+def measure(data: FoldedDataset, run: Run) -> Outcome:
     """Train both grids, measure every member, and judge."""
     settings = [
         Setting(f"{kind}, rank {rank}", rank, terms)
@@ -87,31 +87,30 @@ def measure(study: Study, run: Run) -> Outcome:
     ]
     settings += [Setting(f"decay {decay:g}, rank {HIGH}", HIGH, JWAE, decay) for decay in DECAYS]
     settings += [
-        Setting(f"dropout {rate:g}, rank 4", 4, JWAE, dropout=dict.fromkeys(study.input_dims, rate))
-        for rate in DROPOUTS
+        Setting(f"dropout {rate:g}, rank 4", 4, JWAE, dropout=dict.fromkeys(data.input_dims, rate)) for rate in DROPOUTS
     ]
     spectral = [Setting(f"spectral norm, rank {rank}", rank, JWAE) for rank in (4, HIGH)]
     grids = [
-        run.grid(study, settings, "rank robustness"),
-        run.grid(study, spectral, "rank robustness spectral", spectral_norm=SPECTRAL_NORM),
+        run.grid(data, settings, "rank robustness"),
+        run.grid(data, spectral, "rank robustness spectral", spectral_norm=SPECTRAL_NORM),
     ]
-    found = examine(study, grids)
-    named = differences(study, found)
+    result = examine(data, grids)
+    named = differences(data, result)
     effects = {name: RATIO_EFFECT if name.startswith("gradient") else SCORE_EFFECT for name in named}
-    made = contrasts_on_test(study, named, effects)
-    verdict = combine([c.verdict for c in made if c.name in DECIDES], "all")
-    by_name = {c.name: c for c in made}
+    contrasts = contrasts_on_test(data, named, effects)
+    verdict = combine([c.verdict for c in contrasts if c.name in DECIDES], "all")
+    by_name = {c.name: c for c in contrasts}
     answer = "Ranks 2-4 against 32: " + ", ".join(
         f"{name.split(':')[0]} {by_name[name].estimate:+.3f} [{by_name[name].low:+.3f}, {by_name[name].high:+.3f}]"
         for name in DECIDES
     )
     return Outcome(
-        table(study, found),
-        made,
+        table(data, result),
+        contrasts,
         verdict,
         answer + ".",
-        {label: {key: v.tolist() for key, v in cells.items()} for label, cells in per_seed(found).items()},
-        lambda figure: draw(figure, study, found),
+        {label: {key: v.tolist() for key, v in cells.items()} for label, cells in per_seed(result).items()},
+        lambda figure: draw(figure, data, result),
         (14.0, 4.4),
         [
             f"rho = {RHO:g}; certificates are lower bounds, attacks upper bounds of the worst-case score",
@@ -123,56 +122,56 @@ def measure(study: Study, run: Run) -> Outcome:
 # ---- measures ----------------------------------------------------------------------------------------------------
 
 
-def examine(study: Study, grids: list[Grid]) -> Found:
+def examine(data: FoldedDataset, grids: list[Grid]) -> RankRobustnessResult:
     """Measure every setting of every grid."""
-    found = Found(*({} for _ in range(10)))
-    noisy_pool = _with_noise(study)
+    result = RankRobustnessResult(*({} for _ in range(10)))
+    noisy_pool = _with_noise(data)
     for grid in grids:
         places = range(len(grid.settings))
         scores, losses = grid.scores(), grid.losses()
-        missing = np.mean([grid.without([name], places) for name in study.input_dims], axis=0)
+        missing = np.mean([grid.without([name], places) for name in data.input_dims], axis=0)
         noisy = outputs_of(noisy_pool, grid.models).reshape(grid.outputs.shape)
-        noisy = per_example(study, select(study, noisy, "test"), "test", example_scores)
+        noisy = per_example(data, select(data, noisy, "test"), "test", example_scores)
         for p, setting in enumerate(grid.settings):
             label = setting.label
-            found.clean[label], found.loss[label] = scores[p], losses[p]
-            found.missing[label], found.noisy[label] = missing[p], noisy[p]
-            by_seed = [_examine_seed(study, grid, p, s) for s in range(len(grid.seeds))]
+            result.clean[label], result.loss[label] = scores[p], losses[p]
+            result.missing[label], result.noisy[label] = missing[p], noisy[p]
+            by_seed = [_examine_seed(data, grid, p, s) for s in range(len(grid.seeds))]
             for name in ("certified", "attacked", "latent", "gradient", "interaction", "norm"):
-                getattr(found, name)[label] = np.array([seed[name] for seed in by_seed])
-    return found
+                getattr(result, name)[label] = np.array([seed[name] for seed in by_seed])
+    return result
 
 
-def _with_noise(study: Study) -> Study:
+def _with_noise(data: FoldedDataset) -> FoldedDataset:
     """The same examples with Gaussian noise on every feature, in units of the first fold's training part."""
     rng = np.random.default_rng(0)
-    rows = study.folds[0].train
-    features = {name: add_noise(x, NOISE, x[rows].std(0), rng) for name, x in sorted(study.pool.features.items())}
-    made = only(study, list(features))
-    made.pool.features.update(features)
-    return made
+    rows = data.folds[0].train
+    features = {name: add_noise(x, NOISE, x[rows].std(0), rng) for name, x in sorted(data.pool.features.items())}
+    probed = only(data, list(features))
+    probed.pool.features.update(features)
+    return probed
 
 
-def _examine_seed(study: Study, grid: Grid, p: int, s: int) -> dict[str, np.ndarray | float]:
+def _examine_seed(data: FoldedDataset, grid: Grid, p: int, s: int) -> dict[str, np.ndarray | float]:
     """(n,) scores over all folds' test parts, and three numbers, of one setting and seed."""
     parts: dict[str, list] = {}
-    for f, fold in enumerate(study.folds):
+    for f, fold in enumerate(data.folds):
         model = grid.model(p, s, f)
-        features = {name: x[fold.test] for name, x in study.pool.features.items()}
-        train = {name: x[fold.train] for name, x in study.pool.features.items()}
-        target = study.pool.target[fold.test].reshape(len(fold.test), -1)
-        truth = Truth(target, study.task == "binary", study.target_scale)
+        features = {name: x[fold.test] for name, x in data.pool.features.items()}
+        train = {name: x[fold.train] for name, x in data.pool.features.items()}
+        target = data.pool.target[fold.test].reshape(len(fold.test), -1)
+        criterion = Criterion(target, data.task == "binary", data.target_scale)
         stds = latent_stds(model, train)
         worst = {
-            "certified": [feature_certificates(model, features, truth, m, 2, (RHO,)) for m in model.modalities],
+            "certified": [feature_certificates(model, features, criterion, m, 2, (RHO,)) for m in model.modalities],
             "attacked": [
-                attacked_scores(model, features, truth, m, 2, (RHO,), restarts=RESTARTS) for m in model.modalities
+                attacked_scores(model, features, criterion, m, 2, (RHO,), restarts=RESTARTS) for m in model.modalities
             ],
-            "latent": list(latent_scores(model, features, truth, stds, 2, (RHO,)).values()),
+            "latent": list(latent_scores(model, features, criterion, stds, 2, (RHO,)).values()),
         }
         for name, values in worst.items():
             parts.setdefault(name, []).append(torch.stack(values).mean(0)[0].numpy())
-        for name, value in geometry(model, features, stds, truth).items():
+        for name, value in geometry(model, features, stds, criterion).items():
             parts.setdefault(name, []).append(value)
     return {
         name: np.concatenate(values) if isinstance(values[0], np.ndarray) else float(np.mean(values))
@@ -181,21 +180,21 @@ def _examine_seed(study: Study, grid: Grid, p: int, s: int) -> dict[str, np.ndar
 
 
 @torch.no_grad()
-def geometry(model: FusionModel, features: dict, stds: dict, truth: Truth) -> dict[str, float]:
+def geometry(model: FusionModel, features: dict, stds: dict, criterion: Criterion) -> dict[str, float]:
     """Gradient and interaction relative to the margin, and the raw spectral norm of the interaction."""
     encoded = model.encode(features)
     latents = [encoded[name] for name in model.modalities]
     gradients, interactions, norms = [], [], []
     for m, name in enumerate(model.modalities):
-        way = feature_path(model, features, name)
-        size = way.output.abs() if truth.binary else truth.scale.expand_as(way.output)  # (n, O)
-        gradient = (way.coefficient * gelu_slope(way.activation).unsqueeze(1)) @ way.weight  # (n, O, H) (H, d)
+        path = feature_path(model, features, name)
+        size = path.output.abs() if criterion.binary else criterion.scale.expand_as(path.output)  # (n, O)
+        gradient = (path.coefficient * gelu_slope(path.activation).unsqueeze(1)) @ path.weight  # (n, O, H) (H, d)
         length = torch.linalg.vector_norm(gradient, dim=-1) * gradient.shape[-1] ** 0.5
         gradients.append((length / size).median().item())
         for n in range(m + 1, len(latents)):
             b = pair_norm(model.fusion, latents, m, n) * model.rescale.std
             norms.append(b.mean().item())
-            units = unit(stds[name], 2) * unit(stds[model.modalities[n]], 2)
+            units = change_size(stds[name], 2) * change_size(stds[model.modalities[n]], 2)
             interactions.append((b * units / size).median().item())
     return {
         "gradient": float(np.mean(gradients)),
@@ -207,57 +206,62 @@ def geometry(model: FusionModel, features: dict, stds: dict, truth: Truth) -> di
 # ---- contrasts ---------------------------------------------------------------------------------------------------
 
 
-def matched(study: Study, found: Found, worst: dict[str, np.ndarray], one: str, other: str) -> np.ndarray:
+def at_equal_score(
+    data: FoldedDataset, result: RankRobustnessResult, worst: dict[str, np.ndarray], one: str, other: str
+) -> np.ndarray:
     """(S, n): how much more robust one setting is than the other, at matched clean score."""
-    if study.task == "binary":
-        both_right = found.clean[one] * found.clean[other]
+    if data.task == "binary":
+        both_right = result.clean[one] * result.clean[other]
         return both_right * (worst[one] - worst[other])
-    return (worst[one] - found.clean[one]) - (worst[other] - found.clean[other])
+    return (worst[one] - result.clean[one]) - (worst[other] - result.clean[other])
 
 
-def differences(study: Study, found: Found) -> dict[str, tuple[np.ndarray, str]]:
+def differences(data: FoldedDataset, result: RankRobustnessResult) -> dict[str, tuple[np.ndarray, str]]:
     """All contrasts; positive is as the claim has it."""
     high = f"prior, rank {HIGH}"
 
     def low_over(other: str, worst: dict[str, np.ndarray]) -> np.ndarray:
-        return np.mean([matched(study, found, worst, f"prior, rank {r}", other) for r in LOW], axis=0)
+        return np.mean([at_equal_score(data, result, worst, f"prior, rank {r}", other) for r in LOW], axis=0)
 
     def low_mean(of: dict[str, np.ndarray]) -> np.ndarray:
         return np.mean([of[f"prior, rank {r}"] for r in LOW], axis=0)
 
-    at = "where both are right" if study.task == "binary" else "relative to the clean score"
+    at = "where both are right" if data.task == "binary" else "relative to the clean score"
     named = {
-        DECIDES[0]: (low_over(high, found.certified), f"ranks 2 and 4 are certified more often than rank {HIGH}, {at}"),
+        DECIDES[0]: (
+            low_over(high, result.certified),
+            f"ranks 2 and 4 are certified more often than rank {HIGH}, {at}",
+        ),
         DECIDES[1]: (
-            low_over(high, found.attacked),
+            low_over(high, result.attacked),
             f"ranks 2 and 4 withstand attack more often than rank {HIGH}, {at}",
         ),
-        DECIDES[2]: (found.loss[high] - low_mean(found.loss), "ranks 2 and 4 have a lower test loss"),
+        DECIDES[2]: (result.loss[high] - low_mean(result.loss), "ranks 2 and 4 have a lower test loss"),
         DECIDES[3]: (
-            np.log(found.gradient[high]) - np.mean([np.log(found.gradient[f"prior, rank {r}"]) for r in LOW], axis=0),
+            np.log(result.gradient[high]) - np.mean([np.log(result.gradient[f"prior, rank {r}"]) for r in LOW], axis=0),
             "ranks 2 and 4 have a smaller gradient relative to the margin (difference of logarithms)",
         ),
     }
     controls = [f"decay {decay:g}, rank {HIGH}" for decay in DECAYS] + [f"spectral norm, rank {HIGH}"]
     for label in controls:
         named[f"attacked: ranks 2-4 over {label}"] = (
-            low_over(label, found.attacked),
+            low_over(label, result.attacked),
             f"ranks 2 and 4 withstand attack more often than {label}, {at}",
         )
     on, off = "prior, rank 4", "no prior, rank 4"
-    for name, worst in (("certified", found.certified), ("attacked", found.attacked)):
+    for name, worst in (("certified", result.certified), ("attacked", result.attacked)):
         named[f"{name}: prior over none, rank 4"] = (
-            matched(study, found, worst, on, off),
+            at_equal_score(data, result, worst, on, off),
             f"with the prior, rank 4 is more robust ({name}), {at}",
         )
-    named["loss: prior below none, rank 4"] = (found.loss[off] - found.loss[on], "the prior lowers the test loss")
+    named["loss: prior below none, rank 4"] = (result.loss[off] - result.loss[on], "the prior lowers the test loss")
     named["attacked: spectral norm over free, rank 4"] = (
-        matched(study, found, found.attacked, "spectral norm, rank 4", on),
+        at_equal_score(data, result, result.attacked, "spectral norm, rank 4", on),
         f"spectral normalisation makes rank 4 withstand attack more often, {at}",
     )
     masked, whole = "dropout 0.2, rank 4", "dropout 0, rank 4"
     named["missing: dropout .2 over 0, rank 4"] = (
-        (found.missing[masked] - found.clean[masked]) - (found.missing[whole] - found.clean[whole]),
+        (result.missing[masked] - result.clean[masked]) - (result.missing[whole] - result.clean[whole]),
         "trained with each modality hidden at .2, rank 4 loses less when one is missing",
     )
     return named
@@ -266,33 +270,33 @@ def differences(study: Study, found: Found) -> dict[str, tuple[np.ndarray, str]]
 # ---- text and figure ---------------------------------------------------------------------------------------------
 
 
-def per_seed(found: Found) -> dict[str, dict[str, np.ndarray]]:
+def per_seed(result: RankRobustnessResult) -> dict[str, dict[str, np.ndarray]]:
     """{setting: {column: (S,)}}."""
     columns = {
-        "clean": found.clean,
-        "certified": found.certified,
-        "attacked": found.attacked,
-        "latent worst": found.latent,
-        "feature noise": found.noisy,
-        "one missing": found.missing,
-        "test loss": found.loss,
-        "gradient/margin": found.gradient,
-        "|B|/margin": found.interaction,
-        "|B|_2": found.norm,
+        "clean": result.clean,
+        "certified": result.certified,
+        "attacked": result.attacked,
+        "latent worst": result.latent,
+        "feature noise": result.noisy,
+        "one missing": result.missing,
+        "test loss": result.loss,
+        "gradient/margin": result.gradient,
+        "|B|/margin": result.interaction,
+        "|B|_2": result.norm,
     }
     return {
         label: {name: x[label].mean(1) if x[label].ndim == 2 else x[label] for name, x in columns.items()}
-        for label in found.clean
+        for label in result.clean
     }
 
 
-def table(study: Study, found: Found) -> str:
+def table(data: FoldedDataset, result: RankRobustnessResult) -> str:
     """One line per setting: mean +- std over seeds."""
-    cells = per_seed(found)
+    cells = per_seed(result)
     names = list(next(iter(cells.values())))
     width = max(map(len, cells))
     lines = [
-        f"score: {study.score_name}; loss: {study.loss_name}; mean +- std over seeds; worst cases at rho = {RHO:g}, "
+        f"score: {data.score_name}; loss: {data.loss_name}; mean +- std over seeds; worst cases at rho = {RHO:g}, "
         f"noise of {NOISE:g} std",
         f"{'':{width}}" + "".join(f"  {name:>16}" for name in names),
     ]
@@ -301,13 +305,13 @@ def table(study: Study, found: Found) -> str:
     return "\n".join(lines)
 
 
-def draw(figure: Figure, study: Study, found: Found) -> None:
+def draw(figure: Figure, data: FoldedDataset, result: RankRobustnessResult) -> None:
     """Over the rank: clean, attacked and certified scores; loss; gradient relative to the margin."""
     axes = figure.subplots(1, 4)
-    cells = per_seed(found)
+    cells = per_seed(result)
     panels = {
         "clean (solid), attacked (dashed), certified (dotted)": ("clean", "attacked", "certified"),
-        f"test {study.loss_name}": ("test loss",),
+        f"test {data.loss_name}": ("test loss",),
         "gradient / margin": ("gradient/margin",),
         "|B|_2 / margin, relative": ("|B|/margin",),
     }
@@ -334,10 +338,10 @@ def draw(figure: Figure, study: Study, found: Found) -> None:
         axis.minorticks_off()
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("rank R")
-    axes[0].set_ylabel(study.score_name)
+    axes[0].set_ylabel(data.score_name)
     handles, labels = axes[1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    figure.suptitle(f"{study.name}: rank and worst cases (rho = {RHO:g}; mean and std over seeds; controls: certified)")
+    figure.suptitle(f"{data.name}: rank and worst cases (rho = {RHO:g}; mean and std over seeds; controls: certified)")
 
 
 EXPERIMENT = Experiment(

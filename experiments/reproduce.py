@@ -171,9 +171,9 @@ def find_jobs(config: Config) -> Iterator[Job]:
         raise InputError(f"--only {' '.join(sorted(missing))}: not found; name the folder of its file with --data-root")
     experiments = [e for e in EXPERIMENTS if not set(config.only) & set(EXPERIMENTS) or e in config.only]
     for dataset in datasets:
-        made = [Job(experiment, dataset, found[dataset]) for experiment in experiments]
-        measured = [job for job in made if job.experiment in OF_A_RUN]
-        yield from ([measured[0].models] if measured else []) + made
+        jobs = [Job(experiment, dataset, found[dataset]) for experiment in experiments]
+        measured = [job for job in jobs if job.experiment in OF_A_RUN]
+        yield from ([measured[0].models] if measured else []) + jobs
 
 
 def flags(job: Job, config: Config) -> list[str]:
@@ -182,15 +182,15 @@ def flags(job: Job, config: Config) -> list[str]:
         inputs = ["input"] if job.dataset in WITH_INPUTS else []
         groups = ["--groups", *inputs, "features", "latents", "missing"]
         return [str(job.models.folder), *groups, "--name", job.folder.name]
-    made = ["--dataset", job.dataset]
+    flags = ["--dataset", job.dataset]
     if job.data is not None:
-        made += ["--data", str(job.data)]
+        flags += ["--data", str(job.data)]
     if job.dataset in ("mustard", "hateful_memes"):
-        made += ["--text-encoder", config.text_encoder]
-    made += ["--seeds", str(config.seeds), "--epochs", str(config.epochs), *DEPARTURES.get(job.dataset, ())]
-    made += ["--compile"] if config.compile else []
-    made += ["--hold-out-dev"] if job.experiment == MODELS else []
-    return [*made, "--cache-dir", str(config.cache_dir), "--name", job.folder.name]
+        flags += ["--text-encoder", config.text_encoder]
+    flags += ["--seeds", str(config.seeds), "--epochs", str(config.epochs), *DEPARTURES.get(job.dataset, ())]
+    flags += ["--compile"] if config.compile else []
+    flags += ["--hold-out-dev"] if job.experiment == MODELS else []
+    return [*flags, "--cache-dir", str(config.cache_dir), "--name", job.folder.name]
 
 
 def check_finished(job: Job, config: Config) -> None:
@@ -257,7 +257,7 @@ splits; POM departs from it, as its commands show."""
 
 
 def overview(results: dict[Job, dict]) -> list[str]:
-    """Claims by corpora: the verdicts alone."""
+    """Claims by datasets: the verdicts alone."""
     datasets = list(dict.fromkeys(job.dataset for job in results))
     lines = [f"| claim | {' | '.join(datasets)} |", "|---" * (len(datasets) + 1) + "|"]
     for experiment in dict.fromkeys(job.experiment for job in results):
@@ -269,9 +269,9 @@ def overview(results: dict[Job, dict]) -> list[str]:
 
 
 def verdict_table(results: dict[Job, dict]) -> list[str]:
-    """One line per claim and corpus: a contrast that has its verdict, and the command."""
+    """One line per claim and dataset: a contrast that has its verdict, and the command."""
     lines = [
-        "| corpus | a contrast that decides | estimate [95 % interval] | verdict | command | s |",
+        "| dataset | a contrast that decides | estimate [95 % interval] | verdict | command | s |",
         "|---" * 6 + "|",
     ]
     for job, result in results.items():
@@ -314,7 +314,7 @@ def decisive(result: dict) -> dict:
 
 
 def section(experiment: str, results: dict[Job, dict], config: Config) -> list[str]:
-    """Contrasts, tables and figures of one experiment on all corpora."""
+    """Contrasts, tables and figures of one experiment on all datasets."""
     some = next(iter(results.values()))
     lines = [f"## {experiment}", "", some["question"], "", f"Claim: {some['claim']}", ""]
     for job, result in results.items():

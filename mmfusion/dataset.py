@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ Task = Literal["binary", "regression"]
 
 @dataclass(frozen=True)
 class Split:
-    """One named part of a corpus. N examples; modality m has width d_m."""
+    """One named part of a dataset. N examples; modality m has width d_m."""
 
     features: dict[str, Tensor]
     """float32 (N, d_m) per modality, in one fixed order of modalities; raw, not standardised"""
@@ -30,7 +30,7 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Corpus:
+class Dataset:
     """Named splits in the order in which they are reported, `train` first."""
 
     name: str
@@ -43,7 +43,7 @@ class Corpus:
     provenance: dict[str, object] = field(default_factory=dict)
     """JSON-able: encoders with their weights, preprocessing, fingerprint of the rows, skipped rows"""
     label_range: tuple[float, float] | None = None
-    """closed range of a regression target, where the corpus defines one: (-3, 3) for sentiment"""
+    """closed range of a regression target, where the dataset defines one: (-3, 3) for sentiment"""
     target_names: list[str] = field(default_factory=list)
     """names of the O outputs; empty for one output"""
 
@@ -62,6 +62,14 @@ class Corpus:
             "notes": self.notes,
             **self.provenance,
         }
+
+
+class Fold(NamedTuple):
+    """Which examples a model trains on, is selected on and is tested on; rows of a common pool, long (n,) each."""
+
+    train: Tensor
+    dev: Tensor
+    test: Tensor | None = None
 
 
 def take(split: Split, rows: Sequence[int] | np.ndarray) -> Split:

@@ -96,13 +96,13 @@ def _write_npz(folder: Path, change=lambda arrays: None) -> Path:
 
 def test_mmsa_is_a_regression_with_its_own_splits(tmp_path):
     content = mmsa()
-    corpus = load_cmu_mosi(_write(tmp_path, content))
-    assert (corpus.name, corpus.task, corpus.selection) == ("cmu_mosi", "regression", "dev")
-    assert corpus.label_range == (-3, 3)
-    assert {name: len(split) for name, split in corpus.splits.items()} == {"train": 24, "dev": 8, "test": 10}
-    assert corpus.input_dims == {"text": 12, "audio": 10, "video": 8}
-    assert corpus.notes == []
-    train = corpus.splits["train"]
+    dataset = load_cmu_mosi(_write(tmp_path, content))
+    assert (dataset.name, dataset.task, dataset.selection) == ("cmu_mosi", "regression", "dev")
+    assert dataset.label_range == (-3, 3)
+    assert {name: len(split) for name, split in dataset.splits.items()} == {"train": 24, "dev": 8, "test": 10}
+    assert dataset.input_dims == {"text": 12, "audio": 10, "video": 8}
+    assert dataset.notes == []
+    train = dataset.splits["train"]
     np.testing.assert_allclose(train.target, content["train"]["regression_labels"], rtol=1e-6)
     assert train.ids[:2] == ["train-v_0$_$0", "train-v_0$_$1"]
     assert train.metadata["group"][2:4] == ["train-v_0", "train-v_1"]
@@ -141,25 +141,25 @@ def test_without_lengths_padding_is_what_is_all_zero(tmp_path, layout):
 
 @pytest.mark.parametrize("protocol", [2, 5])
 def test_multibench_mosi_in_old_and_new_pickles(tmp_path, protocol):
-    corpus = load_cmu_mosi(_write(tmp_path, multibench(), "mosi_raw.pkl", protocol))
-    assert (corpus.name, corpus.task) == ("cmu_mosi", "regression")
-    assert corpus.splits["test"].metadata["group"][:4] == ["testv0", "testv0", "testv0", "testv1"]
+    dataset = load_cmu_mosi(_write(tmp_path, multibench(), "mosi_raw.pkl", protocol))
+    assert (dataset.name, dataset.task) == ("cmu_mosi", "regression")
+    assert dataset.splits["test"].metadata["group"][:4] == ["testv0", "testv0", "testv0", "testv1"]
 
 
 def test_mosei_takes_sentiment_from_seven_columns(tmp_path):
     content = multibench("mosei")
-    corpus = load_cmu_mosi(_write(tmp_path, content, "mosei_raw.pkl"))
-    assert corpus.name == "cmu_mosei"
-    np.testing.assert_allclose(corpus.splits["train"].target, content["train"]["labels"][:, 0, 0], rtol=1e-6)
+    dataset = load_cmu_mosi(_write(tmp_path, content, "mosei_raw.pkl"))
+    assert dataset.name == "cmu_mosei"
+    np.testing.assert_allclose(dataset.splits["train"].target, content["train"]["labels"][:, 0, 0], rtol=1e-6)
 
 
 @pytest.mark.parametrize(("kind", "name"), [("humor", "ur_funny"), ("sarcasm", "mustard")])
 def test_two_valued_labels_are_binary_and_their_ids_name_no_video(tmp_path, kind, name):
-    corpus = load_cmu_mosi(_write(tmp_path, multibench(kind), f"{kind}.pkl"))
-    assert (corpus.name, corpus.task, corpus.label_range) == (name, "binary", None)
-    assert corpus.splits["train"].target.tolist() == [0.0, 1.0] * 12
-    assert corpus.splits["train"].ids[:2] == (["0", "1"] if kind == "humor" else ["1_0", "1_1"])
-    assert "group" not in corpus.splits["train"].metadata
+    dataset = load_cmu_mosi(_write(tmp_path, multibench(kind), f"{kind}.pkl"))
+    assert (dataset.name, dataset.task, dataset.label_range) == (name, "binary", None)
+    assert dataset.splits["train"].target.tolist() == [0.0, 1.0] * 12
+    assert dataset.splits["train"].ids[:2] == (["0", "1"] if kind == "humor" else ["1_0", "1_1"])
+    assert "group" not in dataset.splits["train"].metadata
 
 
 def test_parts_of_an_id_are_joined(tmp_path):
@@ -175,14 +175,14 @@ def test_parts_of_an_id_are_joined(tmp_path):
 
 def test_binary_on_graded_labels_is_polarity_without_zeros(tmp_path):
     content = mmsa()
-    corpus = load_cmu_mosi(_write(tmp_path, content), "binary")
+    dataset = load_cmu_mosi(_write(tmp_path, content), "binary")
     labels = content["test"]["regression_labels"]
-    np.testing.assert_array_equal(corpus.splits["test"].target, labels[labels != 0] > 0)
-    assert (corpus.task, corpus.label_range) == ("binary", None)
+    np.testing.assert_array_equal(dataset.splits["test"].target, labels[labels != 0] > 0)
+    assert (dataset.task, dataset.label_range) == ("binary", None)
     zeros = int((labels == 0).sum())
     assert zeros > 0
-    assert any(note.startswith(f"test: {zeros} of 10 utterances") for note in corpus.notes)
-    assert len(corpus.splits["test"].ids) == len(corpus.splits["test"].metadata["transcript"]) == 10 - zeros
+    assert any(note.startswith(f"test: {zeros} of 10 utterances") for note in dataset.notes)
+    assert len(dataset.splits["test"].ids) == len(dataset.splits["test"].metadata["transcript"]) == 10 - zeros
 
 
 def test_values_that_are_not_finite_are_noted_by_modality(tmp_path):
@@ -191,10 +191,10 @@ def test_values_that_are_not_finite_are_noted_by_modality(tmp_path):
     content["test"]["audio"][0, 1, 0] = np.nan
     content["test"]["vision"][3] = 0
     content["test"].pop("vision_lengths")
-    corpus = load_cmu_mosi(_write(tmp_path, content))
-    assert "audio: 2 values that were not finite were taken as missing" in corpus.notes
-    assert any(note.startswith("video: 1 of 42 examples") for note in corpus.notes)
-    assert all(x.isfinite().all() for split in corpus.splits.values() for x in split.features.values())
+    dataset = load_cmu_mosi(_write(tmp_path, content))
+    assert "audio: 2 values that were not finite were taken as missing" in dataset.notes
+    assert any(note.startswith("video: 1 of 42 examples") for note in dataset.notes)
+    assert all(x.isfinite().all() for split in dataset.splits.values() for x in split.features.values())
 
 
 def test_vectors_are_taken_as_they_are(tmp_path):
@@ -202,9 +202,9 @@ def test_vectors_are_taken_as_they_are(tmp_path):
     for split in COUNTS:
         content[split]["text"] = content[split]["text"][:, 0]
     content["train"]["text"][0] = 0
-    corpus = load_cmu_mosi(_write(tmp_path, content))
-    np.testing.assert_array_equal(corpus.splits["train"].features["text"], content["train"]["text"])
-    assert corpus.notes == []
+    dataset = load_cmu_mosi(_write(tmp_path, content))
+    np.testing.assert_array_equal(dataset.splits["train"].features["text"], content["train"]["text"])
+    assert dataset.notes == []
 
 
 def test_lists_of_sequences_of_any_length(tmp_path):
@@ -231,21 +231,21 @@ def test_name_comes_from_the_file_its_folders_or_the_caller(tmp_path):
 def test_without_a_dev_split_whole_videos_are_cut_from_train(tmp_path):
     content = mmsa()
     del content["valid"]
-    corpus = load_cmu_mosi(_write(tmp_path, content))
-    train, dev = corpus.splits["train"], corpus.splits["dev"]
-    assert list(corpus.splits) == ["train", "dev", "test"]
+    dataset = load_cmu_mosi(_write(tmp_path, content))
+    train, dev = dataset.splits["train"], dataset.splits["dev"]
+    assert list(dataset.splits) == ["train", "dev", "test"]
     assert len(train) + len(dev) == 24
     assert not set(train.metadata["group"]) & set(dev.metadata["group"])
-    assert any(note.startswith(f"no dev split: {len(dev)} of 24") for note in corpus.notes)
+    assert any(note.startswith(f"no dev split: {len(dev)} of 24") for note in dataset.notes)
 
 
 def test_repeated_ids_become_unique_and_keep_their_video(tmp_path):
     content = mmsa()
     content["train"]["id"][1] = content["train"]["id"][0]
-    corpus = load_cmu_mosi(_write(tmp_path, content))
-    assert corpus.splits["train"].ids[:2] == ["train-v_0$_$0", "train-v_0$_$0#2"]
-    assert corpus.splits["train"].metadata["group"][1] == "train-v_0"
-    assert any("train: 1 ids occur again" in note for note in corpus.notes)
+    dataset = load_cmu_mosi(_write(tmp_path, content))
+    assert dataset.splits["train"].ids[:2] == ["train-v_0$_$0", "train-v_0$_$0#2"]
+    assert dataset.splits["train"].metadata["group"][1] == "train-v_0"
+    assert any("train: 1 ids occur again" in note for note in dataset.notes)
 
 
 def test_videos_shared_with_train_are_noted(tmp_path):
@@ -259,22 +259,22 @@ def test_without_ids_rows_are_counted(tmp_path):
     for table in content.values():
         table.pop("id")
         table.pop("raw_text")
-    corpus = load_cmu_mosi(_write(tmp_path, content))
-    assert corpus.splits["test"].ids[:2] == ["test_row_0", "test_row_1"]
-    assert corpus.splits["test"].metadata == {}
-    assert sum("no ids" in note for note in corpus.notes) == 3
+    dataset = load_cmu_mosi(_write(tmp_path, content))
+    assert dataset.splits["test"].ids[:2] == ["test_row_0", "test_row_1"]
+    assert dataset.splits["test"].metadata == {}
+    assert sum("no ids" in note for note in dataset.notes) == 3
 
 
 def test_npz_of_utterance_vectors(tmp_path):
-    corpus = load_cmu_mosi(_write_npz(tmp_path))
-    assert (corpus.name, corpus.task) == ("cmu_mosi", "binary")
-    assert corpus.input_dims == {"text": 7, "audio": 5, "video": 3}
-    train, dev, test = corpus.splits.values()
+    dataset = load_cmu_mosi(_write_npz(tmp_path))
+    assert (dataset.name, dataset.task) == ("cmu_mosi", "binary")
+    assert dataset.input_dims == {"text": 7, "audio": 5, "video": 3}
+    train, dev, test = dataset.splits.values()
     assert (len(train) + len(dev), len(test)) == (60, 20)
     assert 1 <= len(set(dev.metadata["group"])) <= 4
     assert not set(train.metadata["group"]) & set(dev.metadata["group"])
     assert test.metadata["transcript"][3] == "WORDS 3"
-    assert any("fitted on the training utterances" in note for note in corpus.notes)
+    assert any("fitted on the training utterances" in note for note in dataset.notes)
 
 
 def test_npz_is_not_regression(tmp_path):
@@ -283,11 +283,11 @@ def test_npz_is_not_regression(tmp_path):
 
 
 def test_provenance_holds_the_file_and_no_folder(tmp_path):
-    corpus = load_cmu_mosi(_write(tmp_path, mmsa()))
-    assert corpus.provenance["file"] == "unaligned_50.pkl"
-    assert corpus.provenance["shapes"]["train"]["video"] == [24, 9, 4]
-    assert str(tmp_path) not in str(corpus.provenance)
-    assert len(corpus.provenance["sha256"]) == 64
+    dataset = load_cmu_mosi(_write(tmp_path, mmsa()))
+    assert dataset.provenance["file"] == "unaligned_50.pkl"
+    assert dataset.provenance["shapes"]["train"]["video"] == [24, 9, 4]
+    assert str(tmp_path) not in str(dataset.provenance)
+    assert len(dataset.provenance["sha256"]) == 64
 
 
 def _drop(split: str, key: str | None = None):
@@ -371,9 +371,9 @@ def test_train_of_one_video_cannot_lose_a_dev_split(tmp_path):
 
 @pytest.mark.skipif("FUSION_DATA" not in os.environ, reason="FUSION_DATA names no folder with cmu_mosi_utterances.npz")
 def test_the_released_file():
-    corpus = load_cmu_mosi(Path(os.environ["FUSION_DATA"]) / "cmu_mosi_utterances.npz")
-    train, dev, test = corpus.splits.values()
+    dataset = load_cmu_mosi(Path(os.environ["FUSION_DATA"]) / "cmu_mosi_utterances.npz")
+    train, dev, test = dataset.splits.values()
     assert (len(train) + len(dev), len(test)) == (1447, 752)
     assert len(set(train.metadata["group"]) | set(dev.metadata["group"])) == 62
     assert test.target.mean().item() == pytest.approx(0.621, abs=1e-3)
-    assert not any("also in train" in note for note in corpus.notes)
+    assert not any("also in train" in note for note in dataset.notes)

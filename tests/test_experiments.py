@@ -21,9 +21,9 @@ from experiments import (
     rank_semantics,
     reproduce,
 )
-from mmfusion.data.folds import only, study_of, targets
-from mmfusion.data.registry import DataOptions, load_study
-from mmfusion.dataset import Corpus, Split
+from mmfusion.data.folds import fold_datasets, only, targets
+from mmfusion.data.registry import DataOptions, load_folded
+from mmfusion.dataset import Dataset, Split
 from mmfusion.errors import InputError
 from mmfusion.metrics.scores import example_scores
 from mmfusion.training import grid as grids
@@ -33,7 +33,7 @@ ROOT = Path(__file__).parent.parent
 SMALL = Recipe(epochs=2, latent_dim=4, hidden_dim=6, batch_size=16)
 
 
-def study(task: str = "binary", outputs: int | None = None, folds: int = 1, examples: int = 120):
+def folded(task: str = "binary", outputs: int | None = None, folds: int = 1, examples: int = 120):
     """Two modalities whose sum decides the target; `folds` of them."""
     rng = torch.Generator().manual_seed(0)
     features = {name: torch.randn(examples, d, generator=rng) for name, d in (("text", 5), ("audio", 3))}
@@ -41,7 +41,7 @@ def study(task: str = "binary", outputs: int | None = None, folds: int = 1, exam
     target = (signal > 0).float() if task == "binary" else 3 + 2 * signal
     if outputs:
         target = torch.stack([target * (k + 1) for k in range(outputs)], dim=1)
-    corpora = []
+    datasets = []
     for k in range(folds):
         rows = {"test": list(range(k, examples, max(folds, 4)))}
         rest = [i for i in range(examples) if i not in rows["test"]]
@@ -52,8 +52,8 @@ def study(task: str = "binary", outputs: int | None = None, folds: int = 1, exam
             )
             for name in ("train", "dev", "test")
         }
-        corpora.append(Corpus("toy", task, splits, "dev"))
-    return study_of(corpora)
+        datasets.append(Dataset("toy", task, splits, "dev"))
+    return fold_datasets(datasets)
 
 
 def write_mosi(path: Path, examples: int = 60) -> Path:
@@ -76,7 +76,7 @@ def write_mosi(path: Path, examples: int = 60) -> Path:
 
 
 def test_masked_member_of_a_grid_equals_the_same_setting_trained_alone():
-    data = study()
+    data = folded()
     settings = [Setting("rank 1", 1, PLAIN), Setting("rank 3", 3, JWAE), Setting("no decay", 3, JWAE, 0.0)]
     together = train_grid(data, settings, [0, 1], SMALL)
     alone = train_grid(data, settings[1:2], [1], SMALL)
@@ -86,7 +86,7 @@ def test_masked_member_of_a_grid_equals_the_same_setting_trained_alone():
 
 
 def test_test_scores_come_from_the_fold_that_tests_an_example():
-    data = study(folds=4)
+    data = folded(folds=4)
     grid = train_grid(data, [Setting("rank 2", 2)], [0, 1], SMALL)
     predictions, target = grid.predictions(), targets(data)
     start = 0
@@ -101,7 +101,7 @@ def test_test_scores_come_from_the_fold_that_tests_an_example():
 
 @pytest.mark.parametrize("outputs", [None, 3])
 def test_regression_scores_weigh_outputs_alike_and_predictions_are_in_the_targets_units(outputs):
-    data = study("regression", outputs, examples=300)
+    data = folded("regression", outputs, examples=300)
     recipe = Recipe(epochs=60, latent_dim=4, hidden_dim=16, batch_size=16, learning_rate=1e-2, weight_decay=0.01)
     grid = train_grid(data, [Setting("rank 2", 2, PLAIN)], [0], recipe)
     target, scale = targets(data), data.target_scale.numpy()
@@ -113,7 +113,7 @@ def test_regression_scores_weigh_outputs_alike_and_predictions_are_in_the_target
 
 
 def test_standardisation_is_fitted_on_each_folds_own_training_part():
-    data = study(folds=4)
+    data = folded(folds=4)
     grid = train_grid(data, [Setting("rank 1", 1)], [0], SMALL)
     means = [grid.model(0, 0, f).standardise["text"].mean for f in range(4)]
     for mean, fold in zip(means, data.folds, strict=True):
@@ -121,17 +121,17 @@ def test_standardisation_is_fitted_on_each_folds_own_training_part():
 
 
 def test_missing_modality_changes_nothing_but_through_its_latent():
-    data = study()
+    data = folded()
     grid = train_grid(data, [Setting("rank 2", 2)], [0], SMALL)
     without = grid.without(["audio"], [0])
-    noisy = study()
+    noisy = folded()
     noisy.pool.features["audio"].normal_()
-    grid.study = noisy
+    grid.data = noisy
     np.testing.assert_array_equal(grid.without(["audio"], [0]), without)
 
 
 def test_killed_grid_goes_on_with_the_same_bits(tmp_path, monkeypatch):
-    data, settings = study(folds=4), [Setting("rank 1", 1), Setting("rank 2", 2, PLAIN)]
+    data, settings = folded(folds=4), [Setting("rank 1", 1), Setting("rank 2", 2, PLAIN)]
     whole = train_grid(data, settings, [0, 1], SMALL)
     path = tmp_path / "grid.safetensors"
     original, seen = grids.train, []
@@ -157,7 +157,7 @@ def test_killed_grid_goes_on_with_the_same_bits(tmp_path, monkeypatch):
 
 
 def test_blocks_change_nothing_but_rounding_and_resume_each_by_itself(tmp_path, monkeypatch):
-    data, settings = study(folds=4), [Setting("rank 1", 1), Setting("rank 2", 2, PLAIN)]
+    data, settings = folded(folds=4), [Setting("rank 1", 1), Setting("rank 2", 2, PLAIN)]
     whole = train_grid(data, settings, [0, 1], SMALL)
     monkeypatch.setattr(grids, "MEMBERS_AT_ONCE", 6)
     blocks = train_grid(data, settings, [0, 1], SMALL, checkpoint=tmp_path / "grid.safetensors")
@@ -176,7 +176,7 @@ def test_blocks_change_nothing_but_rounding_and_resume_each_by_itself(tmp_path, 
 def test_experiment_ends_in_a_verdict_and_numbers_that_are_json(module, task, outputs, folds, tmp_path):
     options = module.EXPERIMENT.options(seeds=2, epochs=1)
     (tmp_path / "run.json").write_text("{}")  # as open_run leaves it: saved models hold a copy
-    outcome = module.measure(study(task, outputs, folds), frame.Run(options, tmp_path, torch.device("cpu")))
+    outcome = module.measure(folded(task, outputs, folds), frame.Run(options, tmp_path, torch.device("cpu")))
     assert outcome.verdict in ("supported", "not supported", "too few data", "not identified")
     assert outcome.contrasts and all(c.p_holm >= c.p for c in outcome.contrasts)
     json.dumps(outcome.numbers, default=lambda value: value.tolist(), allow_nan=False)
@@ -184,7 +184,7 @@ def test_experiment_ends_in_a_verdict_and_numbers_that_are_json(module, task, ou
 
 
 def test_baselines_are_trained_on_the_same_examples_and_the_constant_knows_nothing(tmp_path):
-    data = study("regression", examples=200)
+    data = folded("regression", examples=200)
     run = frame.Run(train.TrainOptions(seeds=2, epochs=1), tmp_path, torch.device("cpu"))
     (tmp_path / "run.json").write_text("{}")
     outcome = train.measure(data, run)
@@ -220,7 +220,7 @@ def test_command_leaves_table_figure_and_results_and_says_when_it_is_complete(tm
 
 def test_question_about_several_modalities_is_not_put_to_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(frame, "load_study", lambda *_: only(study(), ["text"]))
+    monkeypatch.setattr(frame, "load_folded", lambda *_: only(folded(), ["text"]))
     for module in (modality_balance, modality_dropout, rank_semantics):
         with pytest.raises(InputError, match="needs 2 modalities"):
             frame.execute(module.EXPERIMENT, frame.Options(seeds=2, epochs=1))
@@ -254,7 +254,7 @@ def test_shown_contrast_is_one_that_decides():
 )
 def test_data_that_cannot_be_had_is_one_line_naming_flag_or_file(flags, said):
     with pytest.raises(InputError, match=said) as error:
-        load_study(DataOptions(**flags))
+        load_folded(DataOptions(**flags))
     assert "\n" not in str(error.value)
 
 

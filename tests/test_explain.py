@@ -15,8 +15,8 @@ from small_memes import write_bert, write_memes
 import main_hateful_memes
 import mmfusion.runs.load as trained_run
 from lmf_module import LowRankMultimodalFusion
-from mmfusion.data.folds import study_of
-from mmfusion.dataset import Corpus, Split
+from mmfusion.data.folds import fold_datasets
+from mmfusion.dataset import Dataset, Split
 from mmfusion.explain import account as explanation
 from mmfusion.explain.__main__ import run
 from mmfusion.explain.account import RankComponents, account_for, exact_layer, latents_of
@@ -69,7 +69,7 @@ def here(memes, tmp_path, monkeypatch) -> Path:
 def small_run(modalities=("audio", "text", "video"), outputs=2, folds=1, task="regression") -> TrainedRun:
     """Untrained members on random features, as `load_run` would give them."""
     torch.manual_seed(0)
-    corpora = []
+    datasets = []
     for fold in range(folds):
         splits = {}
         for name, n in (("train", 40), ("dev", 12), ("test", 9)):
@@ -78,16 +78,16 @@ def small_run(modalities=("audio", "text", "video"), outputs=2, folds=1, task="r
             words = {"transcript": [f"<b>words</b> & more of {key}" for key in ids]}
             splits[name] = Split({m: torch.randn(n, 5) + 1 for m in modalities}, target, ids, words)
         names = [f"trait_{k}" for k in range(outputs)] if outputs > 1 else []
-        corpora.append(Corpus("toy", task, splits, "dev", target_names=names))
+        datasets.append(Dataset("toy", task, splits, "dev", target_names=names))
     ensemble = FusionEnsemble(dict.fromkeys(modalities, 5), 2 * folds, 4, 8, rank=3, output_dim=outputs).eval()
     for member in ensemble.members:
-        member.fit_standardisation(corpora[0].splits["train"].features)
+        member.fit_standardisation(datasets[0].splits["train"].features)
         if task == "regression":
-            member.rescale.fit(corpora[0].splits["train"].target)
+            member.rescale.fit(datasets[0].splits["train"].target)
     ensemble.requires_grad_(False)
     ensembles = {"jWAE-LMF": ensemble}
     fields = {"encoders": None, "memes": None, "cache_dir": Path("cache"), "trained_on_dev": False}
-    return TrainedRun(Path("runs/toy"), study_of(corpora), corpora, ensembles, [0, 1], {"seeds": 2}, **fields)
+    return TrainedRun(Path("runs/toy"), fold_datasets(datasets), datasets, ensembles, [0, 1], {"seeds": 2}, **fields)
 
 
 @pytest.fixture
@@ -170,7 +170,7 @@ def test_one_meme_is_printed_and_drawn(here, capsys):
 
 def test_meme_of_the_corpus_is_said_of_what_its_cached_features_say(here, capsys):
     row = next(csv.DictReader(Path("runs/trial/predictions_dev.csv").open()))
-    text = trained_run.load_run(Path("runs/trial")).corpora[0].splits["dev"].metadata["transcript"][0]
+    text = trained_run.load_run(Path("runs/trial")).datasets[0].splits["dev"].metadata["transcript"][0]
     assert run(["runs/trial", "--image", row["id"], "--text", text, "--out", "one.png"]) == 0
     said = float(re.search(r"probability of label 1: (\S+)", capsys.readouterr().out)[1])
     assert said == pytest.approx(float(row["probability"]), abs=1e-3)
@@ -421,8 +421,8 @@ def test_radius_is_attained_and_nothing_nearer_changes_the_decision():
 def test_account_that_does_not_sum_is_an_error(monkeypatch):
     member = member_of(2, 1)
     features = {name: torch.randn(5, 6) for name in member.modalities}
-    honest = explanation.parts_about
-    monkeypatch.setattr(explanation, "parts_about", lambda *a: {k: v + 1e-3 for k, v in honest(*a).items()})
+    honest = explanation.recentred_parts
+    monkeypatch.setattr(explanation, "recentred_parts", lambda *a: {k: v + 1e-3 for k, v in honest(*a).items()})
     with pytest.raises(ArithmeticError):
         account_for([member], features, features)
 

@@ -129,9 +129,9 @@ def test_each_distinct_image_and_text_is_encoded_once(folder, monkeypatch):
     )
     encode_text = TextEncoder.__call__
     monkeypatch.setattr(TextEncoder, "__call__", lambda self, tokens: texts.append(tokens) or encode_text(self, tokens))
-    corpus = _load(folder)
+    dataset = _load(folder)
     assert sum(images) == 34 + 1  # and one blank picture that shows that the encoder takes pictures
-    assert torch.equal(*corpus.splits["train"].features["image"][:2])
+    assert torch.equal(*dataset.splits["train"].features["image"][:2])
     # sorted by length: no batch holds a text shorter than one in a batch before
     bounds = sorted((min(map(len, batch)), max(map(len, batch))) for batch in texts)
     assert all(low >= high for (_, high), (low, _) in itertools.pairwise(bounds)) and len(bounds) > 2
@@ -163,8 +163,8 @@ def test_two_processes_give_the_bits_of_one(folder):
     from safetensors.torch import save_file
     processes = join_processes()
     for cache in ("shared", f"own{processes.rank}"):
-        corpus = load(cache)
-        features = {f"{name} {modality}": x for name, split in corpus.splits.items()
+        dataset = load(cache)
+        features = {f"{name} {modality}": x for name, split in dataset.splits.items()
                     for modality, x in split.features.items()}
         save_file(features, folder / f"{cache}-{processes.rank}.safetensors")
     leave_processes()

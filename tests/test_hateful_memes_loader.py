@@ -14,7 +14,7 @@ from small_memes import meme_rows, picture, small_encoders, write_bert, write_me
 
 import hateful_memes_loader
 from hateful_memes_loader import download_hateful_memes, find_annotations, load_hateful_memes, read_annotations
-from mmfusion.dataset import Corpus
+from mmfusion.dataset import Dataset
 from mmfusion.encoders.frozen import EncoderConfig
 from mmfusion.errors import InputError
 
@@ -32,27 +32,27 @@ def cache(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def load(bert, cache):
-    def load_with(jsonl: Path, img_dir: Path | None = None, **options: object) -> Corpus:
+    def load_with(jsonl: Path, img_dir: Path | None = None, **options: object) -> Dataset:
         return load_hateful_memes(jsonl, img_dir, small_encoders(bert), cache, workers=0, progress=False, **options)
 
     return load_with
 
 
 def test_phase_1_gives_vectors_targets_and_ids(tmp_path, load):
-    corpus = load(write_memes(tmp_path))
-    assert list(corpus.splits) == ["train", "dev", "test"]
-    assert (corpus.name, corpus.task, corpus.selection) == ("hateful_memes", "binary", "dev")
-    assert corpus.input_dims == {"image": 2048, "text": 32}
-    train, test = corpus.splits["train"], corpus.splits["test"]
-    assert [len(split) for split in corpus.splits.values()] == [22, 8, 5]
+    dataset = load(write_memes(tmp_path))
+    assert list(dataset.splits) == ["train", "dev", "test"]
+    assert (dataset.name, dataset.task, dataset.selection) == ("hateful_memes", "binary", "dev")
+    assert dataset.input_dims == {"image": 2048, "text": 32}
+    train, test = dataset.splits["train"], dataset.splits["test"]
+    assert [len(split) for split in dataset.splits.values()] == [22, 8, 5]
     assert train.ids[:2] == ["img/00000.png", "img/00001.png"]
     assert train.target.tolist() == [0, 1] * 11 and train.target.dtype == torch.float32
     assert test.target is None
-    assert all(features.isfinite().all() for split in corpus.splits.values() for features in split.features.values())
+    assert all(features.isfinite().all() for split in dataset.splits.values() for features in split.features.values())
     assert train.features["image"].unique(dim=0).shape[0] == 22
-    json.dumps(corpus.provenance, allow_nan=False)
-    assert corpus.provenance["encoders"]["image"]["encoder"]["weights"] == "seeded random weights"
-    assert len(corpus.provenance["data_fingerprint"]) == 64
+    json.dumps(dataset.provenance, allow_nan=False)
+    assert dataset.provenance["encoders"]["image"]["encoder"]["weights"] == "seeded random weights"
+    assert len(dataset.provenance["data_fingerprint"]) == 64
 
 
 def test_phase_2_selects_on_dev_seen_and_says_what_overlaps(tmp_path, load):
@@ -61,18 +61,18 @@ def test_phase_2_selects_on_dev_seen_and_says_what_overlaps(tmp_path, load):
     seen = [json.loads(line) for line in (tmp_path / "dev_seen.jsonl").read_text().splitlines()]
     with (tmp_path / "dev_unseen.jsonl").open("a") as handle:
         handle.writelines(json.dumps(row) + "\n" for row in seen[:2])
-    corpus = load(jsonl)
-    assert list(corpus.splits) == ["train", "dev_seen", "dev_unseen", "test_seen", "test_unseen"]
-    assert corpus.selection == "dev_seen"
-    assert "2 of 6 memes of dev_unseen are also in dev_seen" in corpus.notes
+    dataset = load(jsonl)
+    assert list(dataset.splits) == ["train", "dev_seen", "dev_unseen", "test_seen", "test_unseen"]
+    assert dataset.selection == "dev_seen"
+    assert "2 of 6 memes of dev_unseen are also in dev_seen" in dataset.notes
 
 
 def test_folder_and_nested_kaggle_copy_are_found(tmp_path, load):
     write_memes(tmp_path / "data")
     by_file = load(tmp_path / "data" / "train.jsonl", tmp_path / "data" / "img")
     for given_path in (tmp_path / "data", tmp_path, tmp_path / "train.jsonl"):
-        corpus = load(given_path)
-        assert corpus.provenance["data_fingerprint"] == by_file.provenance["data_fingerprint"]
+        dataset = load(given_path)
+        assert dataset.provenance["data_fingerprint"] == by_file.provenance["data_fingerprint"]
 
 
 def test_images_may_lie_in_a_folder_of_any_name(tmp_path, load):
@@ -114,11 +114,13 @@ def test_order_of_rows_changes_no_bit_of_a_feature(tmp_path_factory, bert, order
     folder = tmp_path_factory.mktemp("order")
     jsonl = write_memes(folder)
     rows = jsonl.read_text().splitlines()
-    corpora = []
+    datasets = []
     for lines, cache in ((rows, "a"), ([rows[place] for place in order], "b")):
         jsonl.write_text("\n".join(lines))
-        corpora.append(load_hateful_memes(jsonl, None, small_encoders(bert), folder / cache, workers=0, progress=False))
-    first, second = (corpus.splits["train"] for corpus in corpora)
+        datasets.append(
+            load_hateful_memes(jsonl, None, small_encoders(bert), folder / cache, workers=0, progress=False)
+        )
+    first, second = (dataset.splits["train"] for dataset in datasets)
     places = [second.ids.index(key) for key in first.ids]
     for modality in ("image", "text"):
         assert torch.equal(first.features[modality], second.features[modality][places])
@@ -131,15 +133,15 @@ def test_holdout_shares_no_image_and_no_text_with_train(tmp_path, load):
         (tmp_path / rows[number + 2]["img"]).write_bytes((tmp_path / rows[number]["img"]).read_bytes())
         rows[number + 1]["text"] = rows[number]["text"].upper() + " "
     write_rows(jsonl, rows)
-    corpus = load(jsonl)
-    assert corpus.selection == "holdout" and list(corpus.splits) == ["train", "holdout"]
-    train, holdout = corpus.splits["train"], corpus.splits["holdout"]
+    dataset = load(jsonl)
+    assert dataset.selection == "holdout" and list(dataset.splits) == ["train", "holdout"]
+    train, holdout = dataset.splits["train"], dataset.splits["holdout"]
     assert len(train) + len(holdout) == 60 and 5 <= len(holdout) <= 9
     text = {row["img"]: row["text"].strip().lower() for row in rows}
     content = {row["img"]: (tmp_path / row["img"]).read_bytes() for row in rows}
     for of in (text, content):
         assert not {of[img] for img in train.ids} & {of[img] for img in holdout.ids}
-    assert any("about .1 too high" in note for note in corpus.notes)
+    assert any("about .1 too high" in note for note in dataset.notes)
     assert load(jsonl).splits["holdout"].ids == holdout.ids
 
 
@@ -147,9 +149,9 @@ def test_identical_rows_are_dropped_and_counted(tmp_path, load):
     jsonl = write_memes(tmp_path)
     lines = jsonl.read_text().splitlines()
     jsonl.write_text("\n".join([*lines, lines[2], "", lines[4]]) + "\n\n")
-    corpus = load(jsonl)
-    assert len(corpus.splits["train"]) == 22
-    assert "train: 2 duplicated rows dropped" in corpus.notes
+    dataset = load(jsonl)
+    assert len(dataset.splits["train"]) == 22
+    assert "train: 2 duplicated rows dropped" in dataset.notes
 
 
 def _row(**changes: object) -> str:
@@ -268,13 +270,13 @@ def test_all_bad_images_are_counted_and_named(spoilt, load):
 
 def test_skipped_images_are_dropped_recorded_and_never_zeros(spoilt, load):
     for _ in range(2):  # cold and warm
-        corpus = load(spoilt, bad_images="skip")
-        assert [len(split) for split in corpus.splits.values()] == [16, 7, 5]
-        skipped = {row["img"]: row["reason"] for row in corpus.provenance["skipped"]}
+        dataset = load(spoilt, bad_images="skip")
+        assert [len(split) for split in dataset.splits.values()] == [16, 7, 5]
+        skipped = {row["img"]: row["reason"] for row in dataset.provenance["skipped"]}
         assert sorted(skipped) == [f"img/{number:05}.png" for number in (0, 1, 2, 3, 4, 5, 22)]
         assert skipped["img/00001.png"] == "empty file"
-        assert any("7 images could not be used" in note for note in corpus.notes)
-        assert all((split.features["image"].abs().sum(1) > 0).all() for split in corpus.splits.values())
+        assert any("7 images could not be used" in note for note in dataset.notes)
+        assert all((split.features["image"].abs().sum(1) > 0).all() for split in dataset.splits.values())
 
 
 def test_skipping_everything_or_one_class_is_an_error(tmp_path, load):
@@ -390,9 +392,9 @@ def test_real_png_files_and_a_real_text_encoder_end_to_end(tmp_path):
         row["text"] = text
     write_rows(jsonl, rows)
     encoders = EncoderConfig(image_encoder="random:resnet50", image_size=32, text_encoder=str(folder))
-    corpus = load_hateful_memes(jsonl, tmp_path / "img", encoders, tmp_path / "cache", progress=False)
-    assert corpus.input_dims == {"image": 2048, "text": 384}
-    dog, hound, rates = torch.nn.functional.normalize(corpus.splits["train"].features["text"][:3])
+    dataset = load_hateful_memes(jsonl, tmp_path / "img", encoders, tmp_path / "cache", progress=False)
+    assert dataset.input_dims == {"image": 2048, "text": 384}
+    dog, hound, rates = torch.nn.functional.normalize(dataset.splits["train"].features["text"][:3])
     assert dog @ hound > 0.6 > 0.3 > dog @ rates  # vectors that mean something: the weights are those on disk
-    assert "weights" not in corpus.provenance["encoders"]["text"]["encoder"]
+    assert "weights" not in dataset.provenance["encoders"]["text"]["encoder"]
     assert hateful_memes_loader.KAGGLE_HANDLE.endswith("/versions/1")

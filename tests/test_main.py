@@ -108,9 +108,9 @@ def test_config_says_versions_device_revision_encoders_and_data(finished):
 
 def test_predictions_are_what_the_loaded_model_says_of_raw_features(finished, memes):
     config = parse(Config, flags(memes))
-    corpus = load_memes(config.data, config.encoders, script.join_processes("cpu"))
+    dataset = load_memes(config.data, config.encoders, script.join_processes("cpu"))
     model = FusionEnsemble.from_pretrained(finished)
-    for name, split in corpus.splits.items():
+    for name, split in dataset.splits.items():
         rows = list(csv.DictReader((finished / f"predictions_{name}.csv").open()))
         assert [row["id"] for row in rows] == split.ids
         expected = model.predict_proba(split.features).numpy()
@@ -139,9 +139,9 @@ def test_probability_is_the_mean_over_seeds(finished):
 
 def test_standardisation_is_that_of_train_alone(finished, memes):
     config = parse(Config, flags(memes))
-    corpus = load_memes(config.data, config.encoders, script.join_processes("cpu"))
+    dataset = load_memes(config.data, config.encoders, script.join_processes("cpu"))
     for member in FusionEnsemble.from_pretrained(finished).members:
-        for name, x in corpus.splits["train"].features.items():
+        for name, x in dataset.splits["train"].features.items():
             torch.testing.assert_close(member.standardise[name].mean, x.mean(0), rtol=1e-4, atol=1e-6)
 
 
@@ -239,11 +239,11 @@ def test_taken_name_is_refused_and_a_default_name_is_numbered(memes, tmp_path, m
 def test_two_runs_begun_at_once_do_not_share_a_folder(memes, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = parse(Config, flags(memes))
-    corpus = load_memes(config.data, config.encoders, script.join_processes("cpu"))
+    dataset = load_memes(config.data, config.encoders, script.join_processes("cpu"))
     folders = [script.choose_folder("same", "demo", False) for _ in range(2)]
-    script.open_run(folders[0], config, corpus.description, torch.device("cpu"), False)
+    script.open_run(folders[0], config, dataset.description, torch.device("cpu"), False)
     with pytest.raises(InputError, match="another run has just taken this name"):
-        script.open_run(folders[1], config, corpus.description, torch.device("cpu"), False)
+        script.open_run(folders[1], config, dataset.description, torch.device("cpu"), False)
 
 
 # ---- bad input

@@ -62,14 +62,14 @@ def test_interval_of_accuracy_has_the_width_that_theory_gives():
 
 def test_interval_of_auroc_covers_the_truth_about_95_times_in_100():
     rng = np.random.default_rng(1)
-    truth = 0.7602  # Phi(1 / sqrt(2)) for two normals one std apart
+    criterion = 0.7602  # Phi(1 / sqrt(2)) for two normals one std apart
     covered = 0
     for trial in range(200):
         target = np.repeat([0, 1], 75)
         scores = rng.normal(size=150) + target
         p = 1 / (1 + np.exp(-scores))
         score = binary_scores(p[None], target, seed=trial)["auroc"]
-        covered += score.low <= truth <= score.high
+        covered += score.low <= criterion <= score.high
     # binomial(200, .95): mean 190, std 3.1; the percentile interval is a little short at this n
     assert 178 <= covered <= 199
 

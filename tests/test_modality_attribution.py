@@ -14,7 +14,7 @@ from mmfusion.explain.summary import summarise, summary_rows
 from mmfusion.models.decomposition import (
     emap,
     interventional_values,
-    parts_about,
+    recentred_parts,
     relevance_scores,
     shapley_values,
     values_by_definition,
@@ -60,16 +60,16 @@ def test_closed_form_is_the_average_over_all_values_of_the_others(shape):
     actual = interventional_values(layer, latents)
     assert set(actual) == set(expected)
     for known in expected:
-        close(actual[known], expected[known], shape[4], parts_about(layer, latents).values())
+        close(actual[known], expected[known], shape[4], recentred_parts(layer, latents).values())
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(shapes)
-def test_parts_about_any_origin_sum_to_the_output(shape):
+def test_recentred_parts_any_origin_sum_to_the_output(shape):
     layer, latents = drawn(shape)
     means = [torch.randn(z.shape[1], dtype=z.dtype) for z in latents]
     bias = layer.projections[0].bias.detach().clone()
-    parts = parts_about(layer, latents, means)
+    parts = recentred_parts(layer, latents, means)
     close(sum(parts.values()), layer(latents).detach(), shape[4], parts.values())
     close(parts[()][0], layer(means).detach(), shape[4], parts.values())
     assert torch.equal(layer.projections[0].bias, bias)  # the layer itself is not moved
@@ -95,7 +95,7 @@ def test_shapley_values_are_efficient_and_split_each_part_evenly(shape):
     phi = shapley_values(values)
     everyone = max(values, key=len)
     close(phi.sum(-1), values[everyone] - values[()], shape[4], values.values())
-    parts = parts_about(layer, latents)
+    parts = recentred_parts(layer, latents)
     for m in range(len(latents)):
         close(phi[..., m], sum(part / len(s) for s, part in parts.items() if m in s), shape[4], values.values())
 
@@ -137,7 +137,7 @@ def test_relevance_is_the_weight_norm_on_explicit_normalised_blocks(shape):
     layer, latents = drawn((*shape[:4], torch.float64, shape[5]))
     scores = relevance_scores(layer, latents)
     centred = [z - z.mean(0) for z in latents]
-    parts = parts_about(layer, latents)
+    parts = recentred_parts(layer, latents)
     expected = {}
     for subset in parts:
         if subset:
@@ -152,7 +152,7 @@ def test_relevance_is_the_weight_norm_on_explicit_normalised_blocks(shape):
                 at = [z.mean(0, keepdim=True) for z in latents]
                 for m, k in zip(subset, index, strict=True):
                     at[m] = at[m] + units[m][k]
-                total += parts_about(layer, at, [z.mean(0) for z in latents])[subset].square().sum().item()
+                total += recentred_parts(layer, at, [z.mean(0) for z in latents])[subset].square().sum().item()
             expected[subset] = (total**0.5) * scale.item()
     whole = sum(expected.values())
     for subset, value in expected.items():

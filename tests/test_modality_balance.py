@@ -22,8 +22,8 @@ from experiments.modality_balance import (
     verdict_of,
 )
 from lmf_module import LowRankMultimodalFusion
-from mmfusion.data.folds import Rows, Study
-from mmfusion.dataset import Split
+from mmfusion.data.folds import FoldedDataset
+from mmfusion.dataset import Fold, Split
 from mmfusion.metrics.statistics import Contrast
 from mmfusion.models.decomposition import contributions, imbalance, variance_shares
 from mmfusion.models.fusion import FusionModel
@@ -40,9 +40,9 @@ def small_study(names=("audio", "text"), outputs=None, folds=1, seed=0):
     signal = features[names[0]][:, 0] + 0.5 * torch.from_numpy(rng.normal(size=EXAMPLES)).float()
     target = (signal > 0).float() if outputs is None else torch.stack([signal * (k + 1) for k in range(outputs)], 1)
     rows = torch.arange(EXAMPLES)
-    parts = [Rows(r[:48], r[48:64], r[64:]) for r in (rows.roll(13 * f) for f in range(folds))]
+    parts = [Fold(r[:48], r[48:64], r[64:]) for r in (rows.roll(13 * f) for f in range(folds))]
     pool = Split(features, target, [str(i) for i in range(EXAMPLES)])
-    return Study("small", "binary" if outputs is None else "regression", pool, parts, [], {})
+    return FoldedDataset("small", "binary" if outputs is None else "regression", pool, parts, [], {})
 
 
 def contrast(name, verdict):
@@ -129,27 +129,27 @@ def test_imbalance_runs_from_equal_to_one_alone():
 
 
 def test_an_always_hidden_encoder_gets_no_task_gradient_and_does_not_change_the_test_score():
-    study = small_study(("audio", "text", "video"))
+    data = small_study(("audio", "text", "video"))
     torch.manual_seed(0)
-    model = FusionModel(study.input_dims, 6, 8)
+    model = FusionModel(data.input_dims, 6, 8)
     present = {"video": torch.zeros(EXAMPLES)}
-    logits = model(study.pool.features, present=present).prediction.squeeze(-1)
-    F.binary_cross_entropy_with_logits(logits, study.pool.target).backward()
+    logits = model(data.pool.features, present=present).prediction.squeeze(-1)
+    F.binary_cross_entropy_with_logits(logits, data.pool.target).backward()
     of = {name: p.grad for name, p in model.jwae.encoders.named_parameters()}
     hidden = [grad for name, grad in of.items() if name.startswith("video")]
     assert hidden and all(grad is None or grad.abs().max() == 0 for grad in hidden)
     assert all(grad.abs().max() > 0 for name, grad in of.items() if not name.startswith("video"))
-    before = outputs_of(study, [model], ["video"])
+    before = outputs_of(data, [model], ["video"])
     for name, parameter in model.jwae.encoders.named_parameters():
         if name.startswith("video"):
             parameter.data.normal_()
-    np.testing.assert_array_equal(outputs_of(study, [model], ["video"]), before)
+    np.testing.assert_array_equal(outputs_of(data, [model], ["video"]), before)
 
 
 def test_a_subset_member_does_not_depend_on_what_it_never_sees_unless_pairs_are_aligned():
-    study = small_study(("audio", "text"))
-    other = {**study.pool.features, "text": torch.randn(EXAMPLES, 6, generator=torch.Generator().manual_seed(1))}
-    studies = (study, replace(study, pool=replace(study.pool, features=other)))
+    data = small_study(("audio", "text"))
+    other = {**data.pool.features, "text": torch.randn(EXAMPLES, 6, generator=torch.Generator().manual_seed(1))}
+    studies = (data, replace(data, pool=replace(data.pool, features=other)))
     settings = [Setting("audio", 2, TERMS, dropout={"text": 1.0}), Setting("aligned", 2, JWAE, dropout={"text": 1.0})]
     ours, theirs = (train_grid(s, settings, [0, 1], Recipe(epochs=3, batch_size=16)) for s in studies)
     without = [outputs_of(s, grid.models, ["text"]) for s, grid in zip(studies, (ours, theirs), strict=True)]
@@ -172,12 +172,12 @@ def test_rank_correlations_are_per_seed_and_zero_where_nothing_is_ordered():
 
 
 def test_chance_of_a_regression_is_what_the_training_mean_scores():
-    study = small_study(outputs=3, folds=2)
+    data = small_study(outputs=3, folds=2)
     by_fold = []
-    for fold in study.folds:
-        error = (study.pool.target[fold.test] - study.pool.target[fold.train].mean(0)).abs() / study.target_scale
+    for fold in data.folds:
+        error = (data.pool.target[fold.test] - data.pool.target[fold.train].mean(0)).abs() / data.target_scale
         by_fold.append(-error.mean().item())
-    assert chance_score(study) == pytest.approx(np.mean(by_fold), abs=1e-6)
+    assert chance_score(data) == pytest.approx(np.mean(by_fold), abs=1e-6)
     assert chance_score(small_study()) == 0.5
 
 
@@ -198,7 +198,7 @@ def test_subsets_never_see_the_others_and_see_their_own_always(tmp_path, monkeyp
     asked = []
     grid = Run.grid
     monkeypatch.setattr(
-        Run, "grid", lambda self, study, settings, title: asked.append(settings) or grid(self, study, settings, title)
+        Run, "grid", lambda self, data, settings, title: asked.append(settings) or grid(self, data, settings, title)
     )
     EXPERIMENT.measure(small_study(), Run(Options(seeds=2, epochs=1), tmp_path, torch.device("cpu")))
     (settings,) = asked  # one training call
@@ -212,8 +212,8 @@ def test_subsets_never_see_the_others_and_see_their_own_always(tmp_path, monkeyp
     ("names", "outputs", "folds"), [(("audio", "text", "video"), None, 1), (("image", "text"), 3, 2)]
 )
 def test_a_small_study_ends_in_a_verdict(tmp_path, names, outputs, folds):
-    study = small_study(names, outputs, folds)
-    outcome = EXPERIMENT.measure(study, Run(Options(seeds=2, epochs=2), tmp_path, torch.device("cpu")))
+    data = small_study(names, outputs, folds)
+    outcome = EXPERIMENT.measure(data, Run(Options(seeds=2, epochs=2), tmp_path, torch.device("cpu")))
     assert outcome.verdict in VERDICTS
     assert [c.name for c in outcome.contrasts][:: len(outcome.contrasts) - 1] == [BALANCE, OVER_SINGLE]
     assert len(outcome.contrasts) == (5 if len(names) == 3 else 2)

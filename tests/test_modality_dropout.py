@@ -28,8 +28,8 @@ from experiments.modality_dropout import (
     rate_curves,
     verdict_of,
 )
-from mmfusion.data.folds import Rows, Study
-from mmfusion.dataset import Split
+from mmfusion.data.folds import FoldedDataset
+from mmfusion.dataset import Fold, Split
 from mmfusion.models.fusion import FusionModel
 from mmfusion.training.grid import Grid, Setting, outputs_of, select
 
@@ -44,55 +44,55 @@ def small_study(names=("audio", "text"), outputs=None, folds=1, seed=0):
     signal = features[names[0]][:, 0] + 0.5 * torch.from_numpy(rng.normal(size=EXAMPLES)).float()
     target = (signal > 0).float() if outputs is None else torch.stack([signal * (k + 1) for k in range(outputs)], 1)
     rows = torch.arange(EXAMPLES)
-    parts = [Rows(r[:48], r[48:64], r[64:]) for r in (rows.roll(13 * f) for f in range(folds))]
+    parts = [Fold(r[:48], r[48:64], r[64:]) for r in (rows.roll(13 * f) for f in range(folds))]
     pool = Split(features, target, [str(i) for i in range(EXAMPLES)])
-    return Study("small", "binary" if outputs is None else "regression", pool, parts, [], {})
+    return FoldedDataset("small", "binary" if outputs is None else "regression", pool, parts, [], {})
 
 
-def untrained(study, settings, seeds=2):
+def untrained(data, settings, seeds=2):
     """A grid of models as they are initialised."""
     models = []
     for k in range(len(settings)):
         for seed in range(seeds):
-            for fold in study.folds:
+            for fold in data.folds:
                 torch.manual_seed(seed + 100 * k)
-                model = FusionModel(study.input_dims, 6, 8, output_dim=study.output_dim)
-                model.fit_standardisation({name: x[fold.train] for name, x in study.pool.features.items()})
+                model = FusionModel(data.input_dims, 6, 8, output_dim=data.output_dim)
+                model.fit_standardisation({name: x[fold.train] for name, x in data.pool.features.items()})
                 for projection in model.fusion.projections:  # nothing about a factor may be special
                     torch.nn.init.normal_(projection.bias)
                 models.append(model)
-    outputs = outputs_of(study, models)
-    shape = (len(settings), seeds, len(study.folds), *outputs.shape[1:])
-    return Grid(study, settings, list(range(seeds)), models, outputs.reshape(shape), {})
+    outputs = outputs_of(data, models)
+    shape = (len(settings), seeds, len(data.folds), *outputs.shape[1:])
+    return Grid(data, settings, list(range(seeds)), models, outputs.reshape(shape), {})
 
 
-def settings_of(study):
+def settings_of(data):
     complete = Setting("complete", 4, dropout={})
-    return [complete, *(Setting(label(name, p), 4) for name in study.input_dims for p in RATES[1:])]
+    return [complete, *(Setting(label(name, p), 4) for name in data.input_dims for p in RATES[1:])]
 
 
 @pytest.mark.parametrize("names", [("audio", "text"), ("audio", "text", "video")])
 @pytest.mark.parametrize("outputs", [None, 5])
 def test_zero_latent_equals_dropped_terms_and_the_grids_own_forward(names, outputs):
-    study = small_study(names, outputs, folds=2)
-    grid = untrained(study, [Setting("complete", 4)])
+    data = small_study(names, outputs, folds=2)
+    grid = untrained(data, [Setting("complete", 4)])
     for name in names:
         missing = missing_predictions(grid, name)
         np.testing.assert_allclose(missing["zero latent"], missing["dropped terms"], atol=1e-5)
-        forward = outputs_of(study, grid.models, [name]).reshape(grid.outputs.shape)  # by `present`
-        np.testing.assert_allclose(missing["zero latent"], select(study, forward, "test")[0], atol=1e-5)
+        forward = outputs_of(data, grid.models, [name]).reshape(grid.outputs.shape)  # by `present`
+        np.testing.assert_allclose(missing["zero latent"], select(data, forward, "test")[0], atol=1e-5)
         assert np.abs(missing["zero latent"] - grid.predictions()[0]).max() > 1e-3
         assert np.abs(missing["zero latent"] - missing["mean latent"]).max() > 1e-3
 
 
 def test_mean_latent_is_that_of_the_folds_own_training_part():
-    study = small_study(folds=2)
-    grid = untrained(study, [Setting("complete", 4)], seeds=1)
+    data = small_study(folds=2)
+    grid = untrained(data, [Setting("complete", 4)], seeds=1)
     ours = missing_predictions(grid, "text")["mean latent"]  # (1, n), fold after fold
     start = 0
-    for f, fold in enumerate(study.folds):
+    for f, fold in enumerate(data.folds):
         model = grid.model(0, 0, f)
-        latents = model.encode(study.pool.features)
+        latents = model.encode(data.pool.features)
         mean = latents["text"][fold.train].mean(0, keepdim=True)
         by_hand = [model.fusion([latents["audio"][i : i + 1], mean]).item() for i in fold.test]
         np.testing.assert_allclose(ours[0, start : start + len(fold.test)], by_hand, atol=1e-5)
@@ -120,8 +120,8 @@ def test_deviation_of_masks_is_in_units_of_its_monte_carlo_standard_error():
 
 
 def test_harm_at_test_is_linear_in_the_rate_and_zero_at_none():
-    study = small_study()
-    grid = untrained(study, settings_of(study))
+    data = small_study()
+    grid = untrained(data, settings_of(data))
     curves = rate_curves(grid, "audio", missing_predictions(grid, "audio"))
     assert tuple(curves) == ROWS
     line = curves["at test"]
@@ -136,11 +136,11 @@ def test_harm_at_test_is_linear_in_the_rate_and_zero_at_none():
 
 
 def test_auroc_is_the_mean_of_the_folds_and_equals_scikit_learn():
-    study = small_study(folds=2)
+    data = small_study(folds=2)
     rng = np.random.default_rng(0)
     values = np.round(rng.normal(size=(3, 52)), 1)  # with ties
-    first, second = (study.pool.target[fold.test].numpy() for fold in study.folds)
-    for row, got in zip(values, auroc(study, values), strict=True):
+    first, second = (data.pool.target[fold.test].numpy() for fold in data.folds)
+    for row, got in zip(values, auroc(data, values), strict=True):
         assert got == pytest.approx((roc_auc_score(first, row[:26]) + roc_auc_score(second, row[26:])) / 2)
 
 
@@ -154,8 +154,8 @@ def test_masks_are_written_once_and_read_again(tmp_path):
 
 
 def test_a_layer_whose_dropped_terms_differ_is_refused():
-    study = small_study()
-    grid = untrained(study, [Setting("complete", 4)])
+    data = small_study()
+    grid = untrained(data, [Setting("complete", 4)])
     missing = missing_predictions(grid, "audio")
     missing["dropped terms"] = missing["dropped terms"] + 1e-3
     with pytest.raises(AssertionError, match="same function"):
@@ -172,12 +172,12 @@ def test_a_layer_whose_dropped_terms_differ_is_refused():
     ],
 )
 def test_verdict_needs_harm_as_well_as_more_of_it_than_at_high_rates(middle, high, apart, harms, expected):
-    study = small_study()
-    noise = np.random.default_rng(0).normal(0, 0.01, size=(len(RATES), 6, len(study.test_rows)))
+    data = small_study()
+    noise = np.random.default_rng(0).normal(0, 0.01, size=(len(RATES), 6, len(data.test_rows)))
     harmed = np.array([middle if k < 6 else high for k in range(len(RATES))]) * (np.arange(len(RATES)) > 0)
     flat = np.zeros_like(noise)
     curves = {"audio": dict.fromkeys(PROTOCOLS, flat) | {"both": noise - harmed[:, None, None]}}
-    pairs = by_protocol(contrasts_on_test(study, differences(curves)))
+    pairs = by_protocol(contrasts_on_test(data, differences(curves)))
     assert list(pairs) == [("audio", protocol) for protocol in PROTOCOLS]
     difference, harm_alone = pairs["audio", "both"]
     assert difference.estimate == pytest.approx(middle - high, abs=0.01)
@@ -187,11 +187,11 @@ def test_verdict_needs_harm_as_well_as_more_of_it_than_at_high_rates(middle, hig
 
 
 def test_difference_and_harm_must_hold_in_the_same_protocol():
-    study = small_study()
-    noise = np.random.default_rng(0).normal(0, 0.01, size=(len(RATES), 6, len(study.test_rows)))
+    data = small_study()
+    noise = np.random.default_rng(0).normal(0, 0.01, size=(len(RATES), 6, len(data.test_rows)))
     steps = (np.arange(len(RATES)) / 10)[:, None, None]
     curves = {"audio": {"at test": noise - steps, "in training": noise + steps, "both": noise * 0}}
-    pairs = by_protocol(contrasts_on_test(study, differences(curves)))
+    pairs = by_protocol(contrasts_on_test(data, differences(curves)))
     assert pairs["audio", "at test"][1].verdict == pairs["audio", "in training"][0].verdict == "supported"
     assert verdict_of(pairs) == "not supported"
 
@@ -200,8 +200,8 @@ def test_difference_and_harm_must_hold_in_the_same_protocol():
     ("names", "outputs", "folds"), [(("audio", "text", "video"), None, 1), (("image", "text"), 3, 2)]
 )
 def test_a_small_study_ends_in_a_verdict(tmp_path, names, outputs, folds):
-    study = small_study(names, outputs, folds)
-    outcome = EXPERIMENT.measure(study, Run(Options(seeds=2, epochs=2), tmp_path, torch.device("cpu")))
+    data = small_study(names, outputs, folds)
+    outcome = EXPERIMENT.measure(data, Run(Options(seeds=2, epochs=2), tmp_path, torch.device("cpu")))
     assert outcome.verdict in VERDICTS
     assert len(outcome.contrasts) == 6 * len(names)
     assert json.loads(json.dumps(outcome.numbers, allow_nan=False))["text"]["mean"].keys() == set(ROWS)

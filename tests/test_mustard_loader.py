@@ -70,15 +70,15 @@ def load(tmp_path_factory, encoders):
 
 
 def test_five_folds_as_released(tmp_path, load):
-    corpora = load(_write(tmp_path))
-    assert [corpus.name for corpus in corpora] == [f"mustard_fold_{number}" for number in range(1, 6)]
-    for corpus, (training, test) in zip(corpora, _fold_rows(), strict=True):
-        assert (corpus.task, corpus.selection, list(corpus.splits)) == ("binary", "dev", ["train", "dev", "test"])
-        assert corpus.splits["test"].ids == [f"1_{row}" for row in test]
-        both = corpus.splits["train"].ids + corpus.splits["dev"].ids
+    datasets = load(_write(tmp_path))
+    assert [dataset.name for dataset in datasets] == [f"mustard_fold_{number}" for number in range(1, 6)]
+    for dataset, (training, test) in zip(datasets, _fold_rows(), strict=True):
+        assert (dataset.task, dataset.selection, list(dataset.splits)) == ("binary", "dev", ["train", "dev", "test"])
+        assert dataset.splits["test"].ids == [f"1_{row}" for row in test]
+        both = dataset.splits["train"].ids + dataset.splits["dev"].ids
         assert sorted(both) == sorted(f"1_{row}" for row in training)
-        assert corpus.input_dims == {"utterance": 32, "context": 32}
-        assert any("folds share training examples" in note for note in corpus.notes)
+        assert dataset.input_dims == {"utterance": 32, "context": 32}
+        assert any("folds share training examples" in note for note in dataset.notes)
 
 
 def test_dev_is_a_fifth_of_train_with_both_labels_alike(tmp_path, load):
@@ -129,13 +129,13 @@ def test_a_second_load_is_the_same_and_encodes_nothing(tmp_path, load, monkeypat
 
 
 def test_speaker_independent_tests_on_friends_and_cuts_dev_by_speaker(tmp_path, load):
-    (corpus,) = load(_write(tmp_path, folds=None), protocol="speaker_independent")
-    train, dev, test = corpus.splits.values()
+    (dataset,) = load(_write(tmp_path, folds=None), protocol="speaker_independent")
+    train, dev, test = dataset.splits.values()
     assert test.ids == [f"1_{row}" for row in range(20)]
     assert set(test.metadata["show"]) == {"FRIENDS"}
     assert set(train.metadata["speaker"]) | set(dev.metadata["speaker"]) == {f"S{n}" for n in range(5)}
     assert not set(train.metadata["speaker"]) & set(dev.metadata["speaker"])
-    assert corpus.name == "mustard_speaker_independent"
+    assert dataset.name == "mustard_speaker_independent"
 
 
 def test_repeated_utterances_are_noted(tmp_path, load):
@@ -167,9 +167,9 @@ def test_audio_is_pooled_over_the_dimension_that_varies(tmp_path, load, steps):
 @pytest.mark.parametrize("shape", [(283, 10), (10, 283)])
 def test_audio_of_one_length_is_told_by_its_width(tmp_path, load, shape):
     audio = {f"1_{row}": np.random.default_rng(row).normal(size=shape) for row in range(COUNT)}
-    corpus = load(_write(tmp_path), audio=_dump(tmp_path / "audio_features.p", audio))[0]
-    assert corpus.input_dims["audio"] == 566
-    assert corpus.provenance["audio"]["file"] == "audio_features.p"
+    dataset = load(_write(tmp_path), audio=_dump(tmp_path / "audio_features.p", audio))[0]
+    assert dataset.input_dims["audio"] == 566
+    assert dataset.provenance["audio"]["file"] == "audio_features.p"
 
 
 @pytest.fixture
@@ -398,9 +398,9 @@ def test_unknown_protocol_is_refused(tmp_path, load):
 )
 def test_the_released_files(load):
     folder = Path(os.environ["FUSION_DATA"])
-    corpora = load(folder)
-    assert [[len(split) for split in corpus.splits.values()] for corpus in corpora] == [[441, 111, 138]] * 5
-    tested = [key for corpus in corpora for key in corpus.splits["test"].ids]
+    datasets = load(folder)
+    assert [[len(split) for split in dataset.splits.values()] for dataset in datasets] == [[441, 111, 138]] * 5
+    tested = [key for dataset in datasets for key in dataset.splits["test"].ids]
     assert len(tested) == len(set(tested)) == 690
-    (corpus,) = load(folder, protocol="speaker_independent")
-    assert len(corpus.splits["test"]) == 356
+    (dataset,) = load(folder, protocol="speaker_independent")
+    assert len(dataset.splits["test"]) == 356

@@ -28,13 +28,13 @@ def _write(folder: Path, arrays: dict[str, np.ndarray]) -> Path:
 
 def test_splits_targets_and_names(tmp_path):
     arrays = _arrays()
-    corpus = load_pom(_write(tmp_path, arrays))
-    assert (corpus.name, corpus.task, corpus.selection, corpus.label_range) == ("pom", "regression", "dev", (1, 7))
-    assert {name: len(split) for name, split in corpus.splits.items()} == {"train": 6, "dev": 3, "test": 4}
-    assert corpus.target_names == [f"trait_{number}" for number in range(1, 18)]
-    assert corpus.notes == []
-    np.testing.assert_array_equal(corpus.splits["dev"].target, arrays["traits_valid"])
-    for split in corpus.splits.values():
+    dataset = load_pom(_write(tmp_path, arrays))
+    assert (dataset.name, dataset.task, dataset.selection, dataset.label_range) == ("pom", "regression", "dev", (1, 7))
+    assert {name: len(split) for name, split in dataset.splits.items()} == {"train": 6, "dev": 3, "test": 4}
+    assert dataset.target_names == [f"trait_{number}" for number in range(1, 18)]
+    assert dataset.notes == []
+    np.testing.assert_array_equal(dataset.splits["dev"].target, arrays["traits_valid"])
+    for split in dataset.splits.values():
         assert len(set(split.ids)) == len(split)
         assert {x.dtype for x in split.features.values()} == {torch.float32}
 
@@ -43,11 +43,11 @@ def test_splits_targets_and_names(tmp_path):
 def test_pooling_sets_the_widths_and_leaves_padding_out(tmp_path, pooling, dims):
     arrays = _arrays()
     arrays["audio_test"][:, :5] = 0
-    corpus = load_pom(_write(tmp_path, arrays), pooling)
-    assert tuple(corpus.input_dims.values()) == dims
+    dataset = load_pom(_write(tmp_path, arrays), pooling)
+    assert tuple(dataset.input_dims.values()) == dims
     mean = arrays["audio_test"][:, 5:].mean(1)
-    np.testing.assert_allclose(corpus.splits["test"].features["audio"][:, :4], mean, rtol=1e-5, atol=1e-6)
-    assert pooling in corpus.provenance["pooling"]
+    np.testing.assert_allclose(dataset.splits["test"].features["audio"][:, :4], mean, rtol=1e-5, atol=1e-6)
+    assert pooling in dataset.provenance["pooling"]
 
 
 def test_missing_video_and_values_are_noted(tmp_path):
@@ -62,9 +62,9 @@ def test_missing_video_and_values_are_noted(tmp_path):
 def test_a_rating_just_outside_is_kept_and_noted(tmp_path):
     arrays = _arrays()
     arrays["traits_test"][1, 8] = 2 / 3  # as in the released file
-    corpus = load_pom(_write(tmp_path, arrays))
-    assert corpus.splits["test"].target[1, 8] == pytest.approx(2 / 3)
-    assert any("1 ratings lie outside" in note for note in corpus.notes)
+    dataset = load_pom(_write(tmp_path, arrays))
+    assert dataset.splits["test"].target[1, 8] == pytest.approx(2 / 3)
+    assert any("1 ratings lie outside" in note for note in dataset.notes)
 
 
 def _without(key: str):
@@ -115,7 +115,7 @@ def test_unknown_pooling_is_refused(tmp_path):
 
 @pytest.mark.skipif("FUSION_DATA" not in os.environ, reason="FUSION_DATA names no folder with pom_audio_video.npz")
 def test_the_released_file():
-    corpus = load_pom(Path(os.environ["FUSION_DATA"]) / "pom_audio_video.npz")
-    assert [len(split) for split in corpus.splits.values()] == [600, 100, 203]
-    assert corpus.input_dims == {"audio": 43, "video": 41}
-    assert "video: 486 of 903 examples" in corpus.notes[0]
+    dataset = load_pom(Path(os.environ["FUSION_DATA"]) / "pom_audio_video.npz")
+    assert [len(split) for split in dataset.splits.values()] == [600, 100, 203]
+    assert dataset.input_dims == {"audio": 43, "video": 41}
+    assert "video: 486 of 903 examples" in dataset.notes[0]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
-from test_experiments import study, write_mosi
+from test_experiments import folded, write_mosi
 from test_robustness import model_of
 
 from experiments import rank_robustness as experiment
@@ -23,17 +23,17 @@ from experiments.rank_robustness import (
     LOW,
     RANKS,
     RHO,
-    Found,
+    RankRobustnessResult,
+    at_equal_score,
     differences,
     examine,
     geometry,
-    matched,
     measure,
 )
-from mmfusion.data.folds import Rows, Study
-from mmfusion.dataset import Split
+from mmfusion.data.folds import FoldedDataset
+from mmfusion.dataset import Fold, Split
 from mmfusion.models.fusion import FusionModel
-from mmfusion.robustness.worst_case import Truth, latent_stds, unit
+from mmfusion.robustness.worst_case import Criterion, change_size, latent_stds
 from mmfusion.training.grid import Grid, Setting, outputs_of
 
 LABELS = [
@@ -48,13 +48,15 @@ LABELS = [
 # ---- planted models --------------------------------------------------------------------------------------------------
 
 
-def planted_study() -> Study:
+def planted_study() -> FoldedDataset:
     """Both coordinates of `a` know the label: the first by 1, the second by a 50th of that; `b` knows nothing."""
     sign = torch.tensor([1.0, -1.0] * 30)
     features = {"a": torch.stack([sign, sign / 50, 0 * sign, 0 * sign], 1), "b": torch.randn(60, 3)}
     rows = torch.arange(60)
-    parts = [Rows(rows[:30], rows[30:40], rows[40:])]
-    return Study("planted", "binary", Split(features, (sign > 0).float(), [str(i) for i in range(60)]), parts, [], {})
+    parts = [Fold(rows[:30], rows[30:40], rows[40:])]
+    return FoldedDataset(
+        "planted", "binary", Split(features, (sign > 0).float(), [str(i) for i in range(60)]), parts, [], {}
+    )
 
 
 def reader(coordinate: int, size: float) -> FusionModel:
@@ -84,8 +86,8 @@ def test_planted_fragile_model_is_less_robust_at_the_same_clean_score():
     for worst in (found.certified, found.attacked):
         np.testing.assert_array_equal(worst["robust"], 1.0)
         np.testing.assert_array_equal(worst["fragile"], 0.5)
-        np.testing.assert_array_equal(matched(data, found, worst, "robust", "fragile"), 0.5)
-        np.testing.assert_array_equal(matched(data, found, worst, "fragile", "robust"), -0.5)
+        np.testing.assert_array_equal(at_equal_score(data, found, worst, "robust", "fragile"), 0.5)
+        np.testing.assert_array_equal(at_equal_score(data, found, worst, "fragile", "robust"), -0.5)
     assert found.gradient["fragile"] / found.gradient["robust"] == pytest.approx(50, rel=1e-4)
     assert found.gradient["robust"] == pytest.approx(4**0.5 / 2, rel=1e-4)  # sqrt(d) |g| / |y| and 0, their mean
     np.testing.assert_allclose(found.loss["robust"], found.loss["fragile"], atol=1e-5)
@@ -98,17 +100,17 @@ def test_settings_that_are_equal_differ_by_nothing():
     clean, worst = rng.integers(0, 2, (3, 20)).astype(float), rng.random((3, 20))
     found = SimpleNamespace(clean={"a": clean, "b": clean})
     for task in ("binary", "regression"):
-        assert not matched(SimpleNamespace(task=task), found, {"a": worst, "b": worst}, "a", "b").any()
+        assert not at_equal_score(SimpleNamespace(task=task), found, {"a": worst, "b": worst}, "a", "b").any()
 
 
 def test_only_examples_that_both_get_right_count():
     found = SimpleNamespace(clean={"a": np.array([[1.0, 1, 0, 0]]), "b": np.array([[1.0, 0, 1, 0]])})
     worst = {"a": np.array([[1.0, 1, 0, 0]]), "b": np.array([[0.0, 0, 1, 0]])}
-    assert matched(SimpleNamespace(task="binary"), found, worst, "a", "b").tolist() == [[1, 0, 0, 0]]
+    assert at_equal_score(SimpleNamespace(task="binary"), found, worst, "a", "b").tolist() == [[1, 0, 0, 0]]
     # regression: what each loses of its own clean score
     found = SimpleNamespace(clean={"a": np.array([[-1.0]]), "b": np.array([[-0.2]])})
     worst = {"a": np.array([[-1.5]]), "b": np.array([[-1.0]])}
-    assert matched(SimpleNamespace(task="regression"), found, worst, "a", "b") == pytest.approx(0.3)
+    assert at_equal_score(SimpleNamespace(task="regression"), found, worst, "a", "b") == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize("binary", [True, False])
@@ -119,7 +121,7 @@ def test_geometry_is_that_of_autograd(binary):
         model.rescale.mean.zero_()
     features = {name: torch.randn(31, d).double() for name, d in dims.items()}
     scale = torch.ones(1).double() if binary else torch.tensor([1.0, 3.0]).double()
-    truth, stds = Truth(torch.zeros(31, 1 if binary else 2), binary, scale), latent_stds(model, features)
+    criterion, stds = Criterion(torch.zeros(31, 1 if binary else 2), binary, scale), latent_stds(model, features)
     output = model(features).prediction.detach()
     size = output.abs() if binary else scale.expand_as(output)
     gradients, norms, relative = [], [], []
@@ -142,8 +144,8 @@ def test_geometry_is_that_of_autograd(binary):
             blocks = torch.autograd.functional.hessian(of, (fixed[first], fixed[second]))
             values[i, o] = torch.linalg.matrix_norm(blocks[0][1], ord=2)
         norms.append(values.mean().item())
-        relative.append((values * unit(stds[first], 2) * unit(stds[second], 2) / size).median().item())
-    found = geometry(model, features, stds, truth)
+        relative.append((values * change_size(stds[first], 2) * change_size(stds[second], 2) / size).median().item())
+    found = geometry(model, features, stds, criterion)
     assert found["gradient"] == pytest.approx(np.mean(gradients), rel=1e-9)
     assert found["norm"] == pytest.approx(np.mean(norms), rel=1e-9)
     assert found["interaction"] == pytest.approx(np.mean(relative), rel=1e-9)
@@ -152,10 +154,10 @@ def test_geometry_is_that_of_autograd(binary):
 # ---- the rule --------------------------------------------------------------------------------------------------------
 
 
-def made_up(better: set[str], seeds: int = 6, examples: int = 40) -> Found:
+def made_up(better: set[str], seeds: int = 6, examples: int = 40) -> RankRobustnessResult:
     """Numbers of every setting; the low ranks are better in those contrasts of DECIDES that are named, else worse."""
     rng = np.random.default_rng(0)
-    found = Found(*({} for _ in range(10)))
+    found = RankRobustnessResult(*({} for _ in range(10)))
     low = [f"prior, rank {rank}" for rank in LOW]
     for label in LABELS:
         up = {name: (0.2 if name in better else -0.2) if label in low else 0.0 for name in DECIDES}
@@ -170,9 +172,9 @@ def made_up(better: set[str], seeds: int = 6, examples: int = 40) -> Found:
     return found
 
 
-def judged(found: Found, monkeypatch):
+def judged(found: RankRobustnessResult, monkeypatch):
     monkeypatch.setattr(experiment, "examine", lambda *_: found)
-    return measure(study(examples=160), SimpleNamespace(grid=lambda *_, **__: None))
+    return measure(folded(examples=160), SimpleNamespace(grid=lambda *_, **__: None))
 
 
 def test_claim_is_supported_where_all_four_hold_and_controls_do_not_decide(monkeypatch):
@@ -201,7 +203,7 @@ def test_contrasts_are_what_their_claims_say():
     found.attacked[f"decay 1, rank {HIGH}"] = found.attacked[f"prior, rank {HIGH}"] + 0.4
     found.missing["dropout 0.2, rank 4"] = found.clean["dropout 0.2, rank 4"] - 0.1
     found.missing["dropout 0, rank 4"] = found.clean["dropout 0, rank 4"] - 0.4
-    named = {name: values for name, (values, _) in differences(study(), found).items()}
+    named = {name: values for name, (values, _) in differences(folded(), found).items()}
     assert named[DECIDES[0]].mean() == pytest.approx(0.2, abs=0.01)
     assert named[DECIDES[1]].mean() == pytest.approx(0.2, abs=0.01)
     assert named[DECIDES[2]].mean() == pytest.approx(0.2, abs=0.01)
@@ -216,7 +218,7 @@ def test_contrasts_are_what_their_claims_say():
 
 def test_toy_study_is_measured_with_the_right_settings(tmp_path, monkeypatch):
     monkeypatch.setattr(experiment, "RESTARTS", 1)
-    data, grids = study("regression", outputs=2, folds=2, examples=80), []
+    data, grids = folded("regression", outputs=2, folds=2, examples=80), []
     options = Options(seeds=2, epochs=1, hidden_dim=6)
 
     class Watched(Run):

@@ -14,20 +14,27 @@ from experiments.rank_semantics.lexicon import (
     NEGATIVE,
     POSITIVE,
     correlation_ratio,
+    partial_association,
     polarity,
     probes_of,
-    told,
-    unit,
+    unit_columns,
     words,
 )
 from experiments.rank_semantics.measure import TELLS, measure
 from experiments.rank_semantics.planted_factors import fit, plant, recovery
 from lmf_module import LowRankMultimodalFusion
-from mmfusion.data.folds import Rows, Study
-from mmfusion.dataset import Split
+from mmfusion.data.folds import FoldedDataset
+from mmfusion.dataset import Fold, Split
 from mmfusion.metrics.statistics import Verdict
 from mmfusion.models.fusion import FusionModel
-from mmfusion.models.identifiability import kruskal_condition, match, matched, mixed, refitted, similarity
+from mmfusion.models.identifiability import (
+    kruskal_condition,
+    match,
+    matched_correlation,
+    mix_ranks,
+    refit_perturbed,
+    similarity,
+)
 from mmfusion.training.trainer import Schedule
 
 
@@ -51,8 +58,8 @@ def small_study(modalities, outputs=None, examples=90, metadata=True):
     }
     pool = Split(features, target, [str(i) for i in range(examples)], columns if metadata else {})
     rows = torch.arange(examples)
-    folds = [Rows(rows[:50], rows[50:60], rows[60:]), Rows(rows[40:], rows[30:40], rows[:30])]
-    return Study("small", "regression" if outputs else "binary", pool, folds, [], {})
+    folds = [Fold(rows[:50], rows[50:60], rows[60:]), Fold(rows[40:], rows[30:40], rows[:30])]
+    return FoldedDataset("small", "regression" if outputs else "binary", pool, folds, [], {})
 
 
 def test_matching_recovers_a_permuted_and_sign_flipped_set_exactly():
@@ -91,14 +98,14 @@ def test_mixed_ranks_are_the_same_function_with_other_terms(outputs):
     generator = torch.Generator().manual_seed(1)
     latents = [torch.randn(50, d, generator=generator, dtype=torch.float64) for d in (6, 5)]
     g = torch.randn(4, 4, generator=generator, dtype=torch.float64)
-    other = mixed(layer, g)
+    other = mix_ranks(layer, g)
     torch.testing.assert_close(other(latents), layer(latents), rtol=1e-10, atol=1e-10)
     assert (other.rank_terms(latents) - layer.rank_terms(latents)).abs().max() > 0.1
 
 
 def test_mixing_refuses_three_modalities():
     with pytest.raises(ValueError, match="two modalities"):
-        mixed(random_layer([3, 3, 3]), torch.eye(4, dtype=torch.float64))
+        mix_ranks(random_layer([3, 3, 3]), torch.eye(4, dtype=torch.float64))
 
 
 def test_a_refit_finds_the_same_terms_where_they_are_unique_and_others_where_not():
@@ -106,9 +113,9 @@ def test_a_refit_finds_the_same_terms_where_they_are_unique_and_others_where_not
     latents = [torch.randn(400, 4, generator=generator, dtype=torch.float64) for _ in range(3)]
     for dims, unique in ((3, True), (2, False)):
         layer = random_layer([4] * dims, rank=2)
-        after, before = refitted(layer, latents[:dims], generator)
+        after, before = refit_perturbed(layer, latents[:dims], generator)
         assert (after.sum(-1) - before.sum(-1)).abs().max() < 1e-4 * before.sum(-1).std()
-        same = matched(unit(after[:, None].numpy()), unit(before[:, None].numpy()))
+        same = matched_correlation(unit_columns(after[:, None].numpy()), unit_columns(before[:, None].numpy()))
         assert (same > 0.999) == unique
 
 
@@ -129,13 +136,13 @@ def test_kruskal_condition_holds_for_random_factors_and_fails_for_repeated_ones(
 @pytest.mark.parametrize("outputs", [None, 3])
 def test_components_and_the_rest_sum_to_the_prediction(outputs):
     for modalities in ("ab", "abc"):
-        study = small_study(modalities, outputs)
+        data = small_study(modalities, outputs)
         torch.manual_seed(0)
-        model = FusionModel(study.input_dims, 4, 4, 4, study.output_dim).double()
+        model = FusionModel(data.input_dims, 4, 4, 4, data.output_dim).double()
         if outputs:
-            model.rescale.fit(study.pool.target)
-        features = {name: x.double() for name, x in study.pool.features.items()}
-        rows = study.folds[0]
+            model.rescale.fit(data.pool.target)
+        features = {name: x.double() for name, x in data.pool.features.items()}
+        rows = data.folds[0]
         parts = parts_of(model, features, rows)
         scale = model.rescale.std.numpy()
         with torch.no_grad():
@@ -199,8 +206,8 @@ def test_a_probe_that_the_prediction_tells_is_not_told_beyond_it():
     rng = np.random.default_rng(0)
     prediction, other = rng.normal(size=(500, 1)), rng.normal(size=500)
     components = np.stack([prediction[:, 0], prediction[:, 0] + other], -1)[:, None]  # (n, 1, 2)
-    through = told(components, prediction, prediction[:, 0] + 0.1 * rng.normal(size=500))
-    beyond = told(components, prediction, prediction[:, 0] + other)
+    through = partial_association(components, prediction, prediction[:, 0] + 0.1 * rng.normal(size=500))
+    beyond = partial_association(components, prediction, prediction[:, 0] + other)
     assert through.max() < 0.15
     assert beyond[0, 0] == 0 and beyond[0, 1] == pytest.approx(1)
 

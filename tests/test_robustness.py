@@ -71,12 +71,12 @@ def test_worst_change_of_the_certified_size_brings_the_output_to_zero(layer, dat
     m = data.draw(st.integers(0, len(layer.input_dims) - 1))
     layer, latents = layer.to(dtype), [z.to(dtype) for z in draw_latents(layer, 5)]
     radius = certified_radius(layer, latents, m, norm)
-    unit = worst_change(layer, latents, m, 1.0, norm)
-    assert radius.shape == (5, layer.output_dim) and unit.shape == (5, layer.output_dim, layer.input_dims[m])
-    torch.testing.assert_close(torch.linalg.vector_norm(unit, ord=norm, dim=-1), torch.ones_like(radius))
-    torch.testing.assert_close(worst_change(layer, latents, m, 0.3, norm), 0.3 * unit)
+    change_size = worst_change(layer, latents, m, 1.0, norm)
+    assert radius.shape == (5, layer.output_dim) and change_size.shape == (5, layer.output_dim, layer.input_dims[m])
+    torch.testing.assert_close(torch.linalg.vector_norm(change_size, ord=norm, dim=-1), torch.ones_like(radius))
+    torch.testing.assert_close(worst_change(layer, latents, m, 0.3, norm), 0.3 * change_size)
     for o in range(layer.output_dim):
-        there = moved(latents, m, unit[:, o] * radius[:, o, None])
+        there = moved(latents, m, change_size[:, o] * radius[:, o, None])
         y, scale = layer(there)[:, o], rounding_scale(layer, latents, there)[:, o]
         assert (y.abs() <= TOLERANCE[dtype] * scale).all()
 

@@ -22,7 +22,7 @@ from experiments.experiment import run as run_experiment
 from experiments.robustness import corrupted_inputs
 from experiments.robustness import measure as robustness
 from experiments.robustness.corrupted_inputs import encode_corrupted
-from experiments.robustness.corruption_curves import Corrupted, Curve, _curve, curve_area
+from experiments.robustness.corruption_curves import CorruptionResult, Curve, _curve, curve_area
 from experiments.robustness.corruption_grid import KERNEL_MACHINE, LATE_FUSION, Condition, Predictor, conditions
 from experiments.robustness.measure import OVER_LATE_FUSION, lead_over_constant
 from hateful_memes_loader import load_hateful_memes
@@ -35,15 +35,15 @@ from mmfusion.robustness.attacks import pgd
 from mmfusion.robustness.corruptions import IMAGE_CORRUPTIONS, TEXT_CORRUPTIONS, WITHOUT_CHANCE
 from mmfusion.robustness.worst_case import (
     SIZES,
-    Truth,
+    Criterion,
     attacked_scores,
+    change_size,
     feature_certificates,
     joint_scores,
     latent_attack_gap,
     latent_scores,
     latent_stds,
     outputs_under_change,
-    unit,
 )
 from mmfusion.runs.load import load_run
 from mmfusion.training.grid import Grid, Setting, outputs_of
@@ -108,8 +108,8 @@ def curves(place) -> dict[tuple, float]:
 
 
 def part_tested(run) -> tuple[dict[str, torch.Tensor], np.ndarray]:
-    (fold,) = run.study.folds
-    return {name: x[fold.test] for name, x in run.study.pool.features.items()}, run.study.pool.target[fold.test].numpy()
+    (fold,) = run.data.folds
+    return {name: x[fold.test] for name, x in run.data.pool.features.items()}, run.data.pool.target[fold.test].numpy()
 
 
 def of_model(model: FusionModel, features: dict, present: dict | None = None) -> np.ndarray:
@@ -234,8 +234,8 @@ def test_late_fusion_is_the_mean_of_the_one_modality_rows(memes, predictor):
 
 
 def test_effective_robustness_has_no_verdict_where_late_fusion_has_nothing_to_lose(memes, predictor):
-    clean = {LATE_FUSION: np.zeros((2, len(memes.study.test_rows)))}
-    found = Corrupted(clean, {}, {})
+    clean = {LATE_FUSION: np.zeros((2, len(memes.data.test_rows)))}
+    found = CorruptionResult(clean, {}, {})
     assert lead_over_constant(memes, found) < 0
     clean[LATE_FUSION] += 1
     assert lead_over_constant(memes, found) > 0
@@ -251,13 +251,13 @@ def test_examples_that_lack_a_modality_at_a_low_rate_lack_it_at_every_higher_one
 
 def test_score_where_all_lack_a_modality_is_that_of_the_grid_without_it(memes, predictor):
     models = list(memes.ensembles[MAIN].members)
-    outputs = outputs_of(memes.study, models)
-    grid = Grid(memes.study, [Setting(MAIN, 2)], [0, 1], models, outputs.reshape(1, 2, 1, -1), {})
+    outputs = outputs_of(memes.data, models)
+    grid = Grid(memes.data, [Setting(MAIN, 2)], [0, 1], models, outputs.reshape(1, 2, 1, -1), {})
     (_, target) = part_tested(memes)
     for name in ("image", "text"):
         said = predictor.corrupted(MAIN, Condition("missing", "missing", name, 1.0, 0))
         np.testing.assert_array_equal((said >= 0) == (target == 1), grid.without([name], [0])[0] == 1)
-        np.testing.assert_allclose(said, outputs_of(memes.study, models, [name])[:, memes.study.test_rows], atol=1e-6)
+        np.testing.assert_allclose(said, outputs_of(memes.data, models, [name])[:, memes.data.test_rows], atol=1e-6)
 
 
 @pytest.mark.parametrize("where", ["text", "image"])
@@ -278,10 +278,10 @@ def test_accuracy_is_linear_in_the_rate_of_missing_modalities(memes, predictor, 
 
 @pytest.mark.parametrize("group", ["feature", "latent"])
 def test_all_coordinates_dropped_leave_the_prediction_at_the_training_mean(memes, predictor, group):
-    (fold,) = memes.study.folds
+    (fold,) = memes.data.folds
     said = predictor.corrupted(MAIN, Condition(f"{group}s", f"{group} dropout", "all", 1.0, 0))
     for s, model in enumerate(memes.members(MAIN)):
-        train_features = {name: x[fold.train] for name, x in memes.study.pool.features.items()}
+        train_features = {name: x[fold.train] for name, x in memes.data.pool.features.items()}
         if group == "feature":
             expected = model({k: x.mean(0, keepdim=True) for k, x in train_features.items()}).prediction
         else:
@@ -304,8 +304,8 @@ def test_noise_of_a_latent_moves_the_logit_by_the_length_of_its_gradient(memes, 
     # exact for LMF: y is affine in one latent, so noise s adds a deviation |s * dy/dz|_2
     features, _ = part_tested(memes)
     model = memes.members(MAIN)[0]
-    (fold,) = memes.study.folds
-    stds = latent_stds(model, {name: x[fold.train] for name, x in memes.study.pool.features.items()})
+    (fold,) = memes.data.folds
+    stds = latent_stds(model, {name: x[fold.train] for name, x in memes.data.pool.features.items()})
     latents = [model.encode(features)[name] for name in model.modalities]
     gradient = model.fusion.modality_gradient(latents, 0)[:, 0]  # (n, L)
     expected = 0.5 * (gradient * stds["image"]).norm(dim=1)
@@ -349,7 +349,7 @@ def test_corrupted_memes_get_the_vectors_of_such_memes_on_disk(memes, tmp_path):
     pictures = ("image", "rotation", 0.5, 0), ("image", "noise", 0.25, 0)
     words = ("text", "typos", 0.75, 0), ("text", "word mask", 0.5, 0)
     found = encode_corrupted(memes, [*pictures, *words])
-    ids = memes.corpora[0].splits["dev_unseen"].ids
+    ids = memes.datasets[0].splits["dev_unseen"].ids
     paths = memes.image_paths(ids)
     digests, _ = digest_images(list(paths.values()))
     for number, (picture, word) in enumerate(zip(pictures, words, strict=True)):
@@ -367,7 +367,7 @@ def test_corrupted_memes_get_the_vectors_of_such_memes_on_disk(memes, tmp_path):
         loaded = load_hateful_memes(folder / "train.jsonl", None, memes.encoders, Path("cache"))
         split = loaded.splits["dev_unseen"]
         assert split.ids == ids
-        clean = memes.corpora[0].splits["dev_unseen"].features
+        clean = memes.datasets[0].splits["dev_unseen"].features
         for name, key in (("image", picture), ("text", word)):
             torch.testing.assert_close(found[key], split.features[name], rtol=1e-4, atol=1e-5)
             assert (found[key] - clean[name]).abs().max() > 1e-2
@@ -407,13 +407,13 @@ def test_of_every_example_certified_attacked_and_clean_scores_are_in_this_order(
     features = {"a": torch.randn(60, 4), "b": torch.randn(60, 3)}
     output = model(features).prediction.detach()
     if outputs is None:
-        truth = Truth((torch.rand(60, 1) > 0.3) * (output > 0).float(), True, torch.ones(1))
+        criterion = Criterion((torch.rand(60, 1) > 0.3) * (output > 0).float(), True, torch.ones(1))
     else:
-        truth = Truth(output + torch.randn(60, 2), False, torch.tensor([1.0, 3.0]))
-    clean = truth.score(truth.margin(output))
+        criterion = Criterion(output + torch.randn(60, 2), False, torch.tensor([1.0, 3.0]))
+    clean = criterion.score(criterion.margin(output))
     for name in ("a", "b"):
-        certified = feature_certificates(model, features, truth, name, norm)
-        attacked = attacked_scores(model, features, truth, name, norm)
+        certified = feature_certificates(model, features, criterion, name, norm)
+        attacked = attacked_scores(model, features, criterion, name, norm)
         assert certified.shape == attacked.shape == (len(SIZES), 60)
         assert (certified <= attacked + 1e-5).all() and (attacked <= clean + 1e-5).all()
         assert (attacked[-1] < clean - 1e-3).any() and (certified[0] > certified[-1]).any()
@@ -423,14 +423,14 @@ def test_change_that_is_found_at_one_size_is_allowed_at_every_larger_one():
     torch.manual_seed(0)
     model = model_of({"a": 4, "b": 3}, 5).float()
     features = {"a": torch.randn(200, 4), "b": torch.randn(200, 3)}
-    truth, sizes = Truth(model(features).prediction.detach() + 1, False, torch.ones(1)), (0.2, 1.0, 5.0)
+    criterion, sizes = Criterion(model(features).prediction.detach() + 1, False, torch.ones(1)), (0.2, 1.0, 5.0)
     outputs = outputs_under_change(model, features, "a")
     alone = [
-        pgd(lambda c: truth.margin(outputs(c)), torch.zeros(200, 4), size * 2, 2, steps=1, restarts=1).value
+        pgd(lambda c: criterion.margin(outputs(c)), torch.zeros(200, 4), size * 2, 2, steps=1, restarts=1).value
         for size in sizes
     ]
     assert (alone[2] > alone[1] + 1e-3).any(), "one step must overshoot somewhere"
-    found = attacked_scores(model, features, truth, "a", 2, sizes, steps=1, restarts=1)
+    found = attacked_scores(model, features, criterion, "a", 2, sizes, steps=1, restarts=1)
     torch.testing.assert_close(found, torch.stack(alone).cummin(0).values)
 
 
@@ -440,11 +440,11 @@ def test_exact_score_of_a_moved_latent_is_what_its_worst_change_leaves(norm, out
     model = model_of({"a": 4, "b": 3}, 1, output_dim=outputs)
     features = {"a": torch.randn(40, 4).double(), "b": torch.randn(40, 3).double()}
     output = model(features).prediction.detach()
-    truth = Truth((torch.rand(40, 1) > 0.5).double(), True, torch.ones(1).double())
+    criterion = Criterion((torch.rand(40, 1) > 0.5).double(), True, torch.ones(1).double())
     if outputs == 2:
-        truth = Truth(output + torch.randn(40, 2), False, torch.tensor([1.0, 3.0]).double())
+        criterion = Criterion(output + torch.randn(40, 2), False, torch.tensor([1.0, 3.0]).double())
     stds = latent_stds(model, features)
-    scores = latent_scores(model, features, truth, stds, norm)
+    scores = latent_scores(model, features, criterion, stds, norm)
     encoded = model.encode(features)
     latents = [encoded[name] for name in model.modalities]
     for m, name in enumerate(model.modalities):
@@ -455,7 +455,7 @@ def test_exact_score_of_a_moved_latent_is_what_its_worst_change_leaves(norm, out
             math.inf: gradient.sign(),
         }[norm]
         for size, score in zip(SIZES, scores[name], strict=True):
-            epsilon, worst = size * unit(stds[name], norm), []
+            epsilon, worst = size * change_size(stds[name], norm), []
             for o in range(outputs):
                 tried = []
                 for sign in (-1, 1):
@@ -463,10 +463,10 @@ def test_exact_score_of_a_moved_latent_is_what_its_worst_change_leaves(norm, out
                     there[m] = there[m] + sign * epsilon * steepest[:, o]
                     tried.append(model.rescale(model.fusion(there))[:, o])
                 if outputs == 1:
-                    margins = [(2 * truth.target[:, 0] - 1) * y for y in tried]
+                    margins = [(2 * criterion.target[:, 0] - 1) * y for y in tried]
                     worst.append((torch.minimum(*margins) > 0).double())
                 else:
-                    errors = [(y - truth.target[:, o]).abs() / truth.scale[o] for y in tried]
+                    errors = [(y - criterion.target[:, o]).abs() / criterion.scale[o] for y in tried]
                     worst.append(-torch.maximum(*errors))
             torch.testing.assert_close(score, torch.stack(worst).mean(0), rtol=1e-9, atol=1e-9)
 
@@ -477,10 +477,10 @@ def test_joint_scores_count_what_is_right_and_beyond_reach():
     model.rescale.std.fill_(1)
     features = {"a": torch.randn(40, 4).double(), "b": torch.randn(40, 3).double()}
     output = model(features).prediction.detach()
-    truth = Truth((output + 5 * torch.randn(40, 1) > 0).double(), True, torch.ones(1))
+    criterion = Criterion((output + 5 * torch.randn(40, 1) > 0).double(), True, torch.ones(1))
     stds = latent_stds(model, features)
-    (scores,) = joint_scores(model, features, truth, stds, sizes=(0.0, 0.01, 0.1)).values()
-    assert torch.equal(scores[0] == 1, truth.margin(output) > 0) and 0 < scores[1].mean() < scores[0].mean()
+    (scores,) = joint_scores(model, features, criterion, stds, sizes=(0.0, 0.01, 0.1)).values()
+    assert torch.equal(scores[0] == 1, criterion.margin(output) > 0) and 0 < scores[1].mean() < scores[0].mean()
     assert scores[2].mean() < scores[1].mean()
 
 
@@ -508,7 +508,7 @@ def test_pictures_that_are_saved_give_the_probabilities_that_are_printed(memes, 
     source = find_image_encoder(memes.encoders)
     how, encoder = image_preprocessing(memes.encoders, source), ImageEncoder(memes.encoders, source, "cpu")
     features, target = part_tested(memes)
-    ids, model = memes.corpora[0].splits["dev_unseen"].ids, memes.members(MAIN)[0]
+    ids, model = memes.datasets[0].splits["dev_unseen"].ids, memes.members(MAIN)[0]
     right = [i for i, y in enumerate(of_model(model, features)) if (y >= 0) == (target[i] == 1)][:2]
     assert len(right) == len(results["numbers"]["pixels"]) == 2
     paths = memes.image_paths(ids)
@@ -543,7 +543,7 @@ def test_kernel_machine_is_that_of_the_training_and_has_no_latents(mosi):
         == said[KERNEL_MACHINE]["accuracy"]["per seed and fold"][0][0]
     )
     assert measured.corrupted(KERNEL_MACHINE, Condition("latents", "latent noise", "all", 0.5, 0)) is None
-    everywhere = [Condition("missing", "missing", name, 1.0, 0) for name in mosi.study.input_dims]
+    everywhere = [Condition("missing", "missing", name, 1.0, 0) for name in mosi.data.input_dims]
     assert all(np.ptp(measured.corrupted(KERNEL_MACHINE, c)) > 1e-6 for c in everywhere)
     with torch.no_grad():  # without the text: its features at their training mean
         features, _ = part_tested(mosi)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_experiments import SMALL, study
+from test_experiments import SMALL, folded
 from torch import nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 
@@ -134,7 +134,7 @@ def test_vmap_over_stacked_models_gives_each_models_own_outputs_and_gradients():
 
 
 def test_trained_grid_keeps_the_bound_and_its_ensemble_survives_the_disk(tmp_path):
-    data = study()
+    data = folded()
     settings_of = [Setting("rank 3", 3), Setting("rank 1", 1)]
     grid = train_grid(data, settings_of, [0, 1], SMALL, spectral_norm=0.5)
     free = train_grid(data, settings_of, [0, 1], SMALL)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from mmfusion.data.folds import only, refitted, study_of, targets
-from mmfusion.dataset import Corpus, Split, hold_out, take
+from mmfusion.data.folds import fold_datasets, only, targets, with_dev_in_training
+from mmfusion.dataset import Dataset, Split, hold_out, take
 from mmfusion.errors import InputError
 
 
@@ -21,68 +21,68 @@ def names(start: int, stop: int) -> list[str]:
     return [f"e{i}" for i in range(start, stop)]
 
 
-def corpus(**splits: Split) -> Corpus:
-    return Corpus("toy", "binary", splits, "dev")
+def dataset(**splits: Split) -> Dataset:
+    return Dataset("toy", "binary", splits, "dev")
 
 
 def test_fixed_splits_are_one_fold_whose_rows_lead_back_to_their_examples():
-    study = study_of(
-        [corpus(train=split(names(0, 10)), dev=split(names(10, 14)), test=split(names(14, 20)), extra=split(["e99"]))]
+    data = fold_datasets(
+        [dataset(train=split(names(0, 10)), dev=split(names(10, 14)), test=split(names(14, 20)), extra=split(["e99"]))]
     )
-    (fold,) = study.folds
-    assert [study.pool.ids[row] for row in fold.test] == names(14, 20)
-    assert study.pool.features["text"][fold.dev][:, 0].tolist() == [10, 11, 12, 13]
-    assert list(study.pool.features) == ["audio", "text"]
-    assert study.input_dims == {"audio": 1, "text": 3} and study.output_dim == 1
-    assert "e99" not in study.pool.ids
-    assert targets(study).tolist() == [0, 1, 0, 1, 0, 1]
+    (fold,) = data.folds
+    assert [data.pool.ids[row] for row in fold.test] == names(14, 20)
+    assert data.pool.features["text"][fold.dev][:, 0].tolist() == [10, 11, 12, 13]
+    assert list(data.pool.features) == ["audio", "text"]
+    assert data.input_dims == {"audio": 1, "text": 3} and data.output_dim == 1
+    assert "e99" not in data.pool.ids
+    assert targets(data).tolist() == [0, 1, 0, 1, 0, 1]
 
 
 def test_folds_share_one_pool_and_every_example_stands_in_it_once():
     everything = names(0, 12)
-    corpora = []
+    datasets = []
     for k in range(3):
         test = everything[k::3]
         rest = [name for name in everything if name not in test]
-        corpora.append(corpus(train=split(rest[2:]), dev=split(rest[:2]), test=split(test)))
-    study = study_of(corpora)
-    assert sorted(study.pool.ids) == sorted(everything)
-    assert sorted(study.test_rows.tolist()) == list(range(12))
-    for fold, one in zip(study.folds, corpora, strict=True):
-        assert [study.pool.ids[row] for row in fold.train] == one.splits["train"].ids
+        datasets.append(dataset(train=split(rest[2:]), dev=split(rest[:2]), test=split(test)))
+    data = fold_datasets(datasets)
+    assert sorted(data.pool.ids) == sorted(everything)
+    assert sorted(data.test_rows.tolist()) == list(range(12))
+    for fold, one in zip(data.folds, datasets, strict=True):
+        assert [data.pool.ids[row] for row in fold.train] == one.splits["train"].ids
         assert not set(fold.train.tolist()) & set(fold.test.tolist())
-    again = refitted(study)
-    for fold, grown in zip(study.folds, again.folds, strict=True):
+    again = with_dev_in_training(data)
+    for fold, grown in zip(data.folds, again.folds, strict=True):
         assert set(grown.train.tolist()) == set(fold.train.tolist()) | set(fold.dev.tolist())
         assert not set(grown.train.tolist()) & set(fold.test.tolist())
 
 
 def test_without_a_labelled_test_split_dev_is_tested_on_said_so_and_never_trained_on():
-    study = study_of(
-        [corpus(train=split(names(0, 6)), dev=split(names(6, 9)), test=split(names(9, 12), labelled=False))]
+    data = fold_datasets(
+        [dataset(train=split(names(0, 6)), dev=split(names(6, 9)), test=split(names(9, 12), labelled=False))]
     )
-    assert any("tested on" in note for note in study.notes)
-    assert study.folds[0].test.tolist() == study.folds[0].dev.tolist()
-    assert refitted(study).folds[0].train.tolist() == study.folds[0].train.tolist()
+    assert any("tested on" in note for note in data.notes)
+    assert data.folds[0].test.tolist() == data.folds[0].dev.tolist()
+    assert with_dev_in_training(data).folds[0].train.tolist() == data.folds[0].train.tolist()
 
 
 def test_nothing_labelled_to_test_on_is_an_input_error():
     with pytest.raises(InputError, match="dev has no labels"):
-        study_of([corpus(train=split(names(0, 6)), dev=split(names(6, 9), labelled=False))])
+        fold_datasets([dataset(train=split(names(0, 6)), dev=split(names(6, 9), labelled=False))])
 
 
 def test_one_modality_keeps_folds_and_targets():
-    study = study_of([corpus(train=split(names(0, 6)), dev=split(names(6, 9)), test=split(names(9, 12)))])
-    alone = only(study, ["text"])
-    assert list(alone.pool.features) == ["text"] and alone.folds is study.folds
-    assert list(study.pool.features) == ["audio", "text"]
+    data = fold_datasets([dataset(train=split(names(0, 6)), dev=split(names(6, 9)), test=split(names(9, 12)))])
+    alone = only(data, ["text"])
+    assert list(alone.pool.features) == ["text"] and alone.folds is data.folds
+    assert list(data.pool.features) == ["audio", "text"]
 
 
 def test_regression_errors_are_in_units_of_the_training_targets_deviation():
     parts = {"train": split(names(0, 6), outputs=2), "dev": split(names(6, 9), outputs=2)}
-    study = study_of([Corpus("toy", "regression", parts | {"test": split(names(100, 104), outputs=2)}, "dev")])
-    torch.testing.assert_close(study.target_scale, torch.arange(6.0).std(correction=0).repeat(2))
-    assert study.output_dim == 2
+    data = fold_datasets([Dataset("toy", "regression", parts | {"test": split(names(100, 104), outputs=2)}, "dev")])
+    torch.testing.assert_close(data.target_scale, torch.arange(6.0).std(correction=0).repeat(2))
+    assert data.output_dim == 2
 
 
 def test_held_out_groups_are_whole_and_the_cut_is_deterministic():
@@ -101,29 +101,31 @@ def test_ids_that_begin_anew_in_every_split_stay_different_examples_and_real_ove
         part = split(names(start, stop))
         return Split(part.features, part.target, [f"row_{i}" for i in range(len(part))], part.metadata)
 
-    study = study_of([corpus(train=numbered(0, 10), dev=numbered(10, 14), test=numbered(14, 20))])
-    (fold,) = study.folds
-    assert len(study.pool) == 20
+    data = fold_datasets([dataset(train=numbered(0, 10), dev=numbered(10, 14), test=numbered(14, 20))])
+    (fold,) = data.folds
+    assert len(data.pool) == 20
     assert not set(fold.train.tolist()) & set(fold.test.tolist())
-    assert study.pool.features["text"][fold.test][:, 0].tolist() == [14, 15, 16, 17, 18, 19]
-    overlapping = study_of([corpus(train=split(names(0, 10)), dev=split(names(8, 12)), test=split(names(14, 20)))])
+    assert data.pool.features["text"][fold.test][:, 0].tolist() == [14, 15, 16, 17, 18, 19]
+    overlapping = fold_datasets(
+        [dataset(train=split(names(0, 10)), dev=split(names(8, 12)), test=split(names(14, 20)))]
+    )
     assert len(overlapping.pool) == 18
 
 
 def test_columns_that_one_split_lacks_are_left_out():
     bare = split(names(10, 14))
     bare = Split(bare.features, bare.target, bare.ids)
-    study = study_of([corpus(train=split(names(0, 6)), dev=bare, test=split(names(14, 20)))])
-    assert study.pool.metadata == {}
+    data = fold_datasets([dataset(train=split(names(0, 6)), dev=bare, test=split(names(14, 20)))])
+    assert data.pool.metadata == {}
 
 
 def test_test_part_of_one_class_and_examples_tested_twice_are_input_errors():
     even = split([f"e{i}" for i in range(20, 30, 2)])
     with pytest.raises(InputError, match="one class"):
-        study_of([corpus(train=split(names(0, 6)), dev=split(names(6, 9)), test=even)])
-    twice = corpus(train=split(names(0, 6)), dev=split(names(6, 9)), test=split(names(9, 12)))
+        fold_datasets([dataset(train=split(names(0, 6)), dev=split(names(6, 9)), test=even)])
+    twice = dataset(train=split(names(0, 6)), dev=split(names(6, 9)), test=split(names(9, 12)))
     with pytest.raises(InputError, match="3 examples are tested in several folds"):
-        study_of([twice, twice])
+        fold_datasets([twice, twice])
 
 
 def test_output_that_never_varies_has_scale_one():
@@ -132,5 +134,5 @@ def test_output_that_never_varies_has_scale_one():
     }
     for part in parts.values():
         part.target[:, 1] = 5
-    study = study_of([Corpus("toy", "regression", parts, "dev")])
-    assert study.target_scale[1] == 1 and study.target_scale[0] > 1
+    data = fold_datasets([Dataset("toy", "regression", parts, "dev")])
+    assert data.target_scale[1] == 1 and data.target_scale[0] > 1

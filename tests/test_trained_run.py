@@ -16,7 +16,7 @@ from experiments.baselines import TrainOptions
 from experiments.experiment import execute, run
 from experiments.robustness import measure as robustness
 from mmfusion.data import registry as datasets
-from mmfusion.dataset import Corpus, Split
+from mmfusion.dataset import Dataset, Split
 from mmfusion.errors import InputError
 from mmfusion.models.fusion import FusionEnsemble
 from mmfusion.runs import load as trained_run
@@ -25,12 +25,12 @@ from mmfusion.runs.load import load_run
 FOLDS, SEEDS = 2, 2
 
 
-def toy_corpora(*_: object) -> list[Corpus]:
+def toy_datasets(*_: object) -> list[Dataset]:
     """Two folds with test parts of their own; the sum of two modalities decides."""
     rng = torch.Generator().manual_seed(0)
     features = {name: torch.randn(120, d, generator=rng) for name, d in (("text", 5), ("audio", 3))}
     target = (features["text"][:, 0] + features["audio"][:, 0] > 0).float()
-    corpora = []
+    datasets = []
     for fold in range(FOLDS):
         test = list(range(fold, 120, 4))
         rest = [i for i in range(120) if i not in test]
@@ -39,8 +39,8 @@ def toy_corpora(*_: object) -> list[Corpus]:
             part: Split({m: x[r] for m, x in features.items()}, target[r], [str(i) for i in r])
             for part, r in rows.items()
         }
-        corpora.append(Corpus("toy", "binary", splits, "dev"))
-    return corpora
+        datasets.append(Dataset("toy", "binary", splits, "dev"))
+    return datasets
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def place(tmp_path_factory):
     folder, before = tmp_path_factory.mktemp("runs"), Path.cwd()
     os.chdir(folder)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(datasets, "load_corpora", toy_corpora)
+        patched.setattr(datasets, "load_datasets", toy_datasets)
         options = {"dataset": "cmu_mosi", "data": Path("toy.npz"), "seeds": SEEDS, "epochs": 2, "device": "cpu"}
         execute(train.EXPERIMENT, TrainOptions(**options, name="folds"))
         execute(train.EXPERIMENT, TrainOptions(**options, name="held-out", hold_out_dev=True))
@@ -62,7 +62,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture
 def toy(place, monkeypatch):
-    monkeypatch.setattr(trained_run, "load_corpora", toy_corpora)
+    monkeypatch.setattr(trained_run, "load_datasets", toy_datasets)
     return load_run(place / "runs/folds")
 
 
@@ -87,12 +87,12 @@ def test_members_of_a_row_score_what_its_table_says_of_each_seed_and_fold(toy):
     said = json.loads((toy.folder / "results.json").read_text())["numbers"]
     seen = set()
     for row in toy.ensembles:
-        for f, fold in enumerate(toy.study.folds):
-            target = toy.study.pool.target[fold.test].numpy()
+        for f, fold in enumerate(toy.data.folds):
+            target = toy.data.pool.target[fold.test].numpy()
             members = toy.members(row, f)
             assert len(members) == SEEDS
             for s, model in enumerate(members):
-                features = {name: toy.study.pool.features[name][fold.test] for name in model.modalities}
+                features = {name: toy.data.pool.features[name][fold.test] for name in model.modalities}
                 logits = model(features).prediction.squeeze(-1).numpy()
                 auroc = said[row]["auroc"]["per seed and fold"][s][f]
                 assert roc_auc_score(target, logits) == pytest.approx(auroc, abs=1e-9)
@@ -109,11 +109,11 @@ def test_members_stand_seed_by_seed_and_within_a_seed_fold_by_fold(toy):
         assert len(means) == SEEDS * FOLDS
         assert torch.equal(means[0], means[2]) and torch.equal(means[1], means[3])
         assert not torch.equal(means[0], means[1])
-        for f, fold in enumerate(toy.study.folds):
+        for f, fold in enumerate(toy.data.folds):
             for model in toy.members(row, f):
                 for name, module in model.standardise.items():
-                    expected = toy.study.pool.features[name][fold.train]
-                    dev = toy.study.pool.features[name][fold.dev]
+                    expected = toy.data.pool.features[name][fold.train]
+                    dev = toy.data.pool.features[name][fold.dev]
                     torch.testing.assert_close(module.mean, torch.cat([expected, dev]).mean(0), rtol=1e-4, atol=1e-5)
 
 
@@ -121,8 +121,8 @@ def test_rows_are_all_neural_methods_in_the_order_of_the_table(toy):
     said = json.loads((toy.folder / "results.json").read_text())["numbers"]
     assert list(toy.ensembles) == [row for row in said if "SVM" not in row and "training" not in row]
     assert toy.main_row == train.MAIN and toy.prior_free_row == "LMF without jWAE"
-    assert (toy.seeds, len(toy.study.folds), toy.task) == (list(range(SEEDS)), FOLDS, "binary")
-    assert toy.settings["epochs"] == 2 and toy.texts(toy.corpora[0], "test") == {}
+    assert (toy.seeds, len(toy.data.folds), toy.task) == (list(range(SEEDS)), FOLDS, "binary")
+    assert toy.settings["epochs"] == 2 and toy.texts(toy.datasets[0], "test") == {}
     assert toy.encoders is None and toy.memes is None
     for ensemble in toy.ensembles.values():
         assert not ensemble.training and not any(p.requires_grad for p in ensemble.parameters())
@@ -132,21 +132,21 @@ def test_dev_is_said_to_be_trained_on_exactly_where_it_was(toy, place):
     assert toy.trained_on_dev
     held = load_run(place / "runs/held-out")
     assert not held.trained_on_dev
-    fold = held.study.folds[0]
+    fold = held.data.folds[0]
     mean = held.members(held.main_row)[0].standardise["text"].mean
-    torch.testing.assert_close(mean, held.study.pool.features["text"][fold.train].mean(0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mean, held.data.pool.features["text"][fold.train].mean(0), rtol=1e-4, atol=1e-5)
 
 
 def test_run_of_the_command_line_is_read_with_its_data(place):
     found = load_run(place / "runs/mosi")
     said = json.loads((place / "runs/mosi/results.json").read_text())["numbers"]
-    (fold,) = found.study.folds
-    features = {name: x[fold.test] for name, x in found.study.pool.features.items()}
-    target = found.study.pool.target[fold.test].numpy()
+    (fold,) = found.data.folds
+    features = {name: x[fold.test] for name, x in found.data.pool.features.items()}
+    target = found.data.pool.target[fold.test].numpy()
     for s, model in enumerate(found.members(found.main_row)):
         logits = model(features).prediction.squeeze(-1).numpy()
         assert roc_auc_score(target, logits) == pytest.approx(said[train.MAIN]["auroc"]["per seed and fold"][s][0])
-    np.testing.assert_array_equal(fold.test.numpy(), found.study.test_rows)
+    np.testing.assert_array_equal(fold.test.numpy(), found.data.test_rows)
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------

@@ -274,7 +274,7 @@ def test_fold_is_trained_and_selected_on_its_own_rows():
     folds = [Fold(torch.arange(70), torch.arange(30)), Fold(torch.arange(25, 100), torch.arange(25, 60))]
     together = run([Member(seed, WEIGHTS, fold=fold) for seed in (0, 1) for fold in (0, 1)], folds=folds)
     for fold, rows in enumerate(folds):
-        alone = run([Member(1, WEIGHTS)], data=take(DATA, rows.train), selection=take(SELECTION, rows.selection))
+        alone = run([Member(1, WEIGHTS)], data=take(DATA, rows.train), selection=take(SELECTION, rows.dev))
         torch.testing.assert_close(
             weights_of(together.models[2 + fold]), weights_of(alone.models[0]), rtol=1e-4, atol=1e-5
         )

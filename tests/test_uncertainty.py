@@ -15,10 +15,17 @@ from scipy.special import expit
 from experiments.robustness.corruption_grid import Condition
 from experiments.uncertainty import measure as uncertainty
 from experiments.uncertainty.measure import Options
-from experiments.uncertainty.predictors import PARTS, BinaryPredictor, GaussianPredictor, Row, Truth, truth_of
+from experiments.uncertainty.predictors import (
+    PARTS,
+    BinaryPredictor,
+    GaussianPredictor,
+    HeldOutTargets,
+    MethodPredictors,
+    held_out_targets,
+)
 from mmfusion.cli import run_command
-from mmfusion.data.folds import study_of
-from mmfusion.dataset import Corpus, Split
+from mmfusion.data.folds import fold_datasets
+from mmfusion.dataset import Dataset, Split
 from mmfusion.errors import InputError
 from mmfusion.metrics import calibration
 from mmfusion.metrics.scores import example_losses
@@ -29,7 +36,7 @@ SEEDS = 4
 def toy_study(task="binary", outputs=None, folds=1, n=90, shift=0.0):
     """Splits whose first feature is the logit, or the target's mean; `folds` of them, tested apart."""
     rng = np.random.default_rng(0)
-    corpora = []
+    datasets = []
     for f in range(folds):
         splits = {}
         for part in ("train", "dev", "test"):
@@ -42,15 +49,15 @@ def toy_study(task="binary", outputs=None, folds=1, n=90, shift=0.0):
                 torch.tensor(np.asarray(target), dtype=torch.float32),
                 [f"{part}{f}-{i}" for i in range(n)],
             )
-        corpora.append(Corpus("toy", task, splits, "dev"))
-    return study_of(corpora)
+        datasets.append(Dataset("toy", task, splits, "dev"))
+    return fold_datasets(datasets)
 
 
 @dataclass
 class FakeRun:
     """What uncertainty needs of a trained run."""
 
-    study: object = field(default_factory=toy_study)
+    data: object = field(default_factory=toy_study)
     folder: Path = Path("runs/fake")
     identity: str = "0" * 64
     trained_on_dev: bool = False
@@ -64,24 +71,24 @@ class FakePredictor:
     """Members that know the logit (or mean) but for noise; without the prior too sure; corruption adds noise."""
 
     def __init__(self, run, device="cpu"):
-        self.study = run.study
+        self.data = run.data
 
     def clean(self, row, part="test"):
-        rows = torch.cat([getattr(fold, part) for fold in self.study.folds])
-        x = self.study.pool.features["text"][rows, 0].numpy()
+        rows = torch.cat([getattr(fold, part) for fold in self.data.folds])
+        x = self.data.pool.features["text"][rows, 0].numpy()
         rng = np.random.default_rng(len(x) + (part == "dev"))
         said = 2 * x + 0.4 * rng.normal(size=(SEEDS, len(x)))
-        if self.study.task == "binary":
+        if self.data.task == "binary":
             return said * (3 if "without" in row else 1)
         said = 3 + said / 2
-        return said if self.study.pool.target.ndim == 1 else np.repeat(said[..., None], self.study.output_dim, -1)
+        return said if self.data.pool.target.ndim == 1 else np.repeat(said[..., None], self.data.output_dim, -1)
 
     def corrupted(self, row, condition):
         clean = self.clean(row)
         return clean + 2 * condition.level * condition.rng().normal(size=clean.shape)
 
     def affected(self, condition):
-        return np.ones(len(self.study.test_rows), bool)
+        return np.ones(len(self.data.test_rows), bool)
 
 
 CONDITIONS = [
@@ -101,14 +108,14 @@ def measured(run, made=CONDITIONS, alpha=0.1):
 
 def test_temperature_and_quantile_of_a_fold_come_from_its_own_dev_part():
     data = toy_study(folds=3)
-    truth = truth_of(data, (0.1,))
+    targets = held_out_targets(data, (0.1,))
     dev = FakePredictor(FakeRun(data)).clean("row", "dev")
-    predictor = BinaryPredictor(dev, truth)
+    predictor = BinaryPredictor(dev, targets)
     logits = calibration.ensemble_logits(dev)
     for f in range(3):
         rows = slice(90 * f, 90 * (f + 1))
-        assert predictor.temperature[f] == calibration.fit_temperature(logits[rows], truth.dev[rows])
-        right = np.where(truth.dev[rows] == 1, logits[rows], -logits[rows])
+        assert predictor.temperature[f] == calibration.fit_temperature(logits[rows], targets.dev[rows])
+        right = np.where(targets.dev[rows] == 1, logits[rows], -logits[rows])
         assert predictor.quantile[0.1][f] == pytest.approx(np.sort(1 - expit(right))[int(np.ceil(91 * 0.9)) - 1])
     outputs = FakePredictor(FakeRun(data)).clean("row")
     scaled = predictor.logits(outputs, "scaled") * np.repeat(predictor.temperature, 90)
@@ -121,8 +128,8 @@ def test_conformal_intervals_cover_exchangeable_targets():
     for _ in range(300):
         error = rng.standard_t(4, size=(120, 2))  # not Gaussian: coverage does not mind
         zeros = np.zeros(60, int)
-        truth = Truth("regression", error[:60], error[60:], zeros, zeros, np.ones(2), (0.1,))
-        predictor = GaussianPredictor(np.zeros((1, 60, 2)), truth)
+        targets = HeldOutTargets("regression", error[:60], error[60:], zeros, zeros, np.ones(2), (0.1,))
+        predictor = GaussianPredictor(np.zeros((1, 60, 2)), targets)
         covered.append(predictor.measures(np.zeros((1, 60, 2)))["coverage at 0.9"])
     exact = np.ceil(61 * 0.9) / 61
     assert exact >= 0.9
@@ -134,19 +141,23 @@ def test_variance_of_the_gaussian_is_the_error_that_dev_showed():
     mean, zeros = rng.normal(size=2000), np.zeros(2000, int)
     target = (mean + 0.5 * rng.normal(size=2000))[:, None]
     outputs = (mean + 0.3 * rng.normal(size=(5, 2000)))[..., None]
-    predictor = GaussianPredictor(outputs, Truth("regression", target, target, zeros, zeros, np.ones(1), (0.1,)))
+    predictor = GaussianPredictor(
+        outputs, HeldOutTargets("regression", target, target, zeros, zeros, np.ones(1), (0.1,))
+    )
     square = np.square(target - outputs.mean(0)).mean()
     assert predictor.moments(outputs)[1].mean() == pytest.approx(square)
-    alone = GaussianPredictor(outputs[:1], Truth("regression", target, target, zeros, zeros, np.ones(1), (0.1,)))
+    alone = GaussianPredictor(
+        outputs[:1], HeldOutTargets("regression", target, target, zeros, zeros, np.ones(1), (0.1,))
+    )
     assert alone.moments(outputs[:1])[1] == pytest.approx(np.square(target - outputs[0]).mean())
 
 
 def test_parts_by_seed_have_the_ensembles_measure_as_mean():
     for task, outputs in (("binary", None), ("regression", 2)):
         data = toy_study(task, outputs)
-        truth, fake = truth_of(data, (0.1,)), FakePredictor(FakeRun(data))
-        row = Row(truth.in_units(fake.clean("row", "dev")), truth)
-        test = truth.in_units(fake.clean("row"))
+        targets, fake = held_out_targets(data, (0.1,)), FakePredictor(FakeRun(data))
+        row = MethodPredictors(targets.in_units(fake.clean("row", "dev")), targets)
+        test = targets.in_units(fake.clean("row"))
         measures = row.ensemble.measures(test)
         for name, of in PARTS.items():
             parts = row.by_seed(test, of)
@@ -160,13 +171,13 @@ def test_parts_by_seed_have_the_ensembles_measure_as_mean():
 
 def test_spread_of_parts_over_seeds_is_that_of_ensembles_of_other_seeds():
     data = toy_study()
-    truth = truth_of(data, (0.1,))
+    targets = held_out_targets(data, (0.1,))
     rng, x = np.random.default_rng(3), data.pool.features["text"][:, 0].numpy()
     dev, test = (x[getattr(data.folds[0], part)] for part in ("dev", "test"))
     losses, errors = [], []
     for _ in range(60):
         bias, slope = 0.5 * rng.normal(size=(2, 6, 1))  # of six members
-        row = Row((2 + slope) * dev + bias, truth)
+        row = MethodPredictors((2 + slope) * dev + bias, targets)
         outputs = (2 + slope) * test + bias
         parts = row.by_seed(outputs, PARTS["NLL"])
         losses.append(parts.mean())
@@ -177,11 +188,11 @@ def test_spread_of_parts_over_seeds_is_that_of_ensembles_of_other_seeds():
 
 def test_ensemble_is_the_mean_probability_and_never_loses_to_the_mean_member():
     data = toy_study()
-    truth, fake = truth_of(data, (0.1,)), FakePredictor(FakeRun(data))
-    row = Row(fake.clean("row", "dev"), truth)
+    targets, fake = held_out_targets(data, (0.1,)), FakePredictor(FakeRun(data))
+    row = MethodPredictors(fake.clean("row", "dev"), targets)
     test = fake.clean("row")
     np.testing.assert_allclose(expit(row.ensemble.logits(test)), expit(test).mean(0))
-    np.testing.assert_allclose(row.member_losses(test), example_losses(test, truth.test, "binary"))
+    np.testing.assert_allclose(row.member_losses(test), example_losses(test, targets.test, "binary"))
     assert row.ensemble.losses(test).mean() <= row.member_losses(test).mean()
 
 

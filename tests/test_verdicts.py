@@ -9,7 +9,7 @@ from scipy import stats
 from mmfusion.metrics.statistics import (
     Contrast,
     combine,
-    contrasts,
+    corrected_contrasts,
     crossed_bootstrap,
     grouped,
     holm,
@@ -232,7 +232,7 @@ def test_contrasts_are_corrected_together_and_judged_each():
         "same": (rng.normal(0, 0.1, (8, 200)), "C is better"),
         "unknown": (rng.permutation([4.0, -4.0, 3.0, -3.0, 2.0, -2.0, 1.0, 0.0]), "D is better"),
     }
-    made = contrasts(named, 0.1, seed=3)
+    made = corrected_contrasts(named, 0.1, seed=3)
     assert [c.name for c in made] == list(named)
     assert [c.verdict for c in made] == ["supported", "not supported", "not supported", "too few data"]
     np.testing.assert_allclose([c.p_holm for c in made], holm([c.p for c in made]))
@@ -250,14 +250,14 @@ def test_contrasts_are_corrected_together_and_judged_each():
 
 def test_contrasts_take_an_effect_per_name_and_one_seed():
     d = np.random.default_rng(10).normal(0.3, 1, (1, 400))
-    small, large = contrasts({"a": (d, "x"), "b": (d, "x")}, {"a": 0.1, "b": 5.0})
+    small, large = corrected_contrasts({"a": (d, "x"), "b": (d, "x")}, {"a": 0.1, "b": 5.0})
     assert isinstance(small, Contrast)
     assert (small.verdict, large.verdict) == ("supported", "not supported")
     assert (small.effect, large.effect, small.seeds, small.seeds_needed) == (0.1, 5.0, 1, None)
     with pytest.raises(ValueError, match="b"):
-        contrasts({"a": (d, "x"), "b": (d, "x")}, {"a": 0.1})
+        corrected_contrasts({"a": (d, "x"), "b": (d, "x")}, {"a": 0.1})
     with pytest.raises(ValueError, match=r"'a'.*NaN"):
-        contrasts({"a": (np.array([[np.nan, 1.0]]), "x")}, 0.1)
+        corrected_contrasts({"a": (np.array([[np.nan, 1.0]]), "x")}, 0.1)
 
 
 def test_combination_takes_the_weakest_or_the_strongest_part():

@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.rank_semantics.lexicon import residual, unit
-from mmfusion.data.folds import Rows, Study
+from experiments.rank_semantics.lexicon import residual, unit_columns
+from mmfusion.data.folds import FoldedDataset
+from mmfusion.dataset import Fold
 from mmfusion.metrics.scores import example_scores
 from mmfusion.models.fusion import FusionModel
-from mmfusion.models.identifiability import kruskal_condition, matched, mixed, refitted
+from mmfusion.models.identifiability import kruskal_condition, matched_correlation, mix_ranks, refit_perturbed
 from mmfusion.training.grid import per_example
 
 MIXINGS = 10  # random G per layer
@@ -34,7 +35,7 @@ class Parts(NamedTuple):
 
 
 @torch.inference_mode()
-def parts_of(model: FusionModel, features: dict[str, Tensor], rows: Rows) -> Parts:
+def parts_of(model: FusionModel, features: dict[str, Tensor], rows: Fold) -> Parts:
     """Take the predictions of a member with an LMF head of two or more modalities apart, in float64."""
     encoded = model.encode(features)
     latents = [encoded[name].double() for name in model.modalities]  # (N, L) each
@@ -78,7 +79,7 @@ def _share(components: Tensor, prediction: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def other_terms(model: FusionModel, features: dict[str, Tensor], rows: Rows, seed: int) -> tuple[float, float]:
+def other_terms(model: FusionModel, features: dict[str, Tensor], rows: Fold, seed: int) -> tuple[float, float]:
     """Look for other rank terms of the same function: mixed by random G, or for three modalities shaken and refitted.
 
     Returns:
@@ -89,13 +90,15 @@ def other_terms(model: FusionModel, features: dict[str, Tensor], rows: Rows, see
     latents = [encoded[name].double() for name in model.modalities]
     layer, generator = deepcopy(model.fusion).double(), torch.Generator().manual_seed(seed)
     if len(latents) > 2:
-        after, before = refitted(layer, latents, generator)
+        after, before = refit_perturbed(layer, latents, generator)
         pairs = [(after[:, None], before[:, None])]  # (n, 1, R)
     else:
         gs = torch.randn(MIXINGS, layer.rank, layer.rank, generator=generator, dtype=torch.float64)
-        pairs = [(mixed(layer, g).rank_terms(latents).mT, layer.rank_terms(latents).mT) for g in gs]  # (n, O, R)
+        pairs = [(mix_ranks(layer, g).rank_terms(latents).mT, layer.rank_terms(latents).mT) for g in gs]  # (n, O, R)
     changes = [((a.sum(-1) - b.sum(-1)).abs().amax(0) / b.sum(-1).std(0).clamp_min(1e-30)).max() for a, b in pairs]
-    return float(max(changes)), float(np.mean([matched(unit(a.numpy()), unit(b.numpy())) for a, b in pairs]))
+    return float(max(changes)), float(
+        np.mean([matched_correlation(unit_columns(a.numpy()), unit_columns(b.numpy())) for a, b in pairs])
+    )
 
 
 # ---- stability over seeds ----------------------------------------------------------------------------------------
@@ -114,11 +117,11 @@ def stability(members: Sequence[Sequence[np.ndarray]]) -> tuple[np.ndarray, np.n
     own, null = np.zeros((size, size)), np.zeros((size, size))
     rng, folds = np.random.default_rng(0), len(members[0])
     for f in range(folds):
-        x = [unit(member[f]) for member in members]
+        x = [unit_columns(member[f]) for member in members]
         orders = [rng.permutation(len(x[0])) for _ in range(PERMUTATIONS)]
         for s, t in itertools.combinations(range(size), 2):
-            own[s, t] += matched(x[s], x[t]) / folds
-            null[s, t] += np.mean([matched(x[s], x[t][order]) for order in orders]) / folds
+            own[s, t] += matched_correlation(x[s], x[t]) / folds
+            null[s, t] += np.mean([matched_correlation(x[s], x[t][order]) for order in orders]) / folds
     return own + own.T, null + null.T
 
 
@@ -151,11 +154,11 @@ def stabilities(parts: Sequence[Sequence[Parts]], two: bool) -> dict[str, tuple[
 # ---- ablation ----------------------------------------------------------------------------------------------------
 
 
-def ablation(parts: Sequence[Sequence[Parts]], study: Study) -> np.ndarray:
+def ablation(parts: Sequence[Sequence[Parts]], data: FoldedDataset) -> np.ndarray:
     """(K, S, n): score lost where component k of every output is replaced by its training mean."""
     whole = np.stack([np.concatenate([p.prediction for p in member]) for member in parts])  # (S, n, O)
     centred = np.stack([np.concatenate([p.components - p.means for p in member]) for member in parts])  # (S, n, O, K)
     dropped = whole[None] - np.moveaxis(centred, -1, 0)  # (K, S, n, O)
-    if study.pool.target.ndim == 1:
+    if data.pool.target.ndim == 1:
         whole, dropped = whole[..., 0], dropped[..., 0]
-    return per_example(study, whole, "test", example_scores) - per_example(study, dropped, "test", example_scores)
+    return per_example(data, whole, "test", example_scores) - per_example(data, dropped, "test", example_scores)

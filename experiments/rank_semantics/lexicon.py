@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mmfusion.data.folds import Study
+from mmfusion.data.folds import FoldedDataset
 from mmfusion.models.identifiability import match
 
 POSITIVE = frozenset(
@@ -40,13 +40,13 @@ def polarity(text: str) -> int:
     return sum(word in POSITIVE for word in found) - sum(word in NEGATIVE for word in found)
 
 
-def probes_of(study: Study) -> tuple[dict[str, np.ndarray], list[str]]:
+def probes_of(data: FoldedDataset) -> tuple[dict[str, np.ndarray], list[str]]:
     """The probes that the study's metadata allow, and a note for each that they do not.
 
     Returns:
         {"polarity", "length": float (N,), "speaker": int (N,) index of the speaker} over the pool, and the notes.
     """
-    columns = study.pool.metadata
+    columns = data.pool.metadata
     probes, notes = {}, []
     transcript = next((columns[name] for name in TRANSCRIPTS if name in columns), None)
     if transcript is None:
@@ -64,7 +64,7 @@ def probes_of(study: Study) -> tuple[dict[str, np.ndarray], list[str]]:
     return probes, notes
 
 
-def unit(x: np.ndarray) -> np.ndarray:
+def unit_columns(x: np.ndarray) -> np.ndarray:
     """Columns (n, ...) centred and of norm 1; 0 where a column is constant up to rounding."""
     mean = x.mean(0)
     centred = x - mean
@@ -83,7 +83,7 @@ def residual(x: np.ndarray, given: np.ndarray) -> np.ndarray:
     Returns:
         (n, O, ...); 0 where nothing but rounding is left.
     """
-    x, u = unit(x), unit(given)
+    x, u = unit_columns(x), unit_columns(given)
     slope = np.einsum("no...,no->o...", x, u)  # (O, ...)
     left = x - np.einsum("o...,no->no...", slope, u)  # (n, O, ...)
     norm = np.linalg.norm(left, axis=0)
@@ -100,14 +100,14 @@ def correlation_ratio(x: np.ndarray, groups: np.ndarray) -> np.ndarray:
     Returns:
         (...) in [0, 1]; 0 for a constant column. Grows with the number of groups: compare with permuted groups.
     """
-    x = unit(x)
+    x = unit_columns(x)
     member = np.eye(groups.max() + 1)[groups]  # (n, G)
     sums = np.tensordot(member.T, x, 1)  # (G, n) (n, ...) -> (G, ...)
     sizes = member.sum(0).clip(1).reshape(-1, *[1] * (x.ndim - 1))
     return np.sqrt((sums**2 / sizes).sum(0).clip(0, 1))
 
 
-def told(components: np.ndarray, prediction: np.ndarray, probe: np.ndarray) -> np.ndarray:
+def partial_association(components: np.ndarray, prediction: np.ndarray, probe: np.ndarray) -> np.ndarray:
     """How strongly each component tells a probe beyond what the prediction tells.
 
     Args:
@@ -129,7 +129,7 @@ def told(components: np.ndarray, prediction: np.ndarray, probe: np.ndarray) -> n
 class Probe:
     """How strongly the component that tells a probe best tells it."""
 
-    told: np.ndarray  # (S,) mean over folds and outputs
+    partial_association: np.ndarray  # (S,) mean over folds and outputs
     null: np.ndarray  # (S,) mean of the same over permutations of the examples
     p: float  # share of permutations in which the mean over seeds is as large
     best: np.ndarray  # int (S, F, O): the component, numbered as in the first seed
@@ -155,11 +155,13 @@ def probe(
             here = np.unique(here, return_inverse=True)[1]
         # all seeds share the permutations, so that their mean can be set against its own distribution
         orders = [np.arange(len(here))] + [rng.permutation(len(here)) for _ in range(PERMUTATIONS)]
-        reference = unit(components[0][f])
+        reference = unit_columns(components[0][f])
         for s in range(size):
-            strength = np.stack([told(components[s][f], predictions[s][f], here[order]) for order in orders])
+            strength = np.stack(
+                [partial_association(components[s][f], predictions[s][f], here[order]) for order in orders]
+            )
             strengths[:, s] += strength.max(-1).mean(-1) / folds  # (P, O, K) -> (P,)
-            alike = np.abs(np.einsum("nok,nol->okl", unit(components[s][f]), reference))
+            alike = np.abs(np.einsum("nok,nol->okl", unit_columns(components[s][f]), reference))
             best[s, f] = [match(c)[0][k] for c, k in zip(alike, strength[0].argmax(-1), strict=True)]
     mean = strengths.mean(1)
     p = (1 + np.count_nonzero(mean[1:] >= mean[0])) / len(mean)

@@ -40,7 +40,7 @@ from experiments.rank_semantics.components import (
 )
 from experiments.rank_semantics.lexicon import Probe, probe, probes_of
 from experiments.rank_semantics.planted_factors import Recovery, planted_recoveries
-from mmfusion.data.folds import Study
+from mmfusion.data.folds import FoldedDataset
 from mmfusion.metrics.statistics import LEVEL, Contrast, Verdict, combine, holm
 from mmfusion.models.identifiability import EXACT
 from mmfusion.training.grid import JWAE, Setting
@@ -53,7 +53,7 @@ TELLS = "a component tells {}"
 
 
 @dataclass
-class Found:
+class SemanticsResult:
     """All that the table and the figure show."""
 
     share: np.ndarray  # (S, K) of the prediction's variance
@@ -70,22 +70,22 @@ class Found:
     components: str  # what they are
 
 
-def measure(study: Study, run: Run) -> Outcome:
+def measure(data: FoldedDataset, run: Run) -> Outcome:
     """Train, take apart, compare; see the module's docstring for the rule of the verdict."""
-    grid = run.grid(study, [Setting(f"jWAE, rank {RANK}", RANK, JWAE)], "semantics")
-    folds, seeds = study.folds, range(len(run.seeds))
-    features = study.pool.features
+    grid = run.grid(data, [Setting(f"jWAE, rank {RANK}", RANK, JWAE)], "semantics")
+    folds, seeds = data.folds, range(len(run.seeds))
+    features = data.pool.features
     parts = [[parts_of(grid.model(0, s, f), features, rows) for f, rows in enumerate(folds)] for s in seeds]
-    values, notes = probes_of(study)
+    values, notes = probes_of(data)
     planted = {}
     if run.options.dataset == "demo":  # synthetic, needs no data set; goes with the demo so that it runs anywhere
         planted = planted_recoveries(run.seeds, run.device, run.folder / "checkpoints")
     two = len(features) == 2
     others = np.array([other_terms(grid.model(0, s), features, folds[0], s) for s in seeds])  # (S, 2)
-    found = Found(
+    result = SemanticsResult(
         share=np.array([np.mean([p.share.mean(0) for p in member], 0) for member in parts]),
-        std=np.array([np.mean([(p.std / _scale(p, study)).mean(0) for p in member], 0) for member in parts]),
-        lost=ablation(parts, study),
+        std=np.array([np.mean([(p.std / _scale(p, data)).mean(0) for p in member], 0) for member in parts]),
+        lost=ablation(parts, data),
         stable=stabilities(parts, two),
         probes={
             name: probe(
@@ -103,134 +103,138 @@ def measure(study: Study, run: Run) -> Outcome:
         planted=planted,
         components="canonical components" if two else "rank terms",
     )
-    named, effects = differences(found)
-    made = contrasts_on_test(study, named, effects)
-    verdict = judge_semantics(made, found)
-    notes += notes_of(found, study)
+    named, effects = differences(result)
+    contrasts = contrasts_on_test(data, named, effects)
+    verdict = judge_semantics(contrasts, result)
+    notes += notes_of(result, data)
     return Outcome(
-        table(found, study),
-        made,
+        table(result, data),
+        contrasts,
         verdict,
-        answer(found),
-        numbers(found),
-        lambda figure: draw(figure, study, found),
-        (4.2 * (2 + bool(found.probes) + bool(planted)), 4.4),
+        answer(result),
+        numbers(result),
+        lambda figure: draw(figure, data, result),
+        (4.2 * (2 + bool(result.probes) + bool(planted)), 4.4),
         notes,
     )
 
 
-def _scale(part: Parts, study: Study) -> np.ndarray:
+def _scale(part: Parts, data: FoldedDataset) -> np.ndarray:
     """(O, 1): what a component's size is compared with: the target's deviation, 1 for logits."""
-    return study.target_scale.numpy()[:, None]
+    return data.target_scale.numpy()[:, None]
 
 
-def differences(found: Found) -> tuple[dict[str, tuple[np.ndarray, str]], dict[str, float]]:
+def differences(result: SemanticsResult) -> tuple[dict[str, tuple[np.ndarray, str]], dict[str, float]]:
     """Contrasts as the claim orients them, and the smallest effect of interest of each."""
     named = {}
-    own, null = found.stable["components"]
+    own, null = result.stable["components"]
     if len(own) > 2:  # two seeds make one pair, without any spread
         named[STABLE] = (pseudovalues(own - null), "matched components of two seeds correlate more than permuted ones")
-    for name, one in found.probes.items():
+    for name, one in result.probes.items():
         claim = f"the component that tells the {name} best does so beyond the prediction and beyond chance"
-        named[TELLS.format(name)] = (one.told - one.null, claim)
+        named[TELLS.format(name)] = (one.partial_association - one.null, claim)
     lost = "dropping the strongest component lowers the score"
-    named[lost] = (found.lost[0], "the test score is lower where that component is replaced by its mean")
-    if found.planted:
-        two, three = found.planted[2], found.planted[3]
+    named[lost] = (result.lost[0], "the test score is lower where that component is replaced by its mean")
+    if result.planted:
+        two, three = result.planted[2], result.planted[3]
         named["2 modalities: canonical over raw"] = (two.canonical - two.raw, "canonical factors are the planted ones")
         named["3 modalities: raw factors recovered above null"] = (three.raw - three.null, "so are rank factors")
     return named, {name: SCORE_EFFECT if name == lost else EFFECT for name in named}
 
 
-def judge_semantics(made: Sequence[Contrast], found: Found) -> Verdict:
+def judge_semantics(contrasts: Sequence[Contrast], result: SemanticsResult) -> Verdict:
     """The rule of the module's docstring."""
-    of = {c.name: c.verdict for c in made}
+    of = {c.name: c.verdict for c in contrasts}
     probes: list[Verdict] = []
-    for name, p in zip(found.probes, holm([one.p for one in found.probes.values()]), strict=True):
+    for name, p in zip(result.probes, holm([one.p for one in result.probes.values()]), strict=True):
         over_seeds = of[TELLS.format(name)]
         probes.append("too few data" if over_seeds == "supported" and p >= LEVEL else over_seeds)
     parts: list[Verdict] = [of.get(STABLE, "too few data"), combine(probes, "any") if probes else "too few data"]
-    return combine(parts if found.two or found.kruskal == 1 else [*parts, "not identified"], "all")
+    return combine(parts if result.two or result.kruskal == 1 else [*parts, "not identified"], "all")
 
 
-def raw_verdict(found: Found) -> str:
+def raw_verdict(result: SemanticsResult) -> str:
     """What is identified of the layers' own rank terms."""
-    if found.two:
-        unidentified = found.change < EXACT and found.after.mean() < SAME
+    if result.two:
+        unidentified = result.change < EXACT and result.after.mean() < SAME
         return (
             f"raw rank terms {'are not identified' if unidentified else 'were not shown to be arbitrary'}: random "
-            f"mixings change the function by {found.change:.0e} of its std, and leave a matched correlation of "
-            f"{found.after.mean():.2f}"
+            f"mixings change the function by {result.change:.0e} of its std, and leave a matched correlation of "
+            f"{result.after.mean():.2f}"
         )
     return (
-        f"Kruskal's condition, under which the terms are unique, holds in {found.kruskal:.0%} of the layers; shaken "
-        f"and refitted to the same function (within {found.change:.0e} of its std) their matched correlation is "
-        f"{found.after.mean():.2f}"
+        f"Kruskal's condition, under which the terms are unique, holds in {result.kruskal:.0%} of the layers; shaken "
+        f"and refitted to the same function (within {result.change:.0e} of its std) their matched correlation is "
+        f"{result.after.mean():.2f}"
     )
 
 
-def notes_of(found: Found, study: Study) -> list[str]:
+def notes_of(result: SemanticsResult, data: FoldedDataset) -> list[str]:
     """What the reader of the verdict must know."""
     notes = []
-    if not found.two:
+    if not result.two:
         notes.append(
             "Kruskal's condition is sufficient, not necessary; smallest singular value of factors scaled to unit mean "
-            f"square {found.smallest:.1e}"
+            f"square {result.smallest:.1e}"
         )
     notes.append("stability: seeds share pairs, so its interval is of jackknife pseudo-values, not of means per seed")
-    if found.probes:
+    if result.probes:
         notes.append(
             "probes: intervals are over seeds, on these test examples, and their p is too small for that; "
             "the verdict also asks for p (permuted), over examples"
         )
-        if "speaker" in found.probes:
+        if "speaker" in result.probes:
             notes.append("probes: the features carry the speaker (voice, face, wording) by themselves")
-        if "group" in study.pool.metadata:
+        if "group" in data.pool.metadata:
             notes.append("probes: examples are permuted one by one, as if those of one group were not alike")
-    unfitted = {m: int((one.r2 < 0.95).sum()) for m, one in found.planted.items() if (one.r2 < 0.95).any()}
+    unfitted = {m: int((one.r2 < 0.95).sum()) for m, one in result.planted.items() if (one.r2 < 0.95).any()}
     notes += [f"planted, {m} modalities: {n} training(s) did not fit (R^2 < .95)" for m, n in unfitted.items()]
     return notes
 
 
-def answer(found: Found) -> str:
+def answer(result: SemanticsResult) -> str:
     """One sentence of numbers."""
-    own, null = (per_seed(x).mean() for x in found.stable["components"])
-    given = per_seed(found.stable["given the prediction"][0]).mean()
+    own, null = (per_seed(x).mean() for x in result.stable["components"])
+    given = per_seed(result.stable["given the prediction"][0]).mean()
     text = (
-        f"{found.components.capitalize()} of two seeds, matched, correlate {own:.2f} (permuted {null:.2f}; "
+        f"{result.components.capitalize()} of two seeds, matched, correlate {own:.2f} (permuted {null:.2f}; "
         f"{given:.2f} given the prediction)"
     )
-    if found.probes:
-        name, one = max(found.probes.items(), key=lambda item: (item[1].told - item[1].null).mean())
-        text += f"; the probe told best is {name}, {one.told.mean():.2f} (permuted {one.null.mean():.2f})"
-    return f"{text}; {raw_verdict(found)}."
+    if result.probes:
+        name, one = max(result.probes.items(), key=lambda item: (item[1].partial_association - item[1].null).mean())
+        text += (
+            f"; the probe told best is {name}, {one.partial_association.mean():.2f} (permuted {one.null.mean():.2f})"
+        )
+    return f"{text}; {raw_verdict(result)}."
 
 
-def table(found: Found, study: Study) -> str:
+def table(result: SemanticsResult, data: FoldedDataset) -> str:
     """Fixed width, mean +- std over seeds: components, stability, probes, planted factors."""
-    unit_of = "logits" if study.task == "binary" else "target std"
+    unit_of = "logits" if data.task == "binary" else "target std"
     lines = [
-        f"{found.components}, strongest first; mean +- std over seeds",
+        f"{result.components}, strongest first; mean +- std over seeds",
         f"{'':4}{f'std ({unit_of})':>20}{'share of variance':>20}{'score lost without':>20}",
     ]
-    for k, lost in enumerate(found.lost):
-        cells = (mean_std(found.std[:, k]), mean_std(found.share[:, k]), mean_std(lost.mean(-1), 4))
+    for k, lost in enumerate(result.lost):
+        cells = (mean_std(result.std[:, k]), mean_std(result.share[:, k]), mean_std(lost.mean(-1), 4))
         lines.append(f"{k + 1:<4}" + "".join(f"{cell:>20}" for cell in cells))
     lines += ["", f"{'matched |correlation| of two seeds':36}{'own':>18}{'permuted':>18}"]
-    for kind, pairs in found.stable.items():
+    for kind, pairs in result.stable.items():
         lines.append(f"{kind:36}" + "".join(f"{mean_std(per_seed(x)):>18}" for x in pairs))
-    how = "mixing" if found.two else "refit"
-    lines.append(f"{f'raw terms before and after a {how}':36}{mean_std(found.after):>18}")
-    if found.probes:
+    how = "mixing" if result.two else "refit"
+    lines.append(f"{f'raw terms before and after a {how}':36}{mean_std(result.after):>18}")
+    if result.probes:
         lines += ["", f"{'probe':12}{'told best':>18}{'permuted':>18}{'p (permuted)':>14}   best component 1 .. {RANK}"]
-    for name, one in found.probes.items():
+    for name, one in result.probes.items():
         shares = " ".join(f"{share:.2f}" for share in best_shares(one))
-        lines.append(f"{name:12}{mean_std(one.told):>18}{mean_std(one.null):>18}{one.p:14.3f}   {shares}")
-    for (a, b), share in distinct(found).items():
+        lines.append(
+            f"{name:12}{mean_std(one.partial_association):>18}{mean_std(one.null):>18}{one.p:14.3f}   {shares}"
+        )
+    for (a, b), share in distinct(result).items():
         lines.append(f"{a} and {b}: told best by different components in {share:.0%} of trainings")
-    if found.planted:
+    if result.planted:
         lines += ["", f"{'planted factors, similarity':28}{'R^2':>18}{'raw':>18}{'canonical':>18}{'random (95 %)':>18}"]
-    for m, one in found.planted.items():
+    for m, one in result.planted.items():
         canonical = "-" if one.canonical is None else mean_std(one.canonical)
         cells = (mean_std(one.r2), mean_std(one.raw), canonical, f"{one.null:.3f} ({one.null95:.3f})")
         lines.append(f"{f'{m} modalities':28}" + "".join(f"{cell:>18}" for cell in cells))
@@ -242,65 +246,72 @@ def best_shares(one: Probe) -> np.ndarray:
     return np.bincount(one.best.ravel(), minlength=RANK) / one.best.size
 
 
-def distinct(found: Found) -> dict[tuple[str, str], float]:
+def distinct(result: SemanticsResult) -> dict[tuple[str, str], float]:
     """{(probe, probe): share of trainings in which different components tell them best}."""
-    pairs = itertools.combinations(found.probes.items(), 2)
+    pairs = itertools.combinations(result.probes.items(), 2)
     return {(a, b): float((x.best != y.best).mean()) for (a, x), (b, y) in pairs}
 
 
-def numbers(found: Found) -> dict[str, object]:
+def numbers(result: SemanticsResult) -> dict[str, object]:
     """Everything in the table, JSON-able; lists over seeds."""
-    result = {
-        "std": found.std.tolist(),
-        "share": found.share.tolist(),
-        "score lost": found.lost.mean(-1).T.tolist(),
-        "stability": {kind: [per_seed(x).tolist() for x in pairs] for kind, pairs in found.stable.items()},
+    entries = {
+        "std": result.std.tolist(),
+        "share": result.share.tolist(),
+        "score lost": result.lost.mean(-1).T.tolist(),
+        "stability": {kind: [per_seed(x).tolist() for x in pairs] for kind, pairs in result.stable.items()},
         "probes": {
-            name: {"told": one.told.tolist(), "permuted": one.null.tolist(), "p": one.p, "best": one.best.tolist()}
-            for name, one in found.probes.items()
+            name: {
+                "told": one.partial_association.tolist(),
+                "permuted": one.null.tolist(),
+                "p": one.p,
+                "best": one.best.tolist(),
+            }
+            for name, one in result.probes.items()
         },
-        "different best components": {f"{a}, {b}": share for (a, b), share in distinct(found).items()},
-        "other terms": {"largest change": found.change, "matched correlation": found.after.tolist()},
-        "kruskal": {"share of layers": found.kruskal, "smallest singular value": found.smallest},
+        "different best components": {f"{a}, {b}": share for (a, b), share in distinct(result).items()},
+        "other terms": {"largest change": result.change, "matched correlation": result.after.tolist()},
+        "kruskal": {"share of layers": result.kruskal, "smallest singular value": result.smallest},
     }
-    for m, one in found.planted.items():
-        result[f"planted, {m} modalities"] = {
+    for m, one in result.planted.items():
+        entries[f"planted, {m} modalities"] = {
             key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in one._asdict().items()
         }
-    return result
+    return entries
 
 
 # ---- figure ------------------------------------------------------------------------------------------------------
 
 
-def draw(figure: Figure, study: Study, found: Found) -> None:
+def draw(figure: Figure, data: FoldedDataset, result: SemanticsResult) -> None:
     """Stability, ablation, probes, planted factors; a dot per seed, a bar for the mean, a line for chance."""
-    stable = {kind: (per_seed(own), per_seed(null).mean()) for kind, (own, null) in found.stable.items()}
-    stable["before/after mixing" if found.two else "before/after refit"] = (found.after, None)
-    axes = iter(figure.subplots(1, 2 + bool(found.probes) + bool(found.planted), squeeze=False)[0])
+    stable = {kind: (per_seed(own), per_seed(null).mean()) for kind, (own, null) in result.stable.items()}
+    stable["before/after mixing" if result.two else "before/after refit"] = (result.after, None)
+    axes = iter(figure.subplots(1, 2 + bool(result.probes) + bool(result.planted), squeeze=False)[0])
     bars(
         next(axes),
         {kind.replace(" ", "\n").replace("/", "/\n"): values for kind, values in stable.items()},
-        f"{found.components} of two seeds",
+        f"{result.components} of two seeds",
         "matched |correlation|",
         (0, 1.05),
     )
-    lost = {f"{k + 1}": (x.mean(-1), None) for k, x in enumerate(found.lost)}
+    lost = {f"{k + 1}": (x.mean(-1), None) for k, x in enumerate(result.lost)}
     axis = next(axes)
-    bars(axis, lost, "one component dropped", f"{study.score_name} lost on test", None)
+    bars(axis, lost, "one component dropped", f"{data.score_name} lost on test", None)
     axis.set_xlabel("component, strongest first")
     axis.axhline(0, color="black", linewidth=0.8)
-    if found.probes:
-        told = {name: (one.told, one.null.mean()) for name, one in found.probes.items()}
-        bars(next(axes), told, "told by the best component", "association given the prediction", (0, None))
-    if found.planted:
+    if result.probes:
+        partial_association = {name: (one.partial_association, one.null.mean()) for name, one in result.probes.items()}
+        bars(
+            next(axes), partial_association, "told by the best component", "association given the prediction", (0, None)
+        )
+    if result.planted:
         cells = {}
-        for m, one in found.planted.items():
+        for m, one in result.planted.items():
             cells[f"{m} modal.\nraw"] = (one.raw, one.null)
             if one.canonical is not None:
                 cells[f"{m} modal.\ncanonical"] = (one.canonical, one.null)
         bars(next(axes), cells, "planted factors recovered", "similarity to the planted", (0, 1.05))
-    figure.suptitle(f"{study.name}: rank factors (bar: mean; dots: seeds; dashed: chance)")
+    figure.suptitle(f"{data.name}: rank factors (bar: mean; dots: seeds; dashed: chance)")
 
 
 def bars(

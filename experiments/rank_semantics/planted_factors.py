@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lmf_module import LowRankMultimodalFusion
-from mmfusion.dataset import Split
+from mmfusion.dataset import Fold, Split
 from mmfusion.models.identifiability import match, similarity
-from mmfusion.training.trainer import Batch, Fold, Member, Schedule, train
+from mmfusion.training.trainer import Batch, Member, Schedule, train
 
 STRENGTHS = (3.0, 2.0, 1.0)
 WIDTH = 8

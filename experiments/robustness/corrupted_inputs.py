@@ -26,7 +26,7 @@ Key = tuple[str, str, float, int]
 def corruptions_of(run: TrainedRun) -> dict[str, list[str]]:
     """{modality: corruptions that it can be put through}: of those whose pictures or texts are at hand."""
     possible = {"image": list(IMAGE_CORRUPTIONS)} if run.memes else {}
-    texts = run.texts(run.corpora[0], tested_split(run.corpora[0]))
+    texts = run.texts(run.datasets[0], tested_split(run.datasets[0]))
     return possible | {name: list(TEXT_CORRUPTIONS) for name in texts}
 
 
@@ -35,16 +35,16 @@ def encode_corrupted(run: TrainedRun, keys: Sequence[Key], device: str = "cpu") 
 
     Raises InputError where a picture or an encoder is gone.
     """
-    found = {}
+    result = {}
     if pictures := [key for key in keys if key[0] == "image" and run.memes]:
-        found |= _pictures(run, pictures, device)
-    if texts := [key for key in keys if key not in found]:
-        found |= _texts(run, texts, device)
-    return found
+        result |= _pictures(run, pictures, device)
+    if texts := [key for key in keys if key not in result]:
+        result |= _texts(run, texts, device)
+    return result
 
 
 def _pictures(run: TrainedRun, keys: Sequence[Key], device: str) -> dict[Key, Tensor]:
-    ids = [key for corpus in run.corpora for key in corpus.splits[tested_split(corpus)].ids]
+    ids = [key for dataset in run.datasets for key in dataset.splits[tested_split(dataset)].ids]
     paths = run.image_paths(ids)
     digests, _ = digest_images(list(paths.values()))
     encoders = run.encoders
@@ -76,7 +76,7 @@ def _texts(run: TrainedRun, keys: Sequence[Key], device: str) -> dict[Key, Tenso
     cache = FeatureCache(run.cache_dir, "corrupted_text", text_identity(encoders, source, device))
     mask = _mask_token(source.path) if any(corruption == "word mask" for _, corruption, _, _ in keys) else ""
     corrupted: dict[Key, list[str]] = {}
-    splits = [(run.texts(c, tested_split(c)), c.splits[tested_split(c)].ids) for c in run.corpora]
+    splits = [(run.texts(c, tested_split(c)), c.splits[tested_split(c)].ids) for c in run.datasets]
     for key in keys:
         modality, corruption, severity, _ = key
         corrupted[key] = []

@@ -45,7 +45,7 @@ class Curve:
 
 
 @dataclass
-class Corrupted:
+class CorruptionResult:
     """All curves of all rows, and per-example losses by group."""
 
     clean: dict[str, np.ndarray]
@@ -56,25 +56,25 @@ class Corrupted:
     """{group: {row: (S, n)}}: mean over curves and severities of score - clean, per example"""
 
 
-def measure_corrupted(predictor: Predictor, made: Sequence[Condition]) -> Corrupted:
+def measure_corrupted(predictor: Predictor, wanted: Sequence[Condition]) -> CorruptionResult:
     """Score every row under every condition."""
-    study = predictor.study
+    data = predictor.data
 
     def scores(predictions: np.ndarray) -> np.ndarray:
-        return per_example(study, predictions, "test", example_scores)  # (S, n)
+        return per_example(data, predictions, "test", example_scores)  # (S, n)
 
     clean = {row: scores(predictor.clean(row)) for row in predictor.rows}
     collected: dict[tuple[str, str], dict[str, dict[float, list[np.ndarray]]]] = {}
     sums: dict[str, dict[str, np.ndarray]] = {}
     # draws are averaged, so that every severity of every curve weighs alike
-    draws = Counter((c.group, c.curve, c.level) for c in made)
+    draws = Counter((c.group, c.curve, c.level) for c in wanted)
     points = Counter(group for group, _, _ in draws)
-    for condition in tqdm(made, desc="corruptions", unit="condition", mininterval=0.5):
+    for condition in tqdm(wanted, desc="corruptions", unit="condition", mininterval=0.5):
         for row in predictor.rows:
-            said = predictor.corrupted(row, condition)
-            if said is None:
+            predictions = predictor.corrupted(row, condition)
+            if predictions is None:
                 continue
-            values = scores(said)
+            values = scores(predictions)
             by_level = collected.setdefault((condition.group, condition.curve), {}).setdefault(row, {})
             by_level.setdefault(condition.level, []).append(values.mean(1))
             group = sums.setdefault(condition.group, {})
@@ -85,7 +85,7 @@ def measure_corrupted(predictor: Predictor, made: Sequence[Condition]) -> Corrup
         for key, rows in collected.items()
     }
     losses = {group: {row: x / points[group] for row, x in rows.items()} for group, rows in sums.items()}
-    return Corrupted(clean, curves, losses)
+    return CorruptionResult(clean, curves, losses)
 
 
 def _curve(clean: np.ndarray, by_level: Mapping[float, list[np.ndarray]]) -> Curve:
@@ -97,9 +97,9 @@ def _curve(clean: np.ndarray, by_level: Mapping[float, list[np.ndarray]]) -> Cur
     return Curve(np.array([0.0, *levels]), np.stack(points))
 
 
-def group_summary(found: Corrupted, group: str, row: str) -> dict[str, np.ndarray] | None:
+def group_summary(result: CorruptionResult, group: str, row: str) -> dict[str, np.ndarray] | None:
     """Area, drop and effective robustness (S,) of one row, mean over the group's curves; None where it has none."""
-    curves = [rows for (g, _), rows in found.curves.items() if g == group and row in rows]
+    curves = [rows for (g, _), rows in result.curves.items() if g == group and row in rows]
     if not curves:
         return None
     summary = {
@@ -111,12 +111,12 @@ def group_summary(found: Corrupted, group: str, row: str) -> dict[str, np.ndarra
     return summary
 
 
-def curves_csv(found: Corrupted) -> str:
+def curves_csv(result: CorruptionResult) -> str:
     """One line per group, curve, row, severity, seed and draw."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["group", "curve", "row", "severity", "seed", "draw", "score"])
-    for (group, curve), rows in found.curves.items():
+    for (group, curve), rows in result.curves.items():
         for row, c in rows.items():
             for e, level in enumerate(c.levels):
                 for s, by_draw in enumerate(c.scores[e]):

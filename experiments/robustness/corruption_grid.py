@@ -62,21 +62,21 @@ def conditions(run: TrainedRun, groups: Sequence[str] = GROUPS[1:], draws: int =
     Raises InputError naming the flag, as `check_flags` and where the run has no such thing.
     """
     check_flags(groups, draws)
-    made = _conditions(run, groups, draws)
+    grid = _conditions(run, groups, draws)
     for group in groups:
-        if not any(c.group == group for c in made):
+        if not any(c.group == group for c in grid):
             why = "its features came as they are from a file" if group == "input" else "it has one modality alone"
             raise InputError(f"--groups {group}: {run.folder} has no such thing ({why}); leave it out")
-    return made
+    return grid
 
 
 def _conditions(run: TrainedRun, groups: Sequence[str], draws: int) -> list[Condition]:
-    names = list(run.study.input_dims)
+    names = list(run.data.input_dims)
     several = [*names, "all"] if len(names) > 1 else names
-    made = []
+    grid = []
     if "input" in groups:
         for modality, corruptions in corruptions_of(run).items():
-            made += [
+            grid += [
                 Condition("input", f"{modality} {name}", modality, level, draw)
                 for name in corruptions
                 for level in LEVELS
@@ -84,7 +84,7 @@ def _conditions(run: TrainedRun, groups: Sequence[str], draws: int) -> list[Cond
             ]
     for group, kind in (("features", "feature"), ("latents", "latent")):
         if group in groups:
-            made += [
+            grid += [
                 Condition(group, f"{kind} {name}", where, level, draw)
                 for name in ("noise", "dropout")
                 for where in several
@@ -96,8 +96,8 @@ def _conditions(run: TrainedRun, groups: Sequence[str], draws: int) -> list[Cond
             for level in MISSING_LEVELS:
                 # all examples lack it: nothing is left to draw
                 count = 1 if level == 1 and where != "either" else draws
-                made += [Condition("missing", "missing", where, level, draw) for draw in range(count)]
-    return made
+                grid += [Condition("missing", "missing", where, level, draw) for draw in range(count)]
+    return grid
 
 
 class Predictor:
@@ -109,8 +109,8 @@ class Predictor:
     """
 
     def __init__(self, run: TrainedRun, device: str = "cpu", kernel_machine: bool = False) -> None:
-        self.run, self.study, self.device = run, run.study, device
-        self.modalities = list(run.study.input_dims)
+        self.run, self.data, self.device = run, run.data, device
+        self.modalities = list(run.data.input_dims)
         self.singles = [row for row in run.ensembles if len(run.ensembles[row].members[0].modalities) == 1]
         self.rows = list(run.ensembles)
         seen = {run.ensembles[row].members[0].modalities[0] for row in self.singles}
@@ -122,7 +122,7 @@ class Predictor:
         self._machines: list[MultipleKernelSVM] = []
         if kernel_machine:
             self.rows.append(KERNEL_MACHINE)
-            self._machines = [self._fit_machine(fold) for fold in range(len(self.study.folds))]
+            self._machines = [self._fit_machine(fold) for fold in range(len(self.data.folds))]
 
     # ---- what models say ------------------------------------------------------------------------------------------
 
@@ -132,7 +132,7 @@ class Predictor:
         if row == LATE_FUSION:
             return np.mean([self.clean(single, part) for single in self.singles], axis=0)
         folds = []
-        for f, fold in enumerate(self.study.folds):
+        for f, fold in enumerate(self.data.folds):
             features = self._features(getattr(fold, part))
             if row == KERNEL_MACHINE:
                 folds.append(self._decide(f, features))
@@ -150,7 +150,7 @@ class Predictor:
         changed = self._changed(condition) if condition.group in ("input", "features") else {}
         present = self._present(condition) if condition.group == "missing" else {}
         folds, start = [], 0
-        for f, fold in enumerate(self.study.folds):
+        for f, fold in enumerate(self.data.folds):
             part = slice(start, start + len(fold.test))
             start = part.stop
             new = {name: x[part] for name, x in changed.items()}
@@ -158,7 +158,7 @@ class Predictor:
             if row == KERNEL_MACHINE:
                 folds.append(self._decide(f, self._features(fold.test) | new, here))
                 continue
-            said = []
+            predictions = []
             for s, model in enumerate(self.run.members(row, f)):
                 latents = dict(self._clean_latents(row, f, s, model))
                 for name in new.keys() & latents.keys():
@@ -167,18 +167,18 @@ class Predictor:
                     latents = self._corrupt_latents(condition, latents, f, model, part)
                 for name in here.keys() & latents.keys():
                     latents[name] = latents[name] * torch.from_numpy(here[name]).unsqueeze(-1)
-                said.append(_head(model, latents))
-            folds.append(said)
+                predictions.append(_head(model, latents))
+            folds.append(predictions)
         return self._joined(folds)
 
     def _late_fusion(self, condition: Condition) -> np.ndarray:
-        said = np.stack([self.corrupted(single, condition) for single in self.singles])  # (M, S, n[, O])
+        predictions = np.stack([self.corrupted(single, condition) for single in self.singles])  # (M, S, n[, O])
         if condition.group != "missing":
-            return said.mean(0)
+            return predictions.mean(0)
         present = self._present(condition)
         there = np.stack([present[self.run.ensembles[row].members[0].modalities[0]] for row in self.singles])  # (M, n)
-        weight = (there / there.sum(0)).reshape(len(there), 1, -1, *[1] * (said.ndim - 3))
-        return (said * weight).sum(0)
+        weight = (there / there.sum(0)).reshape(len(there), 1, -1, *[1] * (predictions.ndim - 3))
+        return (predictions * weight).sum(0)
 
     # ---- what is corrupted ----------------------------------------------------------------------------------------
 
@@ -194,7 +194,7 @@ class Predictor:
     def affected(self, condition: Condition) -> np.ndarray:
         """(n,) bool: the test examples that a condition changes; all, unless a modality is missing in some."""
         if condition.group != "missing":
-            return np.ones(len(self.study.test_rows), bool)
+            return np.ones(len(self.data.test_rows), bool)
         return np.any([mask == 0 for mask in self._present(condition).values()], axis=0)
 
     def _key(self, condition: Condition) -> tuple[str, str, float, int]:
@@ -202,7 +202,7 @@ class Predictor:
         return condition.where, name, condition.level, condition.draw
 
     def _features(self, rows: Tensor) -> dict[str, Tensor]:
-        return {name: x[rows] for name, x in self.study.pool.features.items()}
+        return {name: x[rows] for name, x in self.data.pool.features.items()}
 
     def _changed(self, condition: Condition) -> dict[str, Tensor]:
         """{modality: raw features (n, d) of all folds' test parts}, of the modalities that are corrupted."""
@@ -210,30 +210,30 @@ class Predictor:
             if self._key(condition) not in self._inputs:
                 self.prepare([condition])
             return {condition.where: self._inputs[self._key(condition)]}
-        rng, made = condition.rng(), {}
+        rng, grid = condition.rng(), {}
         for name in self._where(condition):
             folds = []
-            for fold in self.study.folds:
-                x, train = (self.study.pool.features[name][rows] for rows in (fold.test, fold.train))
+            for fold in self.data.folds:
+                x, train = (self.data.pool.features[name][rows] for rows in (fold.test, fold.train))
                 if condition.name == "feature noise":
                     folds.append(add_noise(x, condition.level, train.std(0), rng))
                 else:
                     folds.append(drop_coordinates(x, condition.level, train.mean(0), rng))
-            made[name] = torch.cat(folds)
-        return made
+            grid[name] = torch.cat(folds)
+        return grid
 
     def _where(self, condition: Condition) -> list[str]:
         return self.modalities if condition.where == "all" else [condition.where]
 
     def _present(self, condition: Condition) -> dict[str, np.ndarray]:
-        size = len(self.study.test_rows)
+        size = len(self.data.test_rows)
         return missing_masks(self.modalities, condition.where, condition.level, size, condition.rng())
 
     def _corrupt_latents(
         self, condition: Condition, latents: dict[str, Tensor], fold: int, model: FusionModel, part: slice
     ) -> dict[str, Tensor]:
         """Noise in units of the latent's own standard deviation in training, or coordinates set to its mean there."""
-        rng, size = condition.rng(), len(self.study.test_rows)
+        rng, size = condition.rng(), len(self.data.test_rows)
         changed = dict(latents)
         for name in self._where(condition):
             # drawn for all test examples and modalities, so that folds and rows share them
@@ -256,7 +256,7 @@ class Predictor:
         """Mean and standard deviation (L,) of one model's latent on its training part."""
         key = (id(model), name)
         if key not in self._scales:
-            x = self.study.pool.features[name][self.study.folds[fold].train]
+            x = self.data.pool.features[name][self.data.folds[fold].train]
             std, mean = torch.std_mean(model.jwae.encoders[name](model.standardise[name](x)), 0)
             self._scales[key] = mean, std
         return self._scales[key]
@@ -264,17 +264,17 @@ class Predictor:
     def _clean_latents(self, row: str, fold: int, seed: int, model: FusionModel) -> dict[str, Tensor]:
         key = (row, fold, seed)
         if key not in self._latents:
-            self._latents[key] = model.encode(self._features(self.study.folds[fold].test))
+            self._latents[key] = model.encode(self._features(self.data.folds[fold].test))
         return self._latents[key]
 
     # ---- the kernel machine ---------------------------------------------------------------------------------------
 
     def _fit_machine(self, fold: int) -> MultipleKernelSVM:
-        rows = self.study.folds[fold].train
+        rows = self.data.folds[fold].train
         if self.run.trained_on_dev:
-            rows = torch.cat([rows, self.study.folds[fold].dev]).unique()
-        machine = MultipleKernelSVM(self.study.task)
-        machine.fit({k: x.numpy() for k, x in self._features(rows).items()}, self.study.pool.target[rows].numpy())
+            rows = torch.cat([rows, self.data.folds[fold].dev]).unique()
+        machine = MultipleKernelSVM(self.data.task)
+        machine.fit({k: x.numpy() for k, x in self._features(rows).items()}, self.data.pool.target[rows].numpy())
         return machine
 
     def _decide(
@@ -293,9 +293,9 @@ class Predictor:
     def _joined(self, folds: list) -> np.ndarray:
         """Folds of S predictions (n_f, O) -> (S, n), or (S, n, O) where the study has several outputs."""
         blocks = []
-        for said in folds:
-            x = said if isinstance(said, np.ndarray) else torch.stack(said).numpy()
-            blocks.append(x[..., 0] if x.ndim == 3 and self.study.pool.target.ndim == 1 else x)
+        for predictions in folds:
+            x = predictions if isinstance(predictions, np.ndarray) else torch.stack(predictions).numpy()
+            blocks.append(x[..., 0] if x.ndim == 3 and self.data.pool.target.ndim == 1 else x)
         return np.concatenate(blocks, axis=1)
 
 

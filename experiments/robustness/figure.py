@@ -3,15 +3,15 @@
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.robustness.corruption_curves import Corrupted
+from experiments.robustness.corruption_curves import CorruptionResult
 from experiments.robustness.worst_cases import WorstCases
 from mmfusion.robustness.worst_case import SIZES
 from mmfusion.runs.load import TrainedRun
 
 
-def panels(found: Corrupted) -> list[tuple[str, list[tuple[str, str]]]]:
+def panels(result: CorruptionResult) -> list[tuple[str, list[tuple[str, str]]]]:
     """(title, curves to average) of at most five panels: inputs where they were measured, else latents."""
-    keys = list(found.curves)
+    keys = list(result.curves)
     several = [(g, c) for g, c in keys if c.endswith((", all", ", either"))] or keys
     chosen = [(c, [(g, c)]) for g, c in several if g in ("features", "missing")]
     modalities = sorted({c.split()[0] for g, c in keys if g == "input"})
@@ -22,14 +22,14 @@ def panels(found: Corrupted) -> list[tuple[str, list[tuple[str, str]]]]:
     return chosen[:5]
 
 
-def draw(figure: Figure, run: TrainedRun, found: Corrupted, worst: WorstCases) -> None:
+def draw(figure: Figure, run: TrainedRun, result: CorruptionResult, worst: WorstCases) -> None:
     """Curves of every row over severity, and the worst case of the main row between certificate and attack."""
     axes = figure.subplots(2, 3).ravel()
-    colors = {row: f"C{k}" for k, row in enumerate(found.clean)}
-    chosen = panels(found)
+    colors = {row: f"C{k}" for k, row in enumerate(result.clean)}
+    chosen = panels(result)
     for axis, (title, keys) in zip(axes, chosen, strict=False):
         for row, color in colors.items():
-            curves = [found.curves[key][row] for key in keys if row in found.curves[key]]
+            curves = [result.curves[key][row] for key in keys if row in result.curves[key]]
             if not curves:
                 continue
             values = np.mean([c.scores.mean(-1) for c in curves], 0)  # (E, S)
@@ -41,7 +41,7 @@ def draw(figure: Figure, run: TrainedRun, found: Corrupted, worst: WorstCases) -
                 axis.fill_between(levels, mean - std, mean + std, color=color, alpha=0.12, linewidth=0)
         missing = keys[0][0] == "missing"
         axis.set(title=title, xlabel="share of incomplete examples" if missing else "severity")
-        axis.set_ylabel(run.study.score_name)
+        axis.set_ylabel(run.data.score_name)
     last, shown = axes[len(chosen)], [key for key in worst.certified if key[0] == run.main_row and key[2] == "l2"]
     places = range(len(SIZES) + 1)  # the clean score of the members that were attacked comes first
     for k, key in enumerate(shown):
@@ -51,11 +51,11 @@ def draw(figure: Figure, run: TrainedRun, found: Corrupted, worst: WorstCases) -
         last.plot(places, high, "o-", color=f"C{k}", markersize=3, label=f"{key[1]}: attacked")
         last.plot(places, low, "s--", color=f"C{k}", markersize=3, label=f"{key[1]}: certified")
     last.set_xticks(places, ["clean", *(f"{size:g}" for size in SIZES)])
-    last.set(title="worst change of one modality (l2)", xlabel="size rho", ylabel=run.study.score_name)
+    last.set(title="worst change of one modality (l2)", xlabel="size rho", ylabel=run.data.score_name)
     if shown:
         last.legend(frameon=False, fontsize=8, title=f"{run.main_row}, first {worst.seeds} seed(s)", title_fontsize=8)
     for axis in axes[len(chosen) + 1 :]:
         axis.axis("off")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(5, len(labels)), frameon=False)
-    figure.suptitle(f"{run.study.name}: what corruption, missing modalities and attacks cost (band: std over seeds)")
+    figure.suptitle(f"{run.data.name}: what corruption, missing modalities and attacks cost (band: std over seeds)")

@@ -31,7 +31,7 @@ import tyro
 
 from experiments import baselines as train
 from experiments.experiment import SCORE_EFFECT, Experiment, Outcome, contrasts_on_test, record
-from experiments.robustness.corruption_curves import Corrupted, curves_csv, group_summary, measure_corrupted
+from experiments.robustness.corruption_curves import CorruptionResult, curves_csv, group_summary, measure_corrupted
 from experiments.robustness.corruption_grid import LATE_FUSION, Condition, Group, Predictor, check_flags, conditions
 from experiments.robustness.figure import draw
 from experiments.robustness.pixel_attack import PixelAttack, attack_pixels
@@ -79,18 +79,18 @@ def main(options: Options) -> None:
     run = load_run(options.run, str(device))
     if options.pixels and run.memes is None:
         raise InputError(f"--pixels {options.pixels}: {options.run} has no pictures; leave the flag out")
-    made = conditions(run, options.groups, options.draws)
+    wanted = conditions(run, options.groups, options.draws)
     start = time.perf_counter()
     # beside main_hateful_memes.py there is no kernel machine to compare with
     predictor = Predictor(run, str(device), kernel_machine="dataset" in run.settings)
     if not is_complete(folder):
-        predictor.prepare(made)  # may find a picture gone: before anything is written
-    description = {"experiment": EXPERIMENT.name, "models": run.identity, **run.study.description}
+        predictor.prepare(wanted)  # may find a picture gone: before anything is written
+    description = {"experiment": EXPERIMENT.name, "models": run.identity, **run.data.description}
     open_run(folder, options, description, device, options.resume)
     if is_complete(folder):
         print(f"{folder}: this run is complete; its table is in {folder / 'table.txt'}")
         return
-    outcome, kept = measure(predictor, options, made)
+    outcome, kept = measure(predictor, options, wanted)
     for name, text in kept.texts.items():
         write_text(folder / name, text)
     if kept.masks:
@@ -99,7 +99,7 @@ def main(options: Options) -> None:
         attack.save(folder / "pixels")
     record(
         EXPERIMENT,
-        run.study,
+        run.data,
         outcome,
         folder,
         seeds=len(run.seeds),
@@ -122,7 +122,7 @@ def check_options(options: Options) -> None:
 
 
 @dataclass
-class Kept:
+class KeptTensors:
     """What is written beside table, figure and results."""
 
     texts: dict[str, str]
@@ -130,14 +130,14 @@ class Kept:
     pixels: list[PixelAttack]
 
 
-def measure(predictor: Predictor, options: Options, made: Sequence[Condition]) -> tuple[Outcome, Kept]:
+def measure(predictor: Predictor, options: Options, wanted: Sequence[Condition]) -> tuple[Outcome, KeptTensors]:
     """All curves, worst cases and contrasts of a run."""
     run = predictor.run
-    found = measure_corrupted(predictor, made)
+    result = measure_corrupted(predictor, wanted)
     worst = measure_worst_cases(run, options.attack_seeds)
     pixels = attack_pixels(run, options.pixels, predictor.device) if options.pixels else []
-    named = differences(run, found)
-    contrasts = contrasts_on_test(run.study, named) if named else []
+    named = differences(run, result)
+    contrasts = contrasts_on_test(run.data, named) if named else []
     deciding = [c.verdict for c in contrasts if c.name.startswith(OVER_LATE_FUSION)]
     notes = [
         f"sizes rho are relative to the standard deviations in training; features: first {worst.seeds} seed(s)",
@@ -145,47 +145,47 @@ def measure(predictor: Predictor, options: Options, made: Sequence[Condition]) -
     ]
     if "dataset" in run.settings and "missing" in options.groups:
         notes.append("rows of several modalities were trained with modality dropout, those of one without")
-    if LATE_FUSION not in found.clean:
+    if LATE_FUSION not in result.clean:
         notes.append("no late fusion: the run has not every modality alone; no verdict")
-    elif (lead := lead_over_constant(run, found)) < SCORE_EFFECT:
+    elif (lead := lead_over_constant(run, result)) < SCORE_EFFECT:
         deciding = []
         notes.append(f"late fusion is {lead:+.3f} from a constant prediction: it has nothing to lose; no verdict")
     masks = {
         f"{c.where}/{c.level:g}/{c.draw}/{name}": torch.from_numpy(mask).to(torch.uint8)
-        for c in made
+        for c in wanted
         if c.group == "missing"
         for name, mask in predictor.masks(c).items()
     }
     outcome = Outcome(
-        table(run, found, worst, pixels),
+        table(run, result, worst, pixels),
         contrasts,
         combine(deciding, "all") if deciding else "too few data",
-        answer(run, found, worst),
-        numbers(found, worst, pixels),
-        lambda figure: draw(figure, run, found, worst),
+        answer(run, result, worst),
+        numbers(result, worst, pixels),
+        lambda figure: draw(figure, run, result, worst),
         (15.0, 8.4),
         notes,
     )
-    return outcome, Kept({"curves.csv": curves_csv(found)}, masks, pixels)
+    return outcome, KeptTensors({"curves.csv": curves_csv(result)}, masks, pixels)
 
 
 OVER_LATE_FUSION = "loses less than late fusion: "
 
 
-def lead_over_constant(run: TrainedRun, found: Corrupted) -> float:
+def lead_over_constant(run: TrainedRun, result: CorruptionResult) -> float:
     """Clean score of late fusion minus that of the training majority (or mean)."""
-    constant = per_example(run.study, train.constant(run.study).predictions, "test", example_scores)
-    return float(found.clean[LATE_FUSION].mean() - constant.mean())
+    constant = per_example(run.data, train.constant(run.data).predictions, "test", example_scores)
+    return float(result.clean[LATE_FUSION].mean() - constant.mean())
 
 
-def differences(run: TrainedRun, found: Corrupted) -> dict[str, tuple[np.ndarray, str]]:
+def differences(run: TrainedRun, result: CorruptionResult) -> dict[str, tuple[np.ndarray, str]]:
     """Contrasts (S, n): how much less the main row loses than another, by group."""
     others = {LATE_FUSION: OVER_LATE_FUSION}
     candidates = ("jWAE-LMF, rank 1", run.prior_free_row, "concatenation + MLP")
-    others |= {row: f"loses less than {row}: " for row in candidates if row in found.clean}
+    others |= {row: f"loses less than {row}: " for row in candidates if row in result.clean}
     named = {}
     for row, text in others.items():
-        for group, losses in found.losses.items():
+        for group, losses in result.losses.items():
             if row in losses:
                 named[text + group] = (
                     losses[run.main_row] - losses[row],
@@ -197,25 +197,25 @@ def differences(run: TrainedRun, found: Corrupted) -> dict[str, tuple[np.ndarray
 # ---- text --------------------------------------------------------------------------------------------------------
 
 
-def table(run: TrainedRun, found: Corrupted, worst: WorstCases, pixels: Sequence[PixelAttack]) -> str:
+def table(run: TrainedRun, result: CorruptionResult, worst: WorstCases, pixels: Sequence[PixelAttack]) -> str:
     """Corruption by group, worst cases by modality, checks, pixel attacks."""
-    width = max(map(len, found.clean))
-    groups = list(found.losses)
+    width = max(map(len, result.clean))
+    groups = list(result.losses)
     lines = [
-        f"score: {run.study.score_name}, mean +- std over seeds; per group of conditions (mean over its curves): area,",
+        f"score: {run.data.score_name}, mean +- std over seeds; per group of conditions (mean over its curves): area,",
         "drop at the largest severity, effective robustness (change against that of late fusion)",
         f"{'':{width}}  {'clean':>15}"
         + "".join(f"  {group + ': area':>15} {'drop':>7} {'effective':>9}" for group in groups),
     ]
-    for row, clean in found.clean.items():
+    for row, clean in result.clean.items():
         cells = f"  {_spread(clean.mean(1)):>15}"
         for group in groups:
-            made = group_summary(found, group, row)
-            if made is None:
+            summary = group_summary(result, group, row)
+            if summary is None:
                 cells += f"  {'-':>15} {'-':>7} {'-':>9}"
                 continue
-            effective = f"{made['effective'].mean():+.3f}" if "effective" in made else "-"
-            cells += f"  {_spread(made['area']):>15} {made['drop'].mean():7.3f} {effective:>9}"
+            effective = f"{summary['effective'].mean():+.3f}" if "effective" in summary else "-"
+            cells += f"  {_spread(summary['area']):>15} {summary['drop'].mean():7.3f} {effective:>9}"
         lines.append(f"{row:{width}}{cells}")
     lines += ["", *worst_table(worst, width)]
     if worst.checks:
@@ -234,14 +234,14 @@ def _spread(values: np.ndarray) -> str:
     return f"{values.mean():.3f} +- {std}"
 
 
-def answer(run: TrainedRun, found: Corrupted, worst: WorstCases) -> str:
+def answer(run: TrainedRun, result: CorruptionResult, worst: WorstCases) -> str:
     """The main row in one sentence."""
     parts = []
-    for group in found.losses:
-        made = group_summary(found, group, run.main_row)
-        effective = f", effective {made['effective'].mean():+.3f}" if "effective" in made else ""
-        parts.append(f"{group}: drop {made['drop'].mean():.3f}{effective}")
-    text = f"{run.main_row}, clean {found.clean[run.main_row].mean():.3f}. " + "; ".join(parts)
+    for group in result.losses:
+        summary = group_summary(result, group, run.main_row)
+        effective = f", effective {summary['effective'].mean():+.3f}" if "effective" in summary else ""
+        parts.append(f"{group}: drop {summary['drop'].mean():.3f}{effective}")
+    text = f"{run.main_row}, clean {result.clean[run.main_row].mean():.3f}. " + "; ".join(parts)
     keys = [key for key in worst.certified if key[0] == run.main_row and key[2] == "l2"]
     middle = len(SIZES) // 2
     for _, name, norm in keys:
@@ -254,14 +254,14 @@ def answer(run: TrainedRun, found: Corrupted, worst: WorstCases) -> str:
     return text + "."
 
 
-def numbers(found: Corrupted, worst: WorstCases, pixels: Sequence[PixelAttack]) -> dict[str, object]:
+def numbers(result: CorruptionResult, worst: WorstCases, pixels: Sequence[PixelAttack]) -> dict[str, object]:
     """Everything measured, JSON-able."""
 
     def flat(of: Mapping[tuple, np.ndarray]) -> dict[str, list]:
         return {" | ".join(key): values.tolist() for key, values in of.items()}
 
     return {
-        "clean": {row: x.mean(1).tolist() for row, x in found.clean.items()},
+        "clean": {row: x.mean(1).tolist() for row, x in result.clean.items()},
         "curves": {
             f"{group} | {curve} | {row}": {
                 "levels": c.levels.tolist(),
@@ -271,7 +271,7 @@ def numbers(found: Corrupted, worst: WorstCases, pixels: Sequence[PixelAttack]) 
                 "area": c.area.tolist(),
                 "drop": c.drop.tolist(),
             }
-            for (group, curve), rows in found.curves.items()
+            for (group, curve), rows in result.curves.items()
             for row, c in rows.items()
         },
         "sizes": list(SIZES),

@@ -62,16 +62,16 @@ def attack_pixels(run: TrainedRun, count: int, device: str = "cpu") -> list[Pixe
     Away from the label; the other modality stays. What is reported is the rounded 8-bit picture, as saved.
     Raises InputError where pictures or encoder are gone.
     """
-    split = run.corpora[0].splits[tested_split(run.corpora[0])]
+    split = run.datasets[0].splits[tested_split(run.datasets[0])]
     model = run.members(run.main_row)[0]
     with torch.no_grad():
         logits = model(split.features, reconstruct=False).prediction.squeeze(-1)
     right = ((logits >= 0) == (split.target == 1)).nonzero().flatten()[:count].tolist()
     paths = run.image_paths([split.ids[row] for row in right])
     source = find_image_encoder(run.encoders)
-    how = image_preprocessing(run.encoders, source)
+    preprocessing = image_preprocessing(run.encoders, source)
     encoder = ImageEncoder(run.encoders, source, device)
-    pictures = {row: preprocess(decode_rgb(paths[split.ids[row]]), how) for row in right}
+    pictures = {row: preprocess(decode_rgb(paths[split.ids[row]]), preprocessing) for row in right}
     return [_attack(model, encoder, split, row, before) for row, before in pictures.items()]
 
 

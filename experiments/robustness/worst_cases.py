@@ -14,7 +14,7 @@ from lmf_module import LowRankMultimodalFusion
 from mmfusion.models.fusion import FusionModel
 from mmfusion.models.heads import TensorHead
 from mmfusion.robustness import worst_case as adversarial
-from mmfusion.robustness.worst_case import NAMES, SIZES, Check, Truth
+from mmfusion.robustness.worst_case import NAMES, SIZES, Check, Criterion
 from mmfusion.runs.load import TrainedRun
 
 NORMS = (2, math.inf)
@@ -43,27 +43,29 @@ class WorstCases:
     checks: list[Check]
 
 
-class _Fold(NamedTuple):
+class _FoldData(NamedTuple):
     """What a fold's models are measured on."""
 
     test: dict[str, torch.Tensor]
     train: dict[str, torch.Tensor]
-    truth: Truth
+    criterion: Criterion
 
 
-Measure = Callable[[FusionModel, _Fold], Mapping[str, torch.Tensor]]
+Measure = Callable[[FusionModel, _FoldData], Mapping[str, torch.Tensor]]
 
 
 def measure_worst_cases(run: TrainedRun, attack_seeds: int) -> WorstCases:
     """Certificates on all LMF rows, attacks on every row but tensor products that are too large."""
-    study = run.study
+    data = run.data
     folds = [
-        _Fold(
-            {name: x[fold.test] for name, x in study.pool.features.items()},
-            {name: x[fold.train] for name, x in study.pool.features.items()},
-            Truth(study.pool.target[fold.test].reshape(len(fold.test), -1), study.task == "binary", study.target_scale),
+        _FoldData(
+            {name: x[fold.test] for name, x in data.pool.features.items()},
+            {name: x[fold.train] for name, x in data.pool.features.items()},
+            Criterion(
+                data.pool.target[fold.test].reshape(len(fold.test), -1), data.task == "binary", data.target_scale
+            ),
         )
-        for fold in study.folds
+        for fold in data.folds
     ]
     seeds = min(attack_seeds, len(run.seeds))
     worst = WorstCases(seeds, {}, {}, {}, {}, {}, [])
@@ -80,7 +82,7 @@ def _attackable(model: FusionModel) -> bool:
     return not (isinstance(model.fusion, TensorHead) and large)
 
 
-def _measure_row(run: TrainedRun, row: str, folds: Sequence[_Fold], worst: WorstCases) -> None:
+def _measure_row(run: TrainedRun, row: str, folds: Sequence[_FoldData], worst: WorstCases) -> None:
     """Enter everything about one row."""
     names = run.members(row)[0].modalities
     is_lmf = isinstance(run.members(row)[0].fusion, LowRankMultimodalFusion)
@@ -88,46 +90,48 @@ def _measure_row(run: TrainedRun, row: str, folds: Sequence[_Fold], worst: Worst
     def each(measure: Measure, seeds: int = len(run.seeds)) -> dict[str, np.ndarray]:
         return _over_folds(run, row, folds, measure, seeds)
 
-    worst.clean[row] = each(lambda m, f: {"clean": adversarial.clean_scores(m, f.test, f.truth)[None]})["clean"][0]
+    worst.clean[row] = each(lambda m, f: {"clean": adversarial.clean_scores(m, f.test, f.criterion)[None]})["clean"][0]
     for norm, label in NAMES.items() if is_lmf else ():
-        made = each(
+        changes = each(
             lambda m, f, norm=norm: adversarial.latent_scores(
-                m, f.test, f.truth, adversarial.latent_stds(m, f.train), norm
+                m, f.test, f.criterion, adversarial.latent_stds(m, f.train), norm
             )
         )
-        worst.latent.update({(row, name, label): values for name, values in made.items()})
+        worst.latent.update({(row, name, label): values for name, values in changes.items()})
     if is_lmf and run.task == "binary":
-        made = each(lambda m, f: adversarial.joint_scores(m, f.test, f.truth, adversarial.latent_stds(m, f.train)))
-        worst.joint.update({(row, pair): values for pair, values in made.items()})
+        changes = each(
+            lambda m, f: adversarial.joint_scores(m, f.test, f.criterion, adversarial.latent_stds(m, f.train))
+        )
+        worst.joint.update({(row, pair): values for pair, values in changes.items()})
     for norm in NORMS if worst.seeds else ():
         kinds = [(worst.attacked, adversarial.attacked_scores)]
         kinds += [(worst.certified, adversarial.feature_certificates)] if is_lmf else []
         for of, measure in kinds:
-            made = each(
+            changes = each(
                 lambda m, f, norm=norm, measure=measure: {
-                    name: measure(m, f.test, f.truth, name, norm) for name in names
+                    name: measure(m, f.test, f.criterion, name, norm) for name in names
                 },
                 worst.seeds,
             )
-            of.update({(row, name, NAMES[norm]): values for name, values in made.items()})
+            of.update({(row, name, NAMES[norm]): values for name, values in changes.items()})
 
 
 def _over_folds(
-    run: TrainedRun, row: str, folds: Sequence[_Fold], measure: Measure, seeds: int
+    run: TrainedRun, row: str, folds: Sequence[_FoldData], measure: Measure, seeds: int
 ) -> dict[str, np.ndarray]:
     """{key: (sizes, seeds)}: mean over all folds' test examples of what `measure` gives, {key: (sizes, n)}."""
-    made: dict[str, list[np.ndarray]] = {}
+    changes: dict[str, list[np.ndarray]] = {}
     for s in range(seeds):
         parts: dict[str, list[torch.Tensor]] = {}
         for f, fold in enumerate(folds):
             for key, values in measure(run.members(row, f)[s], fold).items():
                 parts.setdefault(key, []).append(values)
         for key, values in parts.items():
-            made.setdefault(key, []).append(torch.cat(values, 1).mean(1).numpy())
-    return {key: np.stack(values, -1) for key, values in made.items()}
+            changes.setdefault(key, []).append(torch.cat(values, 1).mean(1).numpy())
+    return {key: np.stack(values, -1) for key, values in changes.items()}
 
 
-def _checks(run: TrainedRun, fold: _Fold, worst: WorstCases) -> list[Check]:
+def _checks(run: TrainedRun, fold: _FoldData, worst: WorstCases) -> list[Check]:
     """Carlini's checks on the main row and on concatenation (first member, first fold, the modality hurt most).
 
     And PGD on latents against the closed form, and that no attack on any row has got below its certificate.
@@ -139,7 +143,7 @@ def _checks(run: TrainedRun, fold: _Fold, worst: WorstCases) -> list[Check]:
         model, *others = run.members(row)[:2]
         hurt = min(model.modalities, key=lambda name: worst.attacked[row, name, label].mean())
         for check in adversarial.attack_checks(
-            model, others[0] if others else None, fold.test, fold.truth, hurt, norm, CHECK_SIZE
+            model, others[0] if others else None, fold.test, fold.criterion, hurt, norm, CHECK_SIZE
         ):
             checks.append(Check(f"{row}, {label}, {hurt}: {check.text}", check.holds))
     model = run.members(run.main_row)[0]

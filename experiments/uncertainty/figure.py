@@ -7,38 +7,44 @@ from scipy.special import expit
 from scipy.stats import norm
 
 from experiments.uncertainty.predictors import ENSEMBLE, MEMBER, RAW, SCALED
-from experiments.uncertainty.report import ROWS, Found
+from experiments.uncertainty.report import ROWS, UncertaintyResult
 from mmfusion.metrics import calibration
 
 COLORS = {"with jWAE": "C0", "without": "C1"}
 
 
-def draw(figure: Figure, found: Found) -> None:
+def draw(figure: Figure, result: UncertaintyResult) -> None:
     """Calibration, risk against coverage, NLL against the level of corruption, detection of corruption."""
     (upper_left, upper_right), (lower_left, lower_right) = figure.subplots(2, 2)
-    (draw_reliability if found.truth.task == "binary" else draw_central_intervals)(upper_left, found)
-    draw_risk(upper_right, found)
-    draw_levels(lower_left, found)
-    draw_detection(lower_right, found)
+    (draw_reliability if result.targets.task == "binary" else draw_central_intervals)(upper_left, result)
+    draw_risk(upper_right, result)
+    draw_levels(lower_left, result)
+    draw_detection(lower_right, result)
 
 
-def draw_reliability(axis: Axes, found: Found) -> None:
+def draw_reliability(axis: Axes, result: UncertaintyResult) -> None:
     """Share of positives against probability, bins of equal mass; the members' examples in one pool."""
-    row, outputs, target = found.rows[ROWS[0]], found.outputs[ROWS[0]], found.truth.test
+    row, outputs, target = result.rows[ROWS[0]], result.outputs[ROWS[0]], result.targets.test
     axis.plot([0, 1], [0, 1], color="black", linewidth=0.8)
     axis.fill_between(
         *consistency_band(expit(row.ensemble.logits(outputs))), color="0.9", label="ensemble, raw: 95 % if right"
     )
     for who, color in ((MEMBER, "C7"), (ENSEMBLE, "C0")):
-        for how, style in ((RAW, "o-"), (SCALED, "s--")):
+        for scaling, style in ((RAW, "o-"), (SCALED, "s--")):
             if who == MEMBER:
-                logits = np.concatenate([m.logits(outputs[[s]], how) for s, m in enumerate(row.members)])
+                logits = np.concatenate([m.logits(outputs[[s]], scaling) for s, m in enumerate(row.members)])
             else:
-                logits = row.ensemble.logits(outputs, how)
+                logits = row.ensemble.logits(outputs, scaling)
             p = expit(logits)
             curve = calibration.reliability(p, np.tile(target, len(p) // len(target)), kind="mass")
             axis.plot(
-                curve.predicted, curve.observed, style, color=color, markersize=4, linewidth=1.2, label=f"{who}, {how}"
+                curve.predicted,
+                curve.observed,
+                style,
+                color=color,
+                markersize=4,
+                linewidth=1.2,
+                label=f"{who}, {scaling}",
             )
     axis.set(
         title="reliability, with jWAE, clean (15 bins of equal mass)",
@@ -58,12 +64,12 @@ def consistency_band(p: np.ndarray, draws: int = 500, seed: int = 0) -> tuple[np
     return drawn[0].predicted, low, high
 
 
-def draw_central_intervals(axis: Axes, found: Found) -> None:
+def draw_central_intervals(axis: Axes, result: UncertaintyResult) -> None:
     """How many more targets than promised lie inside the central interval of each level, all outputs in one pool."""
     levels, surplus = np.linspace(0.02, 0.98, 49), []
     axis.axhline(0, color="black", linewidth=0.8)
-    for name, row in found.rows.items():
-        outputs, target = found.outputs[name], found.truth.test
+    for name, row in result.rows.items():
+        outputs, target = result.outputs[name], result.targets.test
         by_member = [(m, outputs[[s]]) for s, m in enumerate(row.members)]
         for who, predictors, style in ((MEMBER, by_member, "--"), (ENSEMBLE, [(row.ensemble, outputs)], "-")):
             z = []
@@ -84,14 +90,14 @@ def draw_central_intervals(axis: Axes, found: Found) -> None:
     axis.legend(frameon=False, fontsize=9, loc="upper left", ncols=2)
 
 
-def draw_risk(axis: Axes, found: Found) -> None:
+def draw_risk(axis: Axes, result: UncertaintyResult) -> None:
     """Risk of the examples kept, clean; the best order of the ensemble's own errors is dotted."""
-    binary, highest = found.truth.task == "binary", 0.0
-    size = len(found.truth.test)
+    binary, highest = result.targets.task == "binary", 0.0
+    size = len(result.targets.test)
     coverage = np.arange(1, size + 1) / size
     shown = slice(max(0, size // 20 - 1), None)  # the risk of a handful of examples is noise
-    for name, row in found.rows.items():
-        outputs, color = found.outputs[name], COLORS[name]
+    for name, row in result.rows.items():
+        outputs, color = result.outputs[name], COLORS[name]
         curves = [("ensemble", "-", 1.8, calibration.risk_coverage(*row.ensemble.ranking(outputs)))]
         if binary:
             alone = [calibration.risk_coverage(*m.ranking(outputs[[s]])) for s, m in enumerate(row.members)]
@@ -111,17 +117,17 @@ def draw_risk(axis: Axes, found: Found) -> None:
     axis.legend(frameon=False, fontsize=9, loc="upper left", ncols=2)
 
 
-def draw_levels(axis: Axes, found: Found) -> None:
+def draw_levels(axis: Axes, result: UncertaintyResult) -> None:
     """The ensembles' NLL against the level of corruption, mean over all kinds; 0 is clean."""
-    levels = sorted({level for _, _, level in found.corrupted})
+    levels = sorted({level for _, _, level in result.corrupted})
     everything = []
-    for name, row in found.rows.items():
-        for how, style in zip(row.ensemble.hows, ("o-", "s--"), strict=False):
-            values = [found.clean[name][ENSEMBLE][how]["NLL"]]
+    for name, row in result.rows.items():
+        for scaling, style in zip(row.ensemble.scalings, ("o-", "s--"), strict=False):
+            values = [result.clean[name][ENSEMBLE][scaling]["NLL"]]
             for level in levels:
-                at = [x[name][ENSEMBLE][how]["NLL"] for (*_, here), x in found.corrupted.items() if here == level]
+                at = [x[name][ENSEMBLE][scaling]["NLL"] for (*_, here), x in result.corrupted.items() if here == level]
                 values.append(np.mean(at))
-            text = f"{name}, {how}" if len(row.ensemble.hows) > 1 else name
+            text = f"{name}, {scaling}" if len(row.ensemble.scalings) > 1 else name
             axis.plot([0, *levels], values, style, color=COLORS[name], markersize=5, label=text)
             everything += values
     low, high = min(everything), max(everything)
@@ -133,22 +139,22 @@ def draw_levels(axis: Axes, found: Found) -> None:
     axis.legend(frameon=False, fontsize=9, loc="upper left", ncols=2)
 
 
-def draw_detection(axis: Axes, found: Found) -> None:
+def draw_detection(axis: Axes, result: UncertaintyResult) -> None:
     """AUROC of clean against corrupted by the members' disagreement, at the middle level."""
-    levels = sorted({level for _, _, level in found.detected})
+    levels = sorted({level for _, _, level in result.detected})
     if not levels:
         axis.set_axis_off()
         axis.text(0.5, 0.5, "no corruption was looked at", ha="center", va="center")
         return
     level = levels[len(levels) // 2]
-    curves = [key for key in found.detected if key[2] == level]
-    score = next(iter(found.detected[curves[0]][ROWS[0]]))
-    height = 0.8 / len(found.rows)
-    for i, name in enumerate(found.rows):
-        aurocs = [found.detected[key][name][score] for key in curves]
+    curves = [key for key in result.detected if key[2] == level]
+    score = next(iter(result.detected[curves[0]][ROWS[0]]))
+    height = 0.8 / len(result.rows)
+    for i, name in enumerate(result.rows):
+        aurocs = [result.detected[key][name][score] for key in curves]
         middle = np.array([d.auroc for d in aurocs])
         errors = np.abs(np.array([[d.low for d in aurocs], [d.high for d in aurocs]]) - middle)
-        place = np.arange(len(curves)) + (i - (len(found.rows) - 1) / 2) * height
+        place = np.arange(len(curves)) + (i - (len(result.rows) - 1) / 2) * height
         # bars begin at a coin's AUROC
         axis.barh(place, middle - 0.5, height, left=0.5, xerr=errors, color=COLORS[name], label=name, ecolor="0.3")
     axis.axvline(0.5, color="black", linewidth=0.8)

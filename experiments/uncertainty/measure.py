@@ -33,10 +33,18 @@ from tqdm import tqdm
 from experiments.experiment import Experiment, Outcome, contrasts_on_test, record
 from experiments.robustness.corruption_grid import LEVELS, Condition, Group, Predictor, check_flags, conditions
 from experiments.uncertainty.figure import draw
-from experiments.uncertainty.predictors import ENSEMBLE, PARTS, RAW, SCALED, BinaryPredictor, Row, truth_of
-from experiments.uncertainty.report import ROWS, Found, averaged, numbers_of, table
+from experiments.uncertainty.predictors import (
+    ENSEMBLE,
+    PARTS,
+    RAW,
+    SCALED,
+    BinaryPredictor,
+    MethodPredictors,
+    held_out_targets,
+)
+from experiments.uncertainty.report import ROWS, UncertaintyResult, averaged, numbers_of, table
 from mmfusion.cli import pick_device
-from mmfusion.data.folds import Study
+from mmfusion.data.folds import FoldedDataset
 from mmfusion.errors import InputError
 from mmfusion.metrics import calibration
 from mmfusion.metrics.calibration import detection
@@ -58,33 +66,35 @@ DECIDING = ("NLL, clean", "NLL, corrupted", "AURC, clean", "AURC, corrupted")
 
 def measure(run: TrainedRun, predictor: Predictor, chosen: Sequence[Condition], alpha: float) -> Outcome:
     """Judge both rows clean and under the chosen conditions; contrasts are paired over seeds and test examples."""
-    study = run.study
+    data = run.data
     labels = dict(zip(ROWS, (row for row in (run.main_row, run.prior_free_row) if row is not None), strict=False))
-    truth = truth_of(study, sorted({alpha, *ALPHAS}, reverse=True))
-    dev = {name: truth.in_units(predictor.clean(label, "dev")) for name, label in labels.items()}
-    found = Found(
-        truth,
-        {name: Row(x, truth) for name, x in dev.items()},
-        {name: truth.in_units(predictor.clean(label)) for name, label in labels.items()},
+    targets = held_out_targets(data, sorted({alpha, *ALPHAS}, reverse=True))
+    dev = {name: targets.in_units(predictor.clean(label, "dev")) for name, label in labels.items()}
+    result = UncertaintyResult(
+        targets,
+        {name: MethodPredictors(x, targets) for name, x in dev.items()},
+        {name: targets.in_units(predictor.clean(label)) for name, label in labels.items()},
     )
-    for name, row in found.rows.items():
-        found.clean[name] = row.measures(found.outputs[name], floor=True)
-        found.parts[name] = {f"{part}, clean": row.by_seed(found.outputs[name], of) for part, of in PARTS.items()}
-    measure_corrupted(found, predictor, labels, chosen, _groups(study, "test"))
-    made = contrasts_on_test(study, *differences(found))
-    deciding = [c.verdict for c in made if c.name in DECIDING]
+    for name, row in result.rows.items():
+        result.clean[name] = row.measures(result.outputs[name], floor=True)
+        result.parts[name] = {f"{part}, clean": row.by_seed(result.outputs[name], of) for part, of in PARTS.items()}
+    measure_corrupted(result, predictor, labels, chosen, _groups(data, "test"))
+    contrasts = contrasts_on_test(data, *differences(result))
+    deciding = [c.verdict for c in contrasts if c.name in DECIDING]
     verdict = combine(deciding, "all") if len(deciding) == len(DECIDING) else "too few data"
 
     def draw_all(figure: Figure) -> None:
-        figure.suptitle(f"{study.name}: uncertainty of {len(run.seeds)} members and their ensemble, test")
-        draw(figure, found)
+        figure.suptitle(f"{data.name}: uncertainty of {len(run.seeds)} members and their ensemble, test")
+        draw(figure, result)
 
-    notes = notes_of(run, labels, found, dev[ROWS[0]])
-    return Outcome(table(found), made, verdict, answer(made, found), numbers_of(found), draw_all, (13.5, 9.0), notes)
+    notes = notes_of(run, labels, result, dev[ROWS[0]])
+    return Outcome(
+        table(result), contrasts, verdict, answer(contrasts, result), numbers_of(result), draw_all, (13.5, 9.0), notes
+    )
 
 
 def measure_corrupted(
-    found: Found,
+    result: UncertaintyResult,
     predictor: Predictor,
     labels: dict[str, str],
     chosen: Sequence[Condition],
@@ -95,18 +105,18 @@ def measure_corrupted(
     for condition in chosen:
         draws.setdefault((condition.group, condition.curve, condition.level), []).append(condition)
     for key, same in tqdm(draws.items(), desc="corruptions", unit="condition", mininterval=0.5):
-        found.corrupted[key], found.detected[key] = {}, {}
-        for name, row in found.rows.items():
-            drawn = [found.truth.in_units(predictor.corrupted(labels[name], condition)) for condition in same]
-            found.corrupted[key][name] = averaged([row.measures(x) for x in drawn])
+        result.corrupted[key], result.detected[key] = {}, {}
+        for name, row in result.rows.items():
+            drawn = [result.targets.in_units(predictor.corrupted(labels[name], condition)) for condition in same]
+            result.corrupted[key][name] = averaged([row.measures(x) for x in drawn])
             for part, of in PARTS.items():
                 here = np.mean([row.by_seed(x, of) for x in drawn], axis=0) / len(draws)
-                found.parts[name][f"{part}, corrupted"] = found.parts[name].get(f"{part}, corrupted", 0) + here
-            clean = row.ensemble.disagreement(found.outputs[name])
+                result.parts[name][f"{part}, corrupted"] = result.parts[name].get(f"{part}, corrupted", 0) + here
+            clean = row.ensemble.disagreement(result.outputs[name])
             spoiled = [row.ensemble.disagreement(x) for x in drawn]
             # of a missing modality, the examples that lack it: the others are the clean examples themselves
             affected = np.stack([predictor.affected(condition) for condition in same])
-            found.detected[key][name] = {
+            result.detected[key][name] = {
                 score: detection(
                     values, np.stack([x[score] for x in spoiled]), groups, DETECTION_RESAMPLES, affected=affected
                 )
@@ -114,24 +124,26 @@ def measure_corrupted(
             }
 
 
-def differences(found: Found) -> tuple[dict[str, tuple[np.ndarray, str]], dict[str, float]]:
+def differences(result: UncertaintyResult) -> tuple[dict[str, tuple[np.ndarray, str]], dict[str, float]]:
     """Contrasts by name, each (S, n) with its claim, and their smallest effects of interest."""
-    named, first = {}, found.rows[ROWS[0]]
-    if len(found.rows) > 1:
-        ours, other = (found.parts[name] for name in ROWS)
+    named, first = {}, result.rows[ROWS[0]]
+    if len(result.rows) > 1:
+        ours, other = (result.parts[name] for name in ROWS)
         named |= {
             name: (other[name] - ours[name], f"the ensemble has a lower {name.split(',')[0]} with the prior, {where}")
             for name in DECIDING
             if name in ours
             for where in [name.split(", ")[1]]
         }
-        alone = [found.rows[name].member_losses(found.outputs[name]) for name in ROWS]
+        alone = [result.rows[name].member_losses(result.outputs[name]) for name in ROWS]
         named["member's NLL, clean"] = (alone[1] - alone[0], "a member has a lower NLL with the prior, clean")
-        if SCALED in first.ensemble.hows:
-            scaled = [found.rows[name].by_seed(found.outputs[name], lambda p, x: p.losses(x, SCALED)) for name in ROWS]
+        if SCALED in first.ensemble.scalings:
+            scaled = [
+                result.rows[name].by_seed(result.outputs[name], lambda p, x: p.losses(x, SCALED)) for name in ROWS
+            ]
             claim = "the ensemble has a lower NLL with the prior, clean, after temperature scaling"
             named["NLL after scaling, clean"] = (scaled[1] - scaled[0], claim)
-    outputs = found.outputs[ROWS[0]]
+    outputs = result.outputs[ROWS[0]]
     gain = first.member_losses(outputs) - first.ensemble.losses(outputs)
     named["ensemble over member, NLL"] = (gain, "the ensemble has a lower NLL than its members, clean")
     return named, {name: AURC_EFFECT if name.startswith("AURC") else NLL_EFFECT for name in named}
@@ -140,70 +152,72 @@ def differences(found: Found) -> tuple[dict[str, tuple[np.ndarray, str]], dict[s
 # ---- words -------------------------------------------------------------------------------------------------------
 
 
-def answer(made: Sequence[Contrast], found: Found) -> str:
+def answer(contrasts: Sequence[Contrast], result: UncertaintyResult) -> str:
     """The deciding estimates in one sentence."""
-    own = found.clean[ROWS[0]][ENSEMBLE][RAW]
+    own = result.clean[ROWS[0]][ENSEMBLE][RAW]
     text = f"Ensemble with jWAE: NLL {own['NLL']:.3f}, AURC {own['AURC']:.3f}"
-    gains = [f"{c.name} {c.estimate:+.3f} [{c.low:+.3f}, {c.high:+.3f}]" for c in made if c.name in DECIDING]
+    gains = [f"{c.name} {c.estimate:+.3f} [{c.low:+.3f}, {c.high:+.3f}]" for c in contrasts if c.name in DECIDING]
     return f"{text}. " + (
         f"Lower with the prior by: {'; '.join(gains)}." if gains else "There is no row without prior."
     )
 
 
-def notes_of(run: TrainedRun, labels: dict[str, str], found: Found, dev: np.ndarray) -> list[str]:
+def notes_of(run: TrainedRun, labels: dict[str, str], result: UncertaintyResult, dev: np.ndarray) -> list[str]:
     """What the reader of the numbers must know."""
     notes = []
     if len(labels) == 1:
         notes.append("the run has no row without the prior: the claim is not judged")
     elif "without" in labels["without"]:
         notes.append(f"\"{labels['without']}\" has none of the jWAE's terms: its effect is not the prior's alone")
-    if not found.corrupted:
+    if not result.corrupted:
         notes.append("no corruption was looked at, so the claim is not judged")
     if "hold_out_dev" not in run.settings:
         notes.append("the epoch was selected on dev, which is also what temperature and conformal sets are fitted on")
-    notes += shift_note(run.study, found, dev)
-    for name, row in found.rows.items():
+    notes += shift_note(run.data, result, dev)
+    for name, row in result.rows.items():
         if isinstance(row.ensemble, BinaryPredictor):
             fitted = row.ensemble.temperature
             if ends := [f"{t:g}" for t in fitted if t in calibration.TEMPERATURES]:
                 folds = f"{len(ends)} of {len(fitted)} folds" if len(fitted) > 1 else "the one fold"
                 notes.append(f"temperature of the ensemble {name} is at its bound in {folds}: {', '.join(ends)}")
-    other = found.clean[list(found.rows)[-1]][ENSEMBLE][RAW]["AURC"]
+    other = result.clean[list(result.rows)[-1]][ENSEMBLE][RAW]["AURC"]
     if len(labels) > 1 and other < AURC_EFFECT:
         notes.append(f"AURC without the prior is {other:.4f}: no prior could lower it by the effect of interest")
-    first = [next(iter(by_row[ROWS[0]].values())) for by_row in found.detected.values()]
+    first = [next(iter(by_row[ROWS[0]].values())) for by_row in result.detected.values()]
     if less := sum(d.high < 0.5 for d in first):
         notes.append(
             f"in {less} of {len(first)} conditions the members disagree less on corrupted examples than on clean"
         )
-    if found.truth.task == "binary":
+    if result.targets.task == "binary":
         notes.append("a temperature changes no conformal set: it keeps the order of the margins within a fold")
     return notes
 
 
-def shift_note(study: Study, found: Found, dev: np.ndarray) -> list[str]:
+def shift_note(data: FoldedDataset, result: UncertaintyResult, dev: np.ndarray) -> list[str]:
     """A note where the ensemble's loss on dev and on test differ by more than their 95 % intervals allow."""
-    parts, said = [], []
-    for part, outputs in (("dev", dev), ("test", found.outputs[ROWS[0]])):
-        target = getattr(found.truth, part)
-        if found.truth.task == "binary":
+    parts, sentences = [], []
+    for part, outputs in (("dev", dev), ("test", result.outputs[ROWS[0]])):
+        target = getattr(result.targets, part)
+        if result.targets.task == "binary":
             losses = example_losses(calibration.ensemble_logits(outputs)[None], target, "binary")
         else:
             losses = example_losses(outputs.mean(0)[None], target, "regression")
-        units = grouped(losses, _groups(study, part))[0]
+        units = grouped(losses, _groups(data, part))[0]
         parts.append((units.mean(), units.std(ddof=1) / len(units) ** 0.5))
-        said.append(f"{part} {parts[-1][0]:.3f} +- {norm.ppf(0.975) * parts[-1][1]:.3f}")
+        sentences.append(f"{part} {parts[-1][0]:.3f} +- {norm.ppf(0.975) * parts[-1][1]:.3f}")
     (dev_mean, dev_error), (test_mean, test_error) = parts
     if abs(test_mean - dev_mean) <= norm.ppf(0.975) * np.hypot(dev_error, test_error):
         return []
-    loss = f"{study.loss_name} of the ensemble with jWAE, 95 %"
-    return [f"dev is not like test ({loss}: {', '.join(said)}): what is fitted on dev need not hold, nor the coverage"]
+    loss = f"{data.loss_name} of the ensemble with jWAE, 95 %"
+    return [
+        f"dev is not like test ({loss}: {', '.join(sentences)}): what is fitted on dev need not hold, nor the coverage"
+    ]
 
 
-def _groups(study: Study, part: str) -> list[str] | None:
+def _groups(data: FoldedDataset, part: str) -> list[str] | None:
     """What each example of a part, fold after fold, must be resampled with."""
-    names = study.pool.metadata.get("group")
-    return None if names is None else [names[row] for fold in study.folds for row in getattr(fold, part)]
+    names = data.pool.metadata.get("group")
+    return None if names is None else [names[row] for fold in data.folds for row in getattr(fold, part)]
 
 
 # ---- command line ------------------------------------------------------------------------------------------------
@@ -240,22 +254,22 @@ def execute(options: Options) -> None:
         check_resumable(folder, options)
     trained = load_run(options.run, str(device))
     refuse(trained)
-    study, predictor = trained.study, Predictor(trained, str(device))
+    data, predictor = trained.data, Predictor(trained, str(device))
     start = perf_counter()
     chosen = [c for c in conditions(trained, options.groups, options.draws) if c.level in LEVELS]
     if "input" in options.groups and not is_complete(folder):
         predictor.prepare(chosen)  # may find a picture gone: before anything is written
-    description = {"experiment": EXPERIMENT.name, "models": trained.identity, **study.description}
+    description = {"experiment": EXPERIMENT.name, "models": trained.identity, **data.description}
     open_run(folder, options, description, device, options.resume)
     if is_complete(folder):
         print(f"{folder}: this run is complete; its table is in {folder / 'table.txt'}")
         return
-    for note in study.notes:
+    for note in data.notes:
         print(f"note: {note}")
     outcome = measure(trained, predictor, chosen, options.alpha)
     record(
         EXPERIMENT,
-        study,
+        data,
         outcome,
         folder,
         seeds=len(trained.seeds),
@@ -273,11 +287,11 @@ def refuse(run: TrainedRun) -> None:
             f"{run.folder}: was trained on its dev part, so nothing is left to calibrate on; "
             "train it with `python -m experiments.baselines ... --hold-out-dev`"
         )
-    for fold in run.study.folds:
+    for fold in run.data.folds:
         if set(fold.dev.tolist()) & set(fold.test.tolist()):
             raise InputError(
-                f"{run.folder}: dev is what is tested on ({run.study.name} has no other labelled split), so nothing is "
-                "left to calibrate on; give a run on a corpus with a test split"
+                f"{run.folder}: dev is what is tested on ({run.data.name} has no other labelled split), so nothing is "
+                "left to calibrate on; give a run on a dataset with a test split"
             )
     if len(run.seeds) < 2:
         raise InputError(f"{run.folder}: has one seed, and an ensemble needs two; train it with more")

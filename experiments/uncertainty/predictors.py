@@ -7,7 +7,7 @@ import numpy as np
 from scipy.special import expit
 from sklearn.metrics import brier_score_loss
 
-from mmfusion.data.folds import Study, targets
+from mmfusion.data.folds import FoldedDataset, targets
 from mmfusion.metrics import calibration
 from mmfusion.metrics.scores import example_losses
 
@@ -16,7 +16,7 @@ MEMBER, ENSEMBLE = "one member", "ensemble"
 Measures = dict[str, float | np.ndarray]
 
 
-class Truth(NamedTuple):
+class HeldOutTargets(NamedTuple):
     """Targets of the dev and test parts, fold after fold; a regression's (n, O) in units of its standard deviation."""
 
     task: str
@@ -33,16 +33,16 @@ class Truth(NamedTuple):
         return outputs if self.task == "binary" else outputs.reshape(*outputs.shape[:2], -1) / self.scale
 
 
-def truth_of(study: Study, alphas: Sequence[float]) -> Truth:
+def held_out_targets(data: FoldedDataset, alphas: Sequence[float]) -> HeldOutTargets:
     """What dev and test of a study hold."""
-    scale = study.target_scale.double().numpy()
+    scale = data.target_scale.double().numpy()
     parts, folds = [], []
     for part in ("dev", "test"):
-        target = np.asarray(targets(study, part), np.float64)
-        parts.append(target if study.task == "binary" else target.reshape(len(target), -1) / scale)
-        sizes = [len(getattr(fold, part)) for fold in study.folds]
+        target = np.asarray(targets(data, part), np.float64)
+        parts.append(target if data.task == "binary" else target.reshape(len(target), -1) / scale)
+        sizes = [len(getattr(fold, part)) for fold in data.folds]
         folds.append(np.repeat(np.arange(len(sizes)), sizes))
-    return Truth(study.task, *parts, *folds, scale, tuple(alphas))
+    return HeldOutTargets(data.task, *parts, *folds, scale, tuple(alphas))
 
 
 class BinaryPredictor:
@@ -51,37 +51,37 @@ class BinaryPredictor:
     Args of all methods: outputs (K, n), the members' logits on test.
     """
 
-    hows = (RAW, SCALED)
+    scalings = (RAW, SCALED)
 
-    def __init__(self, dev: np.ndarray, truth: Truth) -> None:
-        self.truth = truth
-        logits, target = calibration.ensemble_logits(dev), truth.dev.astype(int)
+    def __init__(self, dev: np.ndarray, targets: HeldOutTargets) -> None:
+        self.targets = targets
+        logits, target = calibration.ensemble_logits(dev), targets.dev.astype(int)
         scores = calibration.label_scores(expit(logits))[np.arange(len(target)), target]
-        folds = [truth.dev_fold == f for f in range(truth.dev_fold.max() + 1)]
+        folds = [targets.dev_fold == f for f in range(targets.dev_fold.max() + 1)]
         self.temperature = np.array([calibration.fit_temperature(logits[rows], target[rows]) for rows in folds])
         self.quantile = {
-            a: np.array([calibration.conformal_quantile(scores[rows], a) for rows in folds]) for a in truth.alphas
+            a: np.array([calibration.conformal_quantile(scores[rows], a) for rows in folds]) for a in targets.alphas
         }
 
-    def logits(self, outputs: np.ndarray, how: str = RAW) -> np.ndarray:
+    def logits(self, outputs: np.ndarray, scaling: str = RAW) -> np.ndarray:
         """(n,) log-odds of the mean probability."""
         logits = calibration.ensemble_logits(outputs)
-        return logits / self.temperature[self.truth.test_fold] if how == SCALED else logits
+        return logits / self.temperature[self.targets.test_fold] if scaling == SCALED else logits
 
-    def losses(self, outputs: np.ndarray, how: str = RAW) -> np.ndarray:
+    def losses(self, outputs: np.ndarray, scaling: str = RAW) -> np.ndarray:
         """(n,) NLL."""
-        return example_losses(self.logits(outputs, how)[None], self.truth.test, "binary")[0]
+        return example_losses(self.logits(outputs, scaling)[None], self.targets.test, "binary")[0]
 
-    def ranking(self, outputs: np.ndarray, how: str = RAW) -> tuple[np.ndarray, np.ndarray]:
+    def ranking(self, outputs: np.ndarray, scaling: str = RAW) -> tuple[np.ndarray, np.ndarray]:
         """Uncertainty and risk (n,): minus |logit|, in the order of -max(p, 1 - p) without its ties at 1; errors."""
-        logits = self.logits(outputs, how)
-        return -np.abs(logits), ((logits >= 0) != (self.truth.test == 1)).astype(np.float64)
+        logits = self.logits(outputs, scaling)
+        return -np.abs(logits), ((logits >= 0) != (self.targets.test == 1)).astype(np.float64)
 
-    def measures(self, outputs: np.ndarray, how: str = RAW, floor: bool = False) -> Measures:
+    def measures(self, outputs: np.ndarray, scaling: str = RAW, floor: bool = False) -> Measures:
         """Everything of one predictor; the floors of the ECE take a hundred times as long as the rest."""
-        p, target, ranking = expit(self.logits(outputs, how)), self.truth.test, self.ranking(outputs, how)
+        p, target, ranking = expit(self.logits(outputs, scaling)), self.targets.test, self.ranking(outputs, scaling)
         found: Measures = {
-            "NLL": float(self.losses(outputs, how).mean()),
+            "NLL": float(self.losses(outputs, scaling).mean()),
             "Brier": float(brier_score_loss(target, p, pos_label=1)),
             "AURC": calibration.aurc(*ranking),
             "excess AURC": calibration.excess_aurc(*ranking),
@@ -92,10 +92,10 @@ class BinaryPredictor:
                 drawn = calibration.calibration_error_floor(p, kind=kind)
                 found[f"ECE, equal {kind}, floor"] = float(drawn.mean())
                 found[f"ECE, equal {kind}, floor 95 %"] = float(np.quantile(drawn, 0.95))
-        if how == RAW:  # the sets are the same at any temperature
+        if scaling == RAW:  # the sets are the same at any temperature
             p = expit(self.logits(outputs))
             for alpha, quantile in self.quantile.items():
-                sets = calibration.set_summary(p, target, quantile[self.truth.test_fold])
+                sets = calibration.set_summary(p, target, quantile[self.targets.test_fold])
                 found |= {f"{name} at {1 - alpha:g}": value for name, value in sets._asdict().items()}
         return found
 
@@ -116,43 +116,43 @@ class GaussianPredictor:
     of the former. Args of all methods: outputs (K, n, O), in units of the target's standard deviation.
     """
 
-    hows = (RAW,)
+    scalings = (RAW,)
 
-    def __init__(self, dev: np.ndarray, truth: Truth) -> None:
-        self.truth = truth
+    def __init__(self, dev: np.ndarray, targets: HeldOutTargets) -> None:
+        self.targets = targets
         mean, variance = _moments(dev)
-        residual = np.abs(truth.dev - mean)  # (n_dev, O)
-        folds = [truth.dev_fold == f for f in range(truth.dev_fold.max() + 1)]
+        residual = np.abs(targets.dev - mean)  # (n_dev, O)
+        folds = [targets.dev_fold == f for f in range(targets.dev_fold.max() + 1)]
         square = np.stack([np.square(residual[rows]).mean(0) for rows in folds])  # (F, O)
         among = np.stack([variance[rows].mean(0) for rows in folds])
         self.noise = np.maximum(square - among, square / 20)
         self.quantile = {
-            a: np.stack([calibration.conformal_quantile(residual[rows], a) for rows in folds]) for a in truth.alphas
+            a: np.stack([calibration.conformal_quantile(residual[rows], a) for rows in folds]) for a in targets.alphas
         }
 
     def moments(self, outputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Mean and variance (n, O) of the predictive distribution."""
         mean, variance = _moments(outputs)
-        return mean, variance + self.noise[self.truth.test_fold]
+        return mean, variance + self.noise[self.targets.test_fold]
 
-    def losses(self, outputs: np.ndarray, how: str = RAW) -> np.ndarray:
+    def losses(self, outputs: np.ndarray, scaling: str = RAW) -> np.ndarray:
         """(n,) NLL, mean over outputs."""
-        return calibration.gaussian_nll(self.truth.test, *self.moments(outputs)).mean(1)
+        return calibration.gaussian_nll(self.targets.test, *self.moments(outputs)).mean(1)
 
-    def ranking(self, outputs: np.ndarray, how: str = RAW) -> tuple[np.ndarray, np.ndarray]:
+    def ranking(self, outputs: np.ndarray, scaling: str = RAW) -> tuple[np.ndarray, np.ndarray]:
         """Uncertainty and risk (n,): the members' standard deviation and the absolute error, means over outputs."""
         mean, variance = _moments(outputs)
-        return np.sqrt(variance).mean(1), np.abs(self.truth.test - mean).mean(1)
+        return np.sqrt(variance).mean(1), np.abs(self.targets.test - mean).mean(1)
 
-    def measures(self, outputs: np.ndarray, how: str = RAW, floor: bool = False) -> Measures:
+    def measures(self, outputs: np.ndarray, scaling: str = RAW, floor: bool = False) -> Measures:
         """Everything of one predictor; a member alone has no standard deviation, and so no order of its examples."""
         ranking = self.ranking(outputs)
         found: Measures = {"NLL": float(self.losses(outputs).mean()), "MAE": float(ranking[1].mean())}
         if len(outputs) > 1:
             found |= {"AURC": calibration.aurc(*ranking), "excess AURC": calibration.excess_aurc(*ranking)}
-        residual = np.abs(self.truth.test - _moments(outputs)[0])
+        residual = np.abs(self.targets.test - _moments(outputs)[0])
         for alpha, quantile in self.quantile.items():
-            half = quantile[self.truth.test_fold]  # (n, O)
+            half = quantile[self.targets.test_fold]  # (n, O)
             name = f"at {1 - alpha:g}"
             found[f"coverage {name}"] = float((residual <= half).mean())
             found[f"width {name}"] = float(2 * half.mean())
@@ -171,27 +171,28 @@ def _moments(outputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return mean, outputs.var(0, ddof=1) if len(outputs) > 1 else np.zeros_like(mean)
 
 
-class Row:
+class MethodPredictors:
     """One row of a run: each of its S members alone, their ensemble, and the ensembles that lack one of them."""
 
-    def __init__(self, dev: np.ndarray, truth: Truth) -> None:
-        kind = BinaryPredictor if truth.task == "binary" else GaussianPredictor
+    def __init__(self, dev: np.ndarray, targets: HeldOutTargets) -> None:
+        kind = BinaryPredictor if targets.task == "binary" else GaussianPredictor
         seeds = range(len(dev))
-        self.ensemble = kind(dev, truth)
-        self.members = [kind(dev[[s]], truth) for s in seeds]
-        self.lacking = [kind(np.delete(dev, s, 0), truth) for s in seeds]
+        self.ensemble = kind(dev, targets)
+        self.members = [kind(dev[[s]], targets) for s in seeds]
+        self.lacking = [kind(np.delete(dev, s, 0), targets) for s in seeds]
 
     def measures(self, outputs: np.ndarray, floor: bool = False) -> dict[str, dict[str, Measures]]:
         """{"one member" or "ensemble": {"raw" or "scaled": {measure: value, of members (S, ...)}}}."""
         alone = {
-            how: [m.measures(outputs[[s]], how, floor) for s, m in enumerate(self.members)]
-            for how in self.ensemble.hows
+            scaling: [m.measures(outputs[[s]], scaling, floor) for s, m in enumerate(self.members)]
+            for scaling in self.ensemble.scalings
         }
         return {
             MEMBER: {
-                how: {name: np.array([x[name] for x in found]) for name in found[0]} for how, found in alone.items()
+                scaling: {name: np.array([x[name] for x in found]) for name in found[0]}
+                for scaling, found in alone.items()
             },
-            ENSEMBLE: {how: self.ensemble.measures(outputs, how, floor) for how in self.ensemble.hows},
+            ENSEMBLE: {scaling: self.ensemble.measures(outputs, scaling, floor) for scaling in self.ensemble.scalings},
         }
 
     def by_seed(self, outputs: np.ndarray, of: "Parts") -> np.ndarray:

@@ -5,18 +5,27 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from experiments.uncertainty.predictors import ENSEMBLE, MEMBER, RAW, SCALED, BinaryPredictor, Measures, Row, Truth
+from experiments.uncertainty.predictors import (
+    ENSEMBLE,
+    MEMBER,
+    RAW,
+    SCALED,
+    BinaryPredictor,
+    HeldOutTargets,
+    Measures,
+    MethodPredictors,
+)
 from mmfusion.metrics.calibration import Detection
 
 ROWS = ("with jWAE", "without")
 
 
 @dataclass
-class Found:
+class UncertaintyResult:
     """What table, figure and results.json show; rows are called "with jWAE" and, where there is one, "without"."""
 
-    truth: Truth
-    rows: dict[str, Row]
+    targets: HeldOutTargets
+    rows: dict[str, MethodPredictors]
     outputs: dict[str, np.ndarray]
     """{row: clean test predictions (S, n[, O])}"""
     clean: dict[str, dict] = field(default_factory=dict)
@@ -40,21 +49,21 @@ def averaged(nested: Sequence[dict]) -> dict:
     }
 
 
-def table(found: Found) -> str:
+def table(result: UncertaintyResult) -> str:
     """Fixed-width: clean and corrupted measures, conformal prediction, then one line per corruption and level."""
-    unit = "" if found.truth.task == "binary" else "; in units of the target's standard deviation"
+    unit = "" if result.targets.task == "binary" else "; in units of the target's standard deviation"
     title = f"clean test examples; of members mean +- std over seeds{unit}"
-    lines = [*measures_table(found, found.clean, title), *temperature_lines(found), "", *conformal_table(found)]
-    if found.corrupted:
-        everything = averaged(list(found.corrupted.values()))
-        lines += ["", *measures_table(found, everything, "mean over all corruptions and levels")]
-        lines += ["", *detection_table(found), "", *corruption_table(found)]
+    lines = [*measures_table(result, result.clean, title), *temperature_lines(result), "", *conformal_table(result)]
+    if result.corrupted:
+        everything = averaged(list(result.corrupted.values()))
+        lines += ["", *measures_table(result, everything, "mean over all corruptions and levels")]
+        lines += ["", *detection_table(result), "", *corruption_table(result)]
     return "\n".join(lines)
 
 
-def measures_table(found: Found, by_row: dict[str, dict], title: str) -> list[str]:
+def measures_table(result: UncertaintyResult, by_row: dict[str, dict], title: str) -> list[str]:
     """Rows: one member and the ensemble, raw and scaled, with and without; ECEs beside their floors where known."""
-    binary = found.truth.task == "binary"
+    binary = result.targets.task == "binary"
     names = ["NLL", *(["Brier"] if binary else ["MAE"]), "AURC", "excess AURC"]
     eces = [f"ECE, equal {kind}" for kind in ("width", "mass")] if binary else []
     floors = f"{eces[0]}, floor" in by_row[ROWS[0]][ENSEMBLE][RAW] if eces else False
@@ -63,10 +72,10 @@ def measures_table(found: Found, by_row: dict[str, dict], title: str) -> list[st
     width = 30 if floors else 17
     lines = [title, f"{'':30}" + "".join(f"{x:>17}" for x in names) + "".join(f"{x:>{width}}" for x in eces)]
     for who in (MEMBER, ENSEMBLE):
-        for how in found.rows[ROWS[0]].ensemble.hows:
+        for scaling in result.rows[ROWS[0]].ensemble.scalings:
             for row, measures in by_row.items():
-                values = measures[who][how]
-                text = f"{who}, {row}" + (", scaled" if how == SCALED else "")
+                values = measures[who][scaling]
+                text = f"{who}, {row}" + (", scaled" if scaling == SCALED else "")
                 line = f"{text:30}" + "".join(f"{_cell(values.get(name)):>17}" for name in names)
                 for name in eces:
                     line += f"{_cell(values[name]):>17}"
@@ -77,20 +86,22 @@ def measures_table(found: Found, by_row: dict[str, dict], title: str) -> list[st
     return lines
 
 
-def temperature_lines(found: Found) -> list[str]:
+def temperature_lines(result: UncertaintyResult) -> list[str]:
     """What dev makes of the logits: above 1, they were too sure."""
     lines = []
-    for name, row in found.rows.items():
+    for name, row in result.rows.items():
         if isinstance(row.ensemble, BinaryPredictor):
             alone = np.array([m.temperature.mean() for m in row.members])
             text = f"{_cell(alone, 2)} of a member, {row.ensemble.temperature.mean():.2f} of the ensemble"
-            lines.append(f"temperature {name}: {text}" + (", means over folds" if found.truth.dev_fold.any() else ""))
+            lines.append(
+                f"temperature {name}: {text}" + (", means over folds" if result.targets.dev_fold.any() else "")
+            )
     return lines
 
 
-def conformal_table(found: Found) -> list[str]:
+def conformal_table(result: UncertaintyResult) -> list[str]:
     """Split-conformal prediction, calibrated on dev: coverage and size."""
-    if found.truth.task == "binary":
+    if result.targets.task == "binary":
         names = {"coverage": "coverage", "coverage_0": "of class 0", "coverage_1": "of class 1"}
         names |= {"size": "mean size", "empty": "empty", "both": "both"}
         lines = ["split-conformal sets of labels, calibrated on dev"]
@@ -98,46 +109,47 @@ def conformal_table(found: Found) -> list[str]:
         names = {"coverage": "coverage", "width": "width"}
         lines = ["split-conformal intervals, calibrated on dev, means over outputs"]
     lines.append(f"{'':38}" + "".join(f"{title:>17}" for title in names.values()))
-    for alpha in found.truth.alphas:
+    for alpha in result.targets.alphas:
         for who in (MEMBER, ENSEMBLE):
-            for row, measures in found.clean.items():
+            for row, measures in result.clean.items():
                 values = measures[who][RAW]
                 cells = "".join(f"{_cell(values[f'{name} at {1 - alpha:g}']):>17}" for name in names)
                 lines.append(f"{f'{1 - alpha:g} wanted: {who}, {row}':38}{cells}")
     return lines
 
 
-def detection_table(found: Found) -> list[str]:
+def detection_table(result: UncertaintyResult) -> list[str]:
     """Every score's AUROC of clean against corrupted, mean over kinds of corruption."""
-    levels = sorted({level for _, _, level in found.detected})
+    levels = sorted({level for _, _, level in result.detected})
     lines = ["AUROC of clean against corrupted examples, mean over kinds"]
     lines.append(f"{'':38}" + "".join(f"{f'level {level:g}':>14}" for level in levels))
-    for score in next(iter(found.detected.values()))[ROWS[0]]:
-        for row in found.rows:
-            by_level = [np.mean([d[row][score].auroc for k, d in found.detected.items() if k[2] == x]) for x in levels]
+    for score in next(iter(result.detected.values()))[ROWS[0]]:
+        for row in result.rows:
+            by_level = [np.mean([d[row][score].auroc for k, d in result.detected.items() if k[2] == x]) for x in levels]
             lines.append(f"{f'{score}, {row}':38}" + "".join(f"{value:14.3f}" for value in by_level))
     return lines
 
 
-def corruption_table(found: Found) -> list[str]:
+def corruption_table(result: UncertaintyResult) -> list[str]:
     """Ensembles under corruption: with / without in each cell."""
-    level = f"{1 - found.truth.alphas[0]:g}"
+    level = f"{1 - result.targets.alphas[0]:g}"
     columns = {"NLL": (RAW, "NLL"), "AURC": (RAW, "AURC"), f"coverage at {level}": (RAW, f"coverage at {level}")}
-    if found.truth.task == "binary":
+    if result.targets.task == "binary":
         columns["NLL, scaled"] = (SCALED, "NLL")
         columns["ECE"] = (RAW, "ECE, equal width")
-    rows = list(found.rows)
-    score = next(iter(next(iter(found.detected.values()))[ROWS[0]]))
+    rows = list(result.rows)
+    score = next(iter(next(iter(result.detected.values()))[ROWS[0]]))
     lines = [f"ensemble under corruption, mean over draws: {' / '.join(rows)}"]
     lines.append(f"(last: AUROC of clean against corrupted by the {score}, 95 % interval over examples)")
-    width = max(len(curve) for _, curve, _ in found.corrupted) + 6
+    width = max(len(curve) for _, curve, _ in result.corrupted) + 6
     lines.append(f"{'':{width}}" + "".join(f"{title:>18}" for title in columns) + f"  {'detected':^44}")
-    clean = {row: {ENSEMBLE: found.clean[row][ENSEMBLE]} for row in rows}
-    for key, measures in {("", "clean", 0.0): clean, **found.corrupted}.items():
+    clean = {row: {ENSEMBLE: result.clean[row][ENSEMBLE]} for row in rows}
+    for key, measures in {("", "clean", 0.0): clean, **result.corrupted}.items():
         cells = [
-            " / ".join(f"{measures[row][ENSEMBLE][how][name]:.3f}" for row in rows) for how, name in columns.values()
+            " / ".join(f"{measures[row][ENSEMBLE][scaling][name]:.3f}" for row in rows)
+            for scaling, name in columns.values()
         ]
-        detected = found.detected.get(key, {})
+        detected = result.detected.get(key, {})
         shown = " / ".join(f"{d[score].auroc:.3f} [{d[score].low:.3f}, {d[score].high:.3f}]" for d in detected.values())
         text = f"{key[1]} {key[2]:.2f}" if key[0] else key[1]
         lines.append((f"{text:{width}}" + "".join(f"{cell:>18}" for cell in cells) + f"  {shown}").rstrip())
@@ -151,30 +163,30 @@ def _cell(value: float | np.ndarray | None, digits: int = 3) -> str:
     return f"{value:.{digits}f}" if value.ndim == 0 else f"{value.mean():.{digits}f} +- {value.std(ddof=1):.{digits}f}"
 
 
-def numbers_of(found: Found) -> dict[str, object]:
+def numbers_of(result: UncertaintyResult) -> dict[str, object]:
     """Everything in table and figure, JSON-able; no number (an infinite interval, an absent class) is None."""
     temperature = {
         name: {MEMBER: [m.temperature for m in row.members], ENSEMBLE: row.ensemble.temperature}
-        for name, row in found.rows.items()
+        for name, row in result.rows.items()
         if isinstance(row.ensemble, BinaryPredictor)
     }
     corrupted = []
-    for key, measures in found.corrupted.items():
-        told = dict(zip(("group", "curve", "level"), key, strict=True))
+    for key, measures in result.corrupted.items():
+        condition = dict(zip(("group", "curve", "level"), key, strict=True))
         short = {name: {who: _short(found_of) for who, found_of in by.items()} for name, by in measures.items()}
-        corrupted.append(told | {"measures": short, "detected": found.detected[key]})
-    return _plain({"clean": found.clean, "temperature": temperature, "corrupted": corrupted})
+        corrupted.append(condition | {"measures": short, "detected": result.detected[key]})
+    return _plain({"clean": result.clean, "temperature": temperature, "corrupted": corrupted})
 
 
 def _short(by_how: dict[str, Measures]) -> dict[str, dict]:
     """Members as mean and standard deviation, nothing output by output: sixty conditions would fill megabytes."""
     return {
-        how: {
+        scaling: {
             name: x if np.ndim(x) == 0 else {"mean": x.mean(), "std": x.std(ddof=1)}
             for name, x in measures.items()
             if "by output" not in name
         }
-        for how, measures in by_how.items()
+        for scaling, measures in by_how.items()
     }
 
 

@@ -1,7 +1,7 @@
 """CMU-MOSI (Zadeh et al., 2016) and its kin in the released files -> one vector per utterance and modality.
 
-    corpus = load_cmu_mosi(Path("unaligned_50.pkl"))  # MMSA: regression, -3 .. 3
-    corpus.splits["train"].features["audio"].shape  # (1284, 10): mean and standard deviation of 5 coordinates
+    dataset = load_cmu_mosi(Path("unaligned_50.pkl"))  # MMSA: regression, -3 .. 3
+    dataset.splits["train"].features["audio"].shape  # (1284, 10): mean and standard deviation of 5 coordinates
 
 Read are the pickles of MMSA (MOSI, MOSEI), MulT and MultiBench (also UR-FUNNY and MUStARD: two-valued labels), and an
 .npz of utterance vectors (Poria et al., 2017). Sequences are pooled over time. CMU-MOSEI's seven label columns are
@@ -19,7 +19,7 @@ import torch
 
 from mmfusion.data.pickles import as_numbers, file_identity, load_npz, load_pickle
 from mmfusion.data.pooling import Pooled, pool_over_time, pooling_notes, steps_from_lengths
-from mmfusion.dataset import Corpus, Split, hold_out, take
+from mmfusion.dataset import Dataset, Split, hold_out, take
 from mmfusion.errors import InputError
 
 SENTIMENT_RANGE = (-3.0, 3.0)
@@ -52,12 +52,12 @@ def load_cmu_mosi(
     task: Literal["auto", "regression", "binary"] = "auto",
     modalities: Sequence[str] | None = None,
     name: str | None = None,
-) -> Corpus:
+) -> Dataset:
     """Splits train, dev and test of one released file; target sentiment in [-3, 3], or 0/1.
 
     `task` auto is regression where the labels are graded and binary where they take two values; binary on graded labels
     is polarity without the exact zeros. `modalities` is a choice of text, audio and video; None: all that the file
-    has. `name` of the corpus; None: by the names of the file and its folder. A file without a dev split loses 15 % of
+    has. `name` of the dataset; None: by the names of the file and its folder. A file without a dev split loses 15 % of
     train's videos to one. Raises InputError naming the file and the key or shape that is wrong.
     """
     path = Path(path).expanduser()
@@ -93,7 +93,7 @@ def load_cmu_mosi(
         "rows": {split: len(rows) for split, rows in splits.items()},
     }
     label_range = SENTIMENT_RANGE if task == "regression" else None
-    return Corpus(name or _name(path, graded), task, splits, "dev", notes, provenance, label_range)
+    return Dataset(name or _name(path, graded), task, splits, "dev", notes, provenance, label_range)
 
 
 def _read_tables(path: Path) -> dict[str, Table]:

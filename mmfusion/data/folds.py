@@ -1,36 +1,27 @@
 """A data set as the experiments see it: one pool of examples, and folds that say which are trained on and which tested.
 
-A corpus with fixed splits is one fold; MUStARD's five released folds are five. No example is tested in two folds.
+A dataset with fixed splits is one fold; MUStARD's five released folds are five. No example is tested in two folds.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mmfusion.dataset import Corpus, Split, Task, take
+from mmfusion.dataset import Dataset, Fold, Split, Task, take
 from mmfusion.errors import InputError
 
 
-class Rows(NamedTuple):
-    """One fold: rows of the pool, long (n,) each."""
-
-    train: Tensor
-    dev: Tensor
-    test: Tensor
-
-
 @dataclass(frozen=True)
-class Study:
-    """All examples of a corpus, N of them, and its folds."""
+class FoldedDataset:
+    """All examples of a dataset, N of them, and its folds."""
 
     name: str
     task: Task
     pool: Split
-    folds: list[Rows]
+    folds: list[Fold]
     notes: list[str]
     provenance: dict[str, object]
     label_range: tuple[float, float] | None = None
@@ -80,28 +71,28 @@ class Study:
         return torch.cat([fold.test for fold in self.folds])
 
 
-def study_of(corpora: Sequence[Corpus]) -> Study:
-    """One study of the folds of a corpus (or of its only one).
+def fold_datasets(datasets: Sequence[Dataset]) -> FoldedDataset:
+    """One study of the folds of a dataset (or of its only one).
 
     The test part of a fold is the first labelled split called test*, else any that is neither train nor selected upon,
     else the selection split itself, with a note. Raises InputError where nothing labelled is left to test on.
     """
-    first = corpora[0]
+    first = datasets[0]
     pool = _Pool()
     folds, notes = [], list(first.notes)
-    for corpus in corpora:
-        names = {"train": "train", "dev": corpus.selection, "test": tested_split(corpus)}
-        if names["test"] == corpus.selection and corpus is first:
-            notes.append(f"{corpus.selection} is tested on: no other labelled split is there")
-        rows = {part: torch.tensor(pool.add(corpus.splits[name], name)) for part, name in names.items()}
-        folds.append(Rows(**rows))
-    study = Study(first.name, first.task, pool.split(), folds, notes, first.provenance, first.label_range)
-    tested = study.test_rows
+    for dataset in datasets:
+        names = {"train": "train", "dev": dataset.selection, "test": tested_split(dataset)}
+        if names["test"] == dataset.selection and dataset is first:
+            notes.append(f"{dataset.selection} is tested on: no other labelled split is there")
+        rows = {part: torch.tensor(pool.add(dataset.splits[name], name)) for part, name in names.items()}
+        folds.append(Fold(**rows))
+    data = FoldedDataset(first.name, first.task, pool.split(), folds, notes, first.provenance, first.label_range)
+    tested = data.test_rows
     if len(tested.unique()) < len(tested):
         raise InputError(f"{first.name}: {len(tested) - len(tested.unique())} examples are tested in several folds")
-    if study.task == "binary" and len(study.pool.target[tested].unique()) < 2:
+    if data.task == "binary" and len(data.pool.target[tested].unique()) < 2:
         raise InputError(f"{first.name}: all {len(tested)} test examples are of one class; scores need both")
-    return study
+    return data
 
 
 class _Pool:
@@ -142,29 +133,31 @@ def _is_same(one: Split, i: int, other: Split, k: int) -> bool:
     return features and torch.equal(one.target[i], other.target[k])
 
 
-def tested_split(corpus: Corpus) -> str:
+def tested_split(dataset: Dataset) -> str:
     """Name of the split that a study tests on; raises InputError where none has labels."""
-    labelled = [name for name, split in corpus.splits.items() if split.target is not None and len(split)]
-    held_out = [name for name in labelled if name not in ("train", corpus.selection)]
-    if corpus.selection not in labelled:
-        raise InputError(f"{corpus.name}: split {corpus.selection} has no labels; the experiments need some to test on")
-    return min(held_out, key=lambda name: not name.startswith("test"), default=corpus.selection)
+    labelled = [name for name, split in dataset.splits.items() if split.target is not None and len(split)]
+    held_out = [name for name in labelled if name not in ("train", dataset.selection)]
+    if dataset.selection not in labelled:
+        raise InputError(
+            f"{dataset.name}: split {dataset.selection} has no labels; the experiments need some to test on"
+        )
+    return min(held_out, key=lambda name: not name.startswith("test"), default=dataset.selection)
 
 
-def only(study: Study, modalities: Sequence[str]) -> Study:
+def only(data: FoldedDataset, modalities: Sequence[str]) -> FoldedDataset:
     """The same study without the other modalities."""
-    features = {name: study.pool.features[name] for name in sorted(modalities)}
-    return replace(study, pool=replace(study.pool, features=features))
+    features = {name: data.pool.features[name] for name in sorted(modalities)}
+    return replace(data, pool=replace(data.pool, features=features))
 
 
-def refitted(study: Study) -> Study:
+def with_dev_in_training(data: FoldedDataset) -> FoldedDataset:
     """The same study with every fold's dev part trained on too: for scores where nothing is selected upon."""
-    folds = [Rows(torch.cat([fold.train, fold.dev]).unique(), fold.dev, fold.test) for fold in study.folds]
+    folds = [Fold(torch.cat([fold.train, fold.dev]).unique(), fold.dev, fold.test) for fold in data.folds]
     if any(bool(torch.isin(fold.test, fold.train).any()) for fold in folds):  # dev is tested on: it stays out
-        return study
-    return replace(study, folds=folds)
+        return data
+    return replace(data, folds=folds)
 
 
-def targets(study: Study, part: str = "test") -> np.ndarray:
+def targets(data: FoldedDataset, part: str = "test") -> np.ndarray:
     """(n,) or (n, O): targets of that part of every fold, fold after fold."""
-    return np.concatenate([study.pool.target[getattr(fold, part)].numpy() for fold in study.folds])
+    return np.concatenate([data.pool.target[getattr(fold, part)].numpy() for fold in data.folds])

@@ -6,7 +6,7 @@ from typing import Literal
 
 from hateful_memes_loader import download_hateful_memes, load_hateful_memes
 from mmfusion.data.demo_memes import draw_demo
-from mmfusion.dataset import Corpus
+from mmfusion.dataset import Dataset
 from mmfusion.distributed import Processes
 from mmfusion.encoders.frozen import EncoderConfig
 
@@ -71,12 +71,12 @@ def find_source(config: MemesConfig, encoders: EncoderConfig, processes: Process
     return MemesSource(jsonl, img_dir, encoders.filled(jsonl.parent if config.is_demo else None), config.is_demo)
 
 
-def load_memes(config: MemesConfig, encoders: EncoderConfig, processes: Processes, quiet: bool = False) -> Corpus:
+def load_memes(config: MemesConfig, encoders: EncoderConfig, processes: Processes, quiet: bool = False) -> Dataset:
     """The memes as frozen features; every process of torchrun takes part.
 
     `quiet` leaves the demo's banner out. Raises InputError.
     """
     source = find_source(config, encoders, processes, quiet)
     options = {"bad_images": config.bad_images, "device": processes.device, "workers": config.workers}
-    corpus = load_hateful_memes(source.jsonl, source.img_dir, source.encoders, config.cache_dir, **options)
-    return replace(corpus, name="demo") if source.is_demo else corpus
+    dataset = load_hateful_memes(source.jsonl, source.img_dir, source.encoders, config.cache_dir, **options)
+    return replace(dataset, name="demo") if source.is_demo else dataset

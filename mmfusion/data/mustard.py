@@ -1,7 +1,7 @@
-"""MUStARD (Castro et al., 2019): is an utterance of a television show sarcastic? One corpus per released fold.
+"""MUStARD (Castro et al., 2019): is an utterance of a television show sarcastic? One dataset per released fold.
 
-    corpora = load_mustard(Path("sarcasm_data.json"), EncoderConfig(), Path("cache"))
-    corpora[0].splits["train"].features["context"].shape  # (441, 768)
+    datasets = load_mustard(Path("sarcasm_data.json"), EncoderConfig(), Path("cache"))
+    datasets[0].splits["train"].features["context"].shape  # (441, 768)
 
 Utterance and context are texts, encoded here and cached; `audio_features.p` and `resnet_pool5.hdf5`, where given, are
 pooled over time. Examples are keyed as released ("1_60").
@@ -26,7 +26,7 @@ from mmfusion.data.mustard_annotations import (
 )
 from mmfusion.data.pickles import as_numbers, file_identity, load_pickle
 from mmfusion.data.pooling import pool_over_time, pooling_notes
-from mmfusion.dataset import Corpus, Split, hold_out, take
+from mmfusion.dataset import Dataset, Split, hold_out, take
 from mmfusion.distributed import current_processes
 from mmfusion.encoders.cache import FeatureCache, text_digest
 from mmfusion.encoders.extract import encode_texts
@@ -51,8 +51,8 @@ def load_mustard(
     protocol: Protocol = "speaker_dependent",
     device: str = "cpu",
     progress: bool = True,
-) -> list[Corpus]:
-    """One corpus for each of the five folds, or the one of the speaker-independent setting; splits train, dev, test.
+) -> list[Dataset]:
+    """One dataset for each of the five folds, or the one of the speaker-independent setting; splits train, dev, test.
 
     Modalities utterance and context (N, d), with `audio` also audio (N, 2 * 283: mean and standard deviation), with
     `visual` also visual (N, 2048: mean); target sarcasm (N,). `annotations` is the json or its folder; `folds` is
@@ -122,7 +122,7 @@ def _corpus(
     provenance: dict[str, object],
     notes: list[str],
     path: Path,
-) -> Corpus:
+) -> Dataset:
     """One fold, with its dev split cut from its training part."""
     training, test = take(everything, cut.train), take(everything, cut.test)
     notes = list(notes)
@@ -152,7 +152,7 @@ def _corpus(
     if again:
         notes.append(f"{again} of {len(test)} test utterances occur with the same words in train or dev")
     provenance = provenance | {"protocol": protocol, "fold": number, "rows": [len(train), len(dev), len(test)]}
-    return Corpus(name, "binary", {"train": train, "dev": dev, "test": test}, "dev", notes, provenance)
+    return Dataset(name, "binary", {"train": train, "dev": dev, "test": test}, "dev", notes, provenance)
 
 
 def _read_extra(

@@ -1,7 +1,7 @@
 """POM (Park et al., 2014): how 17 traits of a movie reviewer were rated, from audio and video, in 20 aligned steps.
 
-    corpus = load_pom(Path("pom_audio_video.npz"))
-    corpus.splits["train"].target.shape  # (600, 17), in 1 .. 7
+    dataset = load_pom(Path("pom_audio_video.npz"))
+    dataset.splits["train"].target.shape  # (600, 17), in 1 .. 7
 
 The steps are those released with Zadeh et al. (2018, MFN); the names of the traits are not recorded there.
 """
@@ -13,7 +13,7 @@ import torch
 
 from mmfusion.data.pickles import as_numbers, file_identity, load_npz
 from mmfusion.data.pooling import Pooled, Pooling, pool_over_time, pooling_notes
-from mmfusion.dataset import Corpus, Split
+from mmfusion.dataset import Dataset, Split
 from mmfusion.errors import InputError
 
 TRAITS = 17
@@ -23,7 +23,7 @@ MODALITIES = ("audio", "video")
 SPLIT_KEYS = {"train": "train", "dev": "valid", "test": "test"}
 
 
-def load_pom(path: Path, pooling: Pooling = "mean") -> Corpus:
+def load_pom(path: Path, pooling: Pooling = "mean") -> Dataset:
     """Splits train, dev and test; target (N, 17); modalities audio and video (N, d), or (N, 2d) with mean_std.
 
     The file holds audio_*, video_* (N, T, d) and traits_* (N, 17) for train, valid and test. Steps that are all zero
@@ -52,7 +52,7 @@ def load_pom(path: Path, pooling: Pooling = "mean") -> Corpus:
         "pooling": f"{pooling} over the steps that are not all zero",
     }
     names = [f"trait_{number}" for number in range(1, TRAITS + 1)]
-    return Corpus("pom", "regression", splits, "dev", notes, provenance, LABEL_RANGE, names)
+    return Dataset("pom", "regression", splits, "dev", notes, provenance, LABEL_RANGE, names)
 
 
 def _find(arrays: dict[str, np.ndarray], key: str, path: Path) -> np.ndarray:

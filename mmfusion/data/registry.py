@@ -6,23 +6,23 @@ from pathlib import Path
 from typing import Literal
 
 from mmfusion.data.cmu_mosi import load_cmu_mosi
-from mmfusion.data.folds import Study, study_of
+from mmfusion.data.folds import FoldedDataset, fold_datasets
 from mmfusion.data.memes import MemesConfig, MemesSource, find_source, load_memes
 from mmfusion.data.mustard import load_mustard
 from mmfusion.data.pom import load_pom
-from mmfusion.dataset import Corpus
+from mmfusion.dataset import Dataset
 from mmfusion.distributed import Processes
 from mmfusion.encoders.frozen import EncoderConfig
 from mmfusion.errors import InputError
 
-Dataset = Literal["demo", "cmu_mosi", "mustard", "pom", "hateful_memes"]
+DatasetName = Literal["demo", "cmu_mosi", "mustard", "pom", "hateful_memes"]
 
 
 @dataclass(frozen=True)
 class DataOptions:
     """Flags that every experiment has in common and that say what it works on."""
 
-    dataset: Dataset = "demo"
+    dataset: DatasetName = "demo"
     """demo draws its own memes; cmu_mosi also reads CMU-MOSEI and UR-FUNNY in the same layouts"""
     data: Path | None = None
     """the data set's file: .npz or .pkl (cmu_mosi), sarcasm_data.json (mustard), .npz (pom), train.jsonl (memes)"""
@@ -46,13 +46,13 @@ class DataOptions:
     """where encoded texts and images (and the demo) are kept between runs"""
 
 
-def load_study(options: DataOptions, device: str = "cpu") -> Study:
+def load_folded(options: DataOptions, device: str = "cpu") -> FoldedDataset:
     """The data set that the flags name. Raises InputError naming the flag or the file."""
-    return study_of(load_corpora(options, device))
+    return fold_datasets(load_datasets(options, device))
 
 
-def load_corpora(options: DataOptions, device: str = "cpu") -> list[Corpus]:
-    """The data set that the flags name, one corpus per fold. Raises InputError naming the flag or the file."""
+def load_datasets(options: DataOptions, device: str = "cpu") -> list[Dataset]:
+    """The data set that the flags name, one dataset per fold. Raises InputError naming the flag or the file."""
     if options.dataset != "demo" and options.data is None:
         raise InputError(f"--data: --dataset {options.dataset} needs the path of its file")
     if options.dataset == "demo" and options.data is not None:
@@ -72,16 +72,16 @@ def _memes_config(options: DataOptions) -> tuple[MemesConfig, EncoderConfig]:
     return data, EncoderConfig(image_encoder=options.image_encoder, text_encoder=options.text_encoder)
 
 
-def _memes(options: DataOptions, device: str) -> list[Corpus]:
+def _memes(options: DataOptions, device: str) -> list[Dataset]:
     return [load_memes(*_memes_config(options), Processes(device=device))]
 
 
-def _cmu_mosi(options: DataOptions, device: str) -> list[Corpus]:
+def _cmu_mosi(options: DataOptions, device: str) -> list[Dataset]:
     return [load_cmu_mosi(options.data, options.task)]
 
 
-def _mustard(options: DataOptions, device: str) -> list[Corpus]:
-    corpora = load_mustard(
+def _mustard(options: DataOptions, device: str) -> list[Dataset]:
+    datasets = load_mustard(
         options.data,
         EncoderConfig(text_encoder=options.text_encoder),
         options.cache_dir,
@@ -91,14 +91,14 @@ def _mustard(options: DataOptions, device: str) -> list[Corpus]:
         protocol=options.protocol,
         device=device,
     )
-    return [replace(corpus, name="mustard") for corpus in corpora]
+    return [replace(dataset, name="mustard") for dataset in datasets]
 
 
-def _pom(options: DataOptions, device: str) -> list[Corpus]:
+def _pom(options: DataOptions, device: str) -> list[Dataset]:
     return [load_pom(options.data, "mean_std")]
 
 
-_LOADERS: dict[str, Callable[[DataOptions, str], list[Corpus]]] = {
+_LOADERS: dict[str, Callable[[DataOptions, str], list[Dataset]]] = {
     "demo": _memes,
     "cmu_mosi": _cmu_mosi,
     "mustard": _mustard,

@@ -62,10 +62,12 @@ def encode_images(
         if mine and not only_check and not source.is_folder:
             resnet50_file(source)  # before the first picture is decoded: missing weights show at once
         if mine:
-            how = image_preprocessing(config, source)
+            preprocessing = image_preprocessing(config, source)
             wanted = [[digest not in cache for digest, _ in batch] for batch in mine]
             keys = [[digest for digest, _ in batch] for batch in mine]
-            batches = ImageBatches([[files[key] for key in batch] for batch in keys], wanted, how, keys, change)
+            batches = ImageBatches(
+                [[files[key] for key in batch] for batch in keys], wanted, preprocessing, keys, change
+            )
             decoded = _in_workers(batches, _worker_count(processes) if workers is None else workers)
             build = partial(ImageEncoder, config, source, processes.device)
             jobs = _image_jobs(mine, decoded, build, bad, stop_at_bad, only_check)

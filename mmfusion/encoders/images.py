@@ -60,15 +60,15 @@ def decode_rgb(path: Path) -> Image.Image:
         return image.convert("RGB")
 
 
-def preprocess(image: Image.Image, how: Preprocessing) -> np.ndarray:
+def preprocess(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
     """Resize an RGB picture (and crop it) to uint8 (S, S, 3)."""
-    if how.mode == "squash":
-        return np.asarray(image.resize((how.size, how.size), how.resample))
-    scale = how.resize / min(image.size)
-    width, height = (max(how.resize, int(side * scale)) for side in image.size)
-    left, top = round((width - how.size) / 2), round((height - how.size) / 2)
-    resized = image.resize((width, height), how.resample)
-    return np.asarray(resized.crop((left, top, left + how.size, top + how.size)))
+    if preprocessing.mode == "squash":
+        return np.asarray(image.resize((preprocessing.size, preprocessing.size), preprocessing.resample))
+    scale = preprocessing.resize / min(image.size)
+    width, height = (max(preprocessing.resize, int(side * scale)) for side in image.size)
+    left, top = round((width - preprocessing.size) / 2), round((height - preprocessing.size) / 2)
+    resized = image.resize((width, height), preprocessing.resample)
+    return np.asarray(resized.crop((left, top, left + preprocessing.size, top + preprocessing.size)))
 
 
 def reason_unreadable(error: Exception) -> str:
@@ -112,12 +112,12 @@ class ImageBatches:
         self,
         batches: list[list[Path]],
         wanted: list[list[bool]],
-        how: Preprocessing,
+        preprocessing: Preprocessing,
         keys: list[list[str]] | None = None,
         change: Callable[[Image.Image, str], Image.Image] | None = None,
     ) -> None:
         """`change` (picture, key) -> picture is applied to every decoded picture of that key."""
-        self.batches, self.wanted, self.how = batches, wanted, how
+        self.batches, self.wanted, self.preprocessing = batches, wanted, preprocessing
         self.keys, self.change = keys, change
 
     def __len__(self) -> int:
@@ -138,7 +138,7 @@ class ImageBatches:
                 picture = decode_rgb(paths[place])
                 if self.change is not None:
                     picture = self.change(picture, self.keys[index][place])
-                pixels[place] = preprocess(picture, self.how)
+                pixels[place] = preprocess(picture, self.preprocessing)
             except Exception as error:  # a hostile file may raise nearly anything inside Pillow
                 reasons[place] = reason_unreadable(error)
         good = sorted(pixels)

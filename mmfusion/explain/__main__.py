@@ -62,7 +62,7 @@ def main(config: Config) -> None:
         print(f"\ndrawn in {out}")
         return
 
-    name = explainer.known_split(config.split or explainer.corpus.selection)
+    name = explainer.known_split(config.split or explainer.dataset.selection)
     places = explainer.named(config.ids) if config.ids else explainer.rows(name, config.worst) if config.split else []
     summary = None if config.ids and not config.summary else explainer.summary(name, baselines=config.summary)
     if config.summary:

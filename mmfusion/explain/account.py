@@ -24,7 +24,7 @@ from torch import Tensor
 from lmf_module import LowRankMultimodalFusion
 from mmfusion.dataset import Task
 from mmfusion.explain.saliency import Box, RegionMap
-from mmfusion.models.decomposition import Subset, parts_about
+from mmfusion.models.decomposition import Subset, recentred_parts
 from mmfusion.models.fusion import FusionModel
 from mmfusion.models.heads import FusedWidthHead
 from mmfusion.robustness.certificates import certified_radius
@@ -190,7 +190,7 @@ def account_for(
     for member in members:
         layer, latents, reference = exact_layer(member), latents_of(member, features), latents_of(member, train)
         prediction.append(member(features, reconstruct=False).prediction[:, output].double().numpy())
-        for subset, part in parts_about(layer, latents, [z.mean(0) for z in reference]).items():
+        for subset, part in recentred_parts(layer, latents, [z.mean(0) for z in reference]).items():
             parts.setdefault(subset_name(subset, modalities), []).append(part[:, output].numpy())
         for m, name in enumerate(modalities):
             gradient = layer.modality_gradient(latents, m)[:, output]  # (N, L)
@@ -270,7 +270,7 @@ class RankComponents:
         terms, coordinates = self.terms(latents), self.coordinates(latents)
         raw = self.layer.rank_terms(latents)[..., self.output]
         whole = self.layer(latents)[..., self.output] - self.layer.bias[self.output]
-        together = parts_about(self.layer, latents, self.means)[(0, 1)][:, self.output] if self.canonical else whole
+        together = recentred_parts(self.layer, latents, self.means)[(0, 1)][:, self.output] if self.canonical else whole
         residual = _residual(terms.sum(-1).numpy(), together.numpy())
         scale = self.train_coordinates.std(0).clamp_min(1e-12)  # (R, M)
         nearest = []

@@ -11,7 +11,7 @@ import torch
 from scipy.special import logsumexp
 from torch import Tensor
 
-from mmfusion.dataset import Corpus, Split, Task, take
+from mmfusion.dataset import Dataset, Split, Task, take
 from mmfusion.encoders.frozen import (
     ImageEncoder,
     TextEncoder,
@@ -55,12 +55,12 @@ class Explainer:
     def __init__(self, run: TrainedRun, choices: Choices, device: str) -> None:
         """Raises InputError naming the flag of a choice that the run does not offer."""
         self.run, self.choices, self.device = run, choices, device
-        if choices.fold >= len(run.corpora):
-            raise InputError(f"--fold {choices.fold}: this run has folds 0 to {len(run.corpora) - 1}")
+        if choices.fold >= len(run.datasets):
+            raise InputError(f"--fold {choices.fold}: this run has folds 0 to {len(run.datasets) - 1}")
         if choices.maps and run.encoders is None:
             raise InputError(f"--maps: {run.folder} has no encoders, its features came from a file; leave it out")
-        self.corpus: Corpus = run.corpora[choices.fold]
-        self.train: Split = self.corpus.splits["train"]
+        self.dataset: Dataset = run.datasets[choices.fold]
+        self.train: Split = self.dataset.splits["train"]
         self.members: list[FusionModel] = run.members(run.main_row, choices.fold)
         self.seeds = run.seeds
         if choices.seed is not None and choices.seed not in self.seeds:
@@ -69,7 +69,7 @@ class Explainer:
         outputs = len(self.members[0].rescale.std)
         if choices.output >= outputs:
             raise InputError(f"--output {choices.output}: this run's outputs are 0 to {outputs - 1}")
-        self.output = output_name(self.corpus, choices.output)
+        self.output = output_name(self.dataset, choices.output)
         self.ranks = RankComponents(self.members[self.seeds.index(self.seed)], self.train.features, choices.output)
         if choices.rank is not None and choices.rank > self.ranks.rank:
             raise InputError(f"--rank {choices.rank}: this run has ranks 1 to {self.ranks.rank}")
@@ -92,28 +92,28 @@ class Explainer:
 
     def known_split(self, name: str) -> str:
         """The name of a split that is there and has examples."""
-        if not len(self.corpus.splits.get(name, ())):
-            known = ", ".join(key for key, split in self.corpus.splits.items() if len(split))
-            raise InputError(f"--split {name}: {self.corpus.name} has {known}")
+        if not len(self.dataset.splits.get(name, ())):
+            known = ", ".join(key for key, split in self.dataset.splits.items() if len(split))
+            raise InputError(f"--split {name}: {self.dataset.name} has {known}")
         return name
 
     def named(self, ids: Sequence[str]) -> list[Place]:
         """(split, row) of each id; of an id in several splits, in the first of them."""
         places: dict[str, Place] = {}
-        for name, split in self.corpus.splits.items():
+        for name, split in self.dataset.splits.items():
             for row, key in enumerate(split.ids):
                 places.setdefault(key, (name, row))
         for key in ids:
             if key not in places:
                 close = difflib.get_close_matches(key, list(places), 1, cutoff=0.0)
                 raise InputError(
-                    f"--ids {key}: {self.corpus.name} has no example of that id; the nearest is {close[0]}"
+                    f"--ids {key}: {self.dataset.name} has no example of that id; the nearest is {close[0]}"
                 )
         return [places[key] for key in ids]
 
     def rows(self, name: str, worst: int | None) -> list[Place]:
         """A whole split, or the `worst` of it: those with the largest loss of the mean over members, worst first."""
-        split = self.corpus.splits[name]
+        split = self.dataset.splits[name]
         order = range(len(split))
         if worst is not None:
             if split.target is None:
@@ -129,7 +129,7 @@ class Explainer:
     def explain_places(self, places: Sequence[Place]) -> Explanation:
         """Examples of the run's own data, from their cached features."""
         features = {
-            name: torch.stack([self.corpus.splits[split].features[name][row] for split, row in places])
+            name: torch.stack([self.dataset.splits[split].features[name][row] for split, row in places])
             for name in self.train.features
         }
         parts = [self.examples(split, [row]) for split, row in places]
@@ -153,8 +153,8 @@ class Explainer:
         }
         return summarise(
             self.members,
-            self.corpus.splits[name],
-            name if len(self.run.corpora) == 1 else f"{name} of fold {self.choices.fold}",
+            self.dataset.splits[name],
+            name if len(self.run.datasets) == 1 else f"{name} of fold {self.choices.fold}",
             self.run.task,
             self.choices.output,
             self.output,
@@ -194,8 +194,8 @@ class Explainer:
 
     def examples(self, split: str, rows: Sequence[int]) -> Examples:
         """What the given rows of a split look like."""
-        chosen = take(self.corpus.splits[split], rows)
-        texts = {name: [several[i] for i in rows] for name, several in self.run.texts(self.corpus, split).items()}
+        chosen = take(self.dataset.splits[split], rows)
+        texts = {name: [several[i] for i in rows] for name, several in self.run.texts(self.dataset, split).items()}
         if not texts and "transcript" in chosen.metadata:
             texts = {"transcript": chosen.metadata["transcript"]}
         targets: list[float | None] = [None] * len(chosen)
@@ -224,8 +224,8 @@ class Explainer:
 
     def read(self, image: Path) -> np.ndarray:
         """Pixels (S, S, 3) as the encoder sees them. Raises what Pillow raises on a file that is no picture."""
-        how = image_preprocessing(self.run.encoders, find_image_encoder(self.run.encoders))
-        return preprocess(decode_rgb(image), how).copy()  # Pillow's own memory is read-only
+        preprocessing = image_preprocessing(self.run.encoders, find_image_encoder(self.run.encoders))
+        return preprocess(decode_rgb(image), preprocessing).copy()  # Pillow's own memory is read-only
 
     # ---- maps
 
@@ -284,8 +284,8 @@ def ensemble_losses(prediction: np.ndarray, target: np.ndarray, task: Task) -> n
     return -(logsumexp(-np.logaddexp(0, -margin), axis=0) - np.log(len(prediction)))  # no probability underflows
 
 
-def output_name(corpus: Corpus, output: int) -> str:
+def output_name(dataset: Dataset, output: int) -> str:
     """What is predicted: "logit" of a binary label, else the target's name."""
-    if corpus.task == "binary":
+    if dataset.task == "binary":
         return "logit"
-    return corpus.target_names[output] if corpus.target_names else "value"
+    return dataset.target_names[output] if dataset.target_names else "value"

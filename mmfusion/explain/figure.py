@@ -52,7 +52,7 @@ def _draw_picture(axis: Axes, explanation: Explanation, row: int) -> None:
     key, maps = explanation.examples.ids[row], explanation.maps[row]
     axis.axis("off")
     if key not in explanation.examples.pictures:
-        axis.text(0.5, 0.5, "this corpus has no pictures", ha="center", color=GREY)
+        axis.text(0.5, 0.5, "this dataset has no pictures", ha="center", color=GREY)
         return
     picture = decode_rgb(explanation.examples.pictures[key])
     picture.thumbnail((640, 640))

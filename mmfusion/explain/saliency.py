@@ -119,14 +119,14 @@ def _words(tokens: "BatchEncoding", text: str) -> list[tuple[int, int] | None]:
     return spans
 
 
-def seen_box(size: tuple[int, int], how: Preprocessing) -> Box:
+def seen_box(size: tuple[int, int], preprocessing: Preprocessing) -> Box:
     """The part of a picture of (width, height) pixels that the encoder sees."""
-    if how.mode == "squash":
+    if preprocessing.mode == "squash":
         return 0.0, 0.0, 1.0, 1.0
-    scale = how.resize / min(size)
-    width, height = (max(how.resize, int(side * scale)) for side in size)
-    left, top = round((width - how.size) / 2), round((height - how.size) / 2)
-    return left / width, top / height, (left + how.size) / width, (top + how.size) / height
+    scale = preprocessing.resize / min(size)
+    width, height = (max(preprocessing.resize, int(side * scale)) for side in size)
+    left, top = round((width - preprocessing.size) / 2), round((height - preprocessing.size) / 2)
+    return left / width, top / height, (left + preprocessing.size) / width, (top + preprocessing.size) / height
 
 
 def overlay(picture: Image.Image, cells: np.ndarray, box: Box) -> Image.Image:

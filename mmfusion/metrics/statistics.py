@@ -256,7 +256,7 @@ def judge(estimate: float, low: float, high: float, p_holm: float, effect: float
     return "supported" if significant and estimate > 0 else "too few data"
 
 
-def contrasts(
+def corrected_contrasts(
     named: Mapping[str, tuple[np.ndarray, str]], effect: float | Mapping[str, float], seed: int = 0
 ) -> list[Contrast]:
     """Interval of each contrast, corrected over all of them (Holm), and its verdict.
@@ -283,10 +283,10 @@ def contrasts(
         except ValueError as error:
             raise ValueError(f"contrast {name!r}: {error}") from error
     adjusted = holm([result.p for result in results])
-    made = []
+    contrasts = []
     for (name, (differences, claim)), result, p_holm in zip(named.items(), results, adjusted.tolist(), strict=True):
         seeds, examples = _checked(differences).shape
-        made.append(
+        contrasts.append(
             Contrast(
                 name=name,
                 claim=claim,
@@ -302,7 +302,7 @@ def contrasts(
                 verdict=judge(result.estimate, result.low, result.high, p_holm, effects[name]),
             )
         )
-    return made
+    return contrasts
 
 
 def combine(verdicts: Sequence[Verdict], how: Literal["all", "any"]) -> Verdict:

@@ -26,7 +26,7 @@ Subset = tuple[int, ...]
 
 
 @torch.no_grad()
-def about(layer: LowRankMultimodalFusion, means: Sequence[Tensor]) -> LowRankMultimodalFusion:
+def recentred(layer: LowRankMultimodalFusion, means: Sequence[Tensor]) -> LowRankMultimodalFusion:
     """The layer that gives at z - mean what `layer` gives at z: its bias rows are c_m + A_m mean_m, means (d_m,)."""
     layer = deepcopy(layer)
     for projection, mean in zip(layer.projections, means, strict=True):
@@ -35,7 +35,7 @@ def about(layer: LowRankMultimodalFusion, means: Sequence[Tensor]) -> LowRankMul
 
 
 @torch.no_grad()
-def parts_about(
+def recentred_parts(
     layer: LowRankMultimodalFusion, latents: Sequence[Tensor], means: Sequence[Tensor] | None = None
 ) -> dict[Subset, Tensor]:
     """`layer.subset_terms` with the latents' origin moved to `means`, by default those of the latents themselves.
@@ -50,14 +50,14 @@ def parts_about(
         is its output at the means.
     """
     means = [z.mean(0) for z in latents] if means is None else means
-    return about(layer, means).subset_terms([z - mean for z, mean in zip(latents, means, strict=True)])
+    return recentred(layer, means).subset_terms([z - mean for z, mean in zip(latents, means, strict=True)])
 
 
 def interventional_values(
     layer: LowRankMultimodalFusion, latents: Sequence[Tensor], means: Sequence[Tensor] | None = None
 ) -> dict[Subset, Tensor]:
-    """v_T (N, O) of every subset T of the modalities, in closed form; arguments as for `parts_about`."""
-    parts = parts_about(layer, latents, means)
+    """v_T (N, O) of every subset T of the modalities, in closed form; arguments as for `recentred_parts`."""
+    parts = recentred_parts(layer, latents, means)
     return {known: sum(part for subset, part in parts.items() if set(subset) <= set(known)) for known in parts}
 
 
@@ -76,8 +76,8 @@ def values_by_definition(head: Callable[[list[Tensor]], Tensor], latents: Sequen
             chosen = {m: latents[m][grid[:, column]] for column, m in enumerate(others)}  # (n^k, d_m) each
             rows = []
             for i in range(n if known else 1):
-                told = {m: latents[m][i].expand(len(grid), -1) for m in known}
-                rows.append(head([(told | chosen)[m] for m in modalities]).mean(0))  # (n^k, O) -> (O,)
+                given = {m: latents[m][i].expand(len(grid), -1) for m in known}
+                rows.append(head([(given | chosen)[m] for m in modalities]).mean(0))  # (n^k, O) -> (O,)
             values[known] = torch.stack(rows).expand(n, -1)
     return values
 
@@ -102,8 +102,8 @@ def shapley_values(values: Mapping[Subset, Tensor]) -> Tensor:
         for known, value in values.items():
             if m not in known:
                 weight = math.factorial(len(known)) * math.factorial(modalities - len(known) - 1)
-                told = tuple(sorted((*known, m)))
-                share = share + weight / math.factorial(modalities) * (values[told] - value)
+                given = tuple(sorted((*known, m)))
+                share = share + weight / math.factorial(modalities) * (values[given] - value)
         shares.append(share)
     return torch.stack(shares, dim=-1)
 
@@ -114,7 +114,7 @@ def variance_shares(layer: LowRankMultimodalFusion, latents: Sequence[Tensor]) -
 
         share_S = sum_o cov(part_So, y_o) / sum_o var(y_o),    y = sum_S part_S
 
-    The parts are those of `parts_about`.
+    The parts are those of `recentred_parts`.
 
     Args:
         layer: of M modalities and O outputs; left as it is.
@@ -126,7 +126,7 @@ def variance_shares(layer: LowRankMultimodalFusion, latents: Sequence[Tensor]) -
 
     Raises ValueError for latents that do not fit the layer.
     """
-    parts = parts_about(deepcopy(layer).double(), [z.double() for z in latents])  # (n, O) each
+    parts = recentred_parts(deepcopy(layer).double(), [z.double() for z in latents])  # (n, O) each
     parts = {subset: part - part.mean(0) for subset, part in parts.items() if subset}
     whole = sum(parts.values())
     total = whole.square().sum().clamp_min(1e-30)
@@ -181,7 +181,7 @@ def relevance_scores(layer: LowRankMultimodalFusion, latents: Sequence[Tensor]) 
     """
     means = [z.mean(0) for z in latents]
     centred = [z - mean for z, mean in zip(latents, means, strict=True)]
-    tensor = about(layer, means).full_tensor()  # (O, d_1 + 1, ..., d_M + 1)
+    tensor = recentred(layer, means).full_tensor()  # (O, d_1 + 1, ..., d_M + 1)
     strength = {}
     for size in range(1, len(latents) + 1):
         for subset in itertools.combinations(range(len(latents)), size):

@@ -43,7 +43,7 @@ def similarity(estimated: Sequence[Tensor], planted: Sequence[Tensor]) -> np.nda
     return product.numpy()
 
 
-def matched(a: np.ndarray, b: np.ndarray) -> float:
+def matched_correlation(a: np.ndarray, b: np.ndarray) -> float:
     """Mean |correlation| of the best matched components (n, O, K) of two members, centred and of norm 1."""
     correlation = np.abs(np.einsum("nok,nol->okl", a, b))
     return float(np.mean([match(c)[1] for c in correlation]))
@@ -79,7 +79,7 @@ def _k_rank(gram: Tensor) -> Tensor:
     return torch.tensor(len(gram))
 
 
-def mixed(layer: LowRankMultimodalFusion, g: Tensor) -> LowRankMultimodalFusion:
+def mix_ranks(layer: LowRankMultimodalFusion, g: Tensor) -> LowRankMultimodalFusion:
     """The same function of two modalities with other rank terms: [A_1, c_1] w -> G [A_1, c_1] w, [A_2, c_2] -> G^-T.
 
     `g` is invertible, (R, R), of the layer's dtype. Raises ValueError where the layer has not two modalities.
@@ -98,7 +98,7 @@ def mixed(layer: LowRankMultimodalFusion, g: Tensor) -> LowRankMultimodalFusion:
 
 
 @torch.no_grad()
-def refitted(
+def refit_perturbed(
     layer: LowRankMultimodalFusion, latents: Sequence[Tensor], generator: torch.Generator, steps: int = 100
 ) -> tuple[Tensor, Tensor]:
     """Shake the factors of the first output, by their own norm, and fit them to the same function on the latents.

@@ -32,7 +32,7 @@ NAMES: dict[Norm, str] = {1: "l1", 2: "l2", math.inf: "linf"}
 
 
 @dataclass(frozen=True)
-class Truth:
+class Criterion:
     """What n predictions are judged by."""
 
     target: Tensor
@@ -61,54 +61,56 @@ class Truth:
         return -(worst / self.scale).mean(-1)
 
 
-def unit(std: Tensor, norm: Norm) -> float:
+def change_size(std: Tensor, norm: Norm) -> float:
     """|s|_p of standard deviations s (d,): the size 1 of a change."""
     return float(torch.linalg.vector_norm(std, ord=norm))
 
 
 @torch.no_grad()
 def latent_scores(
-    model: FusionModel, features: Features, truth: Truth, stds: Mapping[str, Tensor], norm: Norm, sizes=SIZES
+    model: FusionModel, features: Features, criterion: Criterion, stds: Mapping[str, Tensor], norm: Norm, sizes=SIZES
 ) -> dict[str, Tensor]:
     """{modality: (len(sizes), n)}: exact worst-case scores of an LMF model when that latent moves."""
     latents, output = _latents(model, features)
-    made = {}
+    scores = {}
     for m, name in enumerate(model.modalities):
         gradient = model.fusion.modality_gradient(latents, m)  # (n, O, L)
         steepest = torch.linalg.vector_norm(gradient, ord=dual(norm), dim=-1) * model.rescale.std
-        epsilons = [rho * unit(stds[name], norm) for rho in sizes]
-        made[name] = torch.stack(
-            [truth.score(truth.certified_margin(output, lambda _, e=e, g=steepest: e * g)) for e in epsilons]
+        epsilons = [rho * change_size(stds[name], norm) for rho in sizes]
+        scores[name] = torch.stack(
+            [criterion.score(criterion.certified_margin(output, lambda _, e=e, g=steepest: e * g)) for e in epsilons]
         )
-    return made
+    return scores
 
 
 @torch.no_grad()
 def joint_scores(
-    model: FusionModel, features: Features, truth: Truth, stds: Mapping[str, Tensor], sizes=SIZES
+    model: FusionModel, features: Features, criterion: Criterion, stds: Mapping[str, Tensor], sizes=SIZES
 ) -> dict[str, Tensor]:
     """{pair: (len(sizes), n)}: certified scores when two latents move, each by that l_2 size; for one logit."""
     latents, output = _latents(model, features)
-    correct = truth.margin(output) > 0
-    made = {}
+    correct = criterion.margin(output) > 0
+    scores = {}
     for m, first in enumerate(model.modalities):
         for n, second in enumerate(model.modalities[m + 1 :], m + 1):
             radius = joint_radius(model.fusion, latents, m, n).squeeze(-1)
             # one epsilon for both: the larger of the two sizes
-            size = max(unit(stds[first], 2), unit(stds[second], 2))
-            made[f"{first} + {second}"] = torch.stack([(correct & (radius > rho * size)).float() for rho in sizes])
-    return made
+            size = max(change_size(stds[first], 2), change_size(stds[second], 2))
+            scores[f"{first} + {second}"] = torch.stack([(correct & (radius > rho * size)).float() for rho in sizes])
+    return scores
 
 
 @torch.no_grad()
-def feature_certificates(model: FusionModel, features: Features, truth: Truth, name: str, norm: Norm, sizes=SIZES):
+def feature_certificates(
+    model: FusionModel, features: Features, criterion: Criterion, name: str, norm: Norm, sizes=SIZES
+):
     """(len(sizes), n): certified scores of an LMF model when the standardised features of a modality move."""
-    way = feature_path(model, features, name)
-    size = unit(torch.ones(way.weight.shape[1]), norm)
+    path = feature_path(model, features, name)
+    size = change_size(torch.ones(path.weight.shape[1]), norm)
     return torch.stack(
         [
-            truth.score(
-                truth.certified_margin(way.output, lambda d, rho=rho: certified_change(way, d, rho * size, norm))
+            criterion.score(
+                criterion.certified_margin(path.output, lambda d, rho=rho: certified_change(path, d, rho * size, norm))
             )
             for rho in sizes
         ]
@@ -133,7 +135,7 @@ def outputs_under_change(model: FusionModel, features: Features, name: str) -> F
 def attacked_scores(
     model: FusionModel,
     features: Features,
-    truth: Truth,
+    criterion: Criterion,
     name: str,
     norm: Norm,
     sizes=SIZES,
@@ -147,19 +149,19 @@ def attacked_scores(
     """
     outputs = outputs_under_change(model, features, name)
     like = torch.zeros_like(features[name])
-    size = unit(torch.ones(like.shape[1]), norm)
-    worst, scores = truth.margin(outputs(like)).detach(), []
+    size = change_size(torch.ones(like.shape[1]), norm)
+    worst, scores = criterion.margin(outputs(like)).detach(), []
     for rho in sizes:
-        attack = pgd(lambda c: truth.margin(outputs(c)), like, rho * size, norm, steps=steps, restarts=restarts)
+        attack = pgd(lambda c: criterion.margin(outputs(c)), like, rho * size, norm, steps=steps, restarts=restarts)
         worst = torch.minimum(worst, attack.value)
-        scores.append(truth.score(worst))
+        scores.append(criterion.score(worst))
     return torch.stack(scores)
 
 
 @torch.no_grad()
-def clean_scores(model: FusionModel, features: Features, truth: Truth) -> Tensor:
+def clean_scores(model: FusionModel, features: Features, criterion: Criterion) -> Tensor:
     """(n,): scores where nothing moves."""
-    return truth.score(truth.margin(model(features, reconstruct=False).prediction))
+    return criterion.score(criterion.margin(model(features, reconstruct=False).prediction))
 
 
 # ---- checks (Carlini et al. 2019) --------------------------------------------------------------------------------
@@ -177,7 +179,7 @@ def attack_checks(
     model: FusionModel,
     other: FusionModel | None,
     features: Features,
-    truth: Truth,
+    criterion: Criterion,
     name: str,
     norm: Norm,
     rho: float,
@@ -185,14 +187,14 @@ def attack_checks(
     """The checks on one model, any head, and one modality; `other` is a model of another seed, if there is one."""
     outputs = outputs_under_change(model, features, name)
     like = torch.zeros_like(features[name])
-    epsilon = rho * unit(torch.ones(like.shape[1]), norm)
+    epsilon = rho * change_size(torch.ones(like.shape[1]), norm)
 
     def margin(change: Tensor) -> Tensor:
-        return truth.margin(outputs(change))
+        return criterion.margin(outputs(change))
 
     def attacked_at(size: float, effort: int = 1) -> float:
         attack = pgd(margin, like, size, norm, steps=(2 * effort - 1) * STEPS, restarts=effort * RESTARTS)
-        return float(truth.score(attack.value).mean())
+        return float(criterion.score(attack.value).mean())
 
     attacked, stronger = attacked_at(epsilon), attacked_at(epsilon, effort=3)
     checks = [
@@ -200,18 +202,18 @@ def attack_checks(
             f"five times the steps and three times the restarts: score {attacked:.3f} -> {stronger:.3f}",
             attacked - stronger <= 0.01,
         ),
-        _far_check(truth, epsilon, attacked, attacked_at),
+        _far_check(criterion, epsilon, attacked, attacked_at),
     ]
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         noise = torch.stack([margin(random_change(like, epsilon, norm, generator)) for _ in range(10)]).amin(0)
-        noisy = float(truth.score(noise).mean())
+        noisy = float(criterion.score(noise).mean())
     checks.append(
         Check(f"random changes of this size, worst of 10: {noisy:.3f}, attack {attacked:.3f}", noisy >= attacked)
     )
     if other is not None:
         with torch.no_grad():
-            moved = float(truth.score(margin(_attack_of(other, features, truth, name, epsilon, norm))).mean())
+            moved = float(criterion.score(margin(_attack_of(other, features, criterion, name, epsilon, norm))).mean())
         text = f"attack on another seed, transferred: {moved:.3f}, own attack {attacked:.3f}"
         checks.append(Check(text, moved >= attacked))
     start = torch.zeros_like(like, requires_grad=True)
@@ -221,9 +223,9 @@ def attack_checks(
     return checks
 
 
-def _far_check(truth: Truth, epsilon: float, attacked: float, attacked_at: Callable[[float], float]) -> Check:
+def _far_check(criterion: Criterion, epsilon: float, attacked: float, attacked_at: Callable[[float], float]) -> Check:
     """A large enough change must bring every sign down, or a regression far from its target."""
-    if not truth.binary:
+    if not criterion.binary:
         far = attacked_at(16 * epsilon)
         return Check(f"16 times this size: score {attacked:.3f} -> {far:.3f}", far < attacked)
     factor, left = 1, attacked
@@ -233,11 +235,13 @@ def _far_check(truth: Truth, epsilon: float, attacked: float, attacked_at: Calla
     return Check(f"every example falls at {factor} times this size (left: {left:.3f})", left == 0)
 
 
-def _attack_of(model: FusionModel, features: Features, truth: Truth, name: str, epsilon: float, norm: Norm) -> Tensor:
+def _attack_of(
+    model: FusionModel, features: Features, criterion: Criterion, name: str, epsilon: float, norm: Norm
+) -> Tensor:
     outputs = outputs_under_change(model, features, name)
     with torch.enable_grad():
         return pgd(
-            lambda c: truth.margin(outputs(c)), torch.zeros_like(features[name]), epsilon, norm, steps=STEPS
+            lambda c: criterion.margin(outputs(c)), torch.zeros_like(features[name]), epsilon, norm, steps=STEPS
         ).change
 
 
@@ -253,7 +257,7 @@ def latent_attack_gap(model: FusionModel, features: Features, name: str, norm: N
         layer = _double(model.fusion)
         y = layer(latents)
         steepest = torch.linalg.vector_norm(layer.modality_gradient(latents, m), ord=dual(norm), dim=-1)
-        epsilon = rho * unit(latents[m].std(0), norm)
+        epsilon = rho * change_size(latents[m].std(0), norm)
     worst = 0.0
     for o in range(y.shape[1]):
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mmfusion.files import write_json, write_text
-from mmfusion.dataset import Corpus
+from mmfusion.dataset import Dataset
 from mmfusion.errors import InputError
 from mmfusion.models.fusion import FusionEnsemble
 
@@ -219,9 +219,9 @@ def save_ensembles(folder: Path, ensembles: Mapping[str, FusionEnsemble]) -> Non
             raise InputError(f"{place}: cannot be written ({error}); make room, then --resume") from error
 
 
-def write_predictions(folder: Path, corpus: Corpus, probabilities: Mapping[str, Tensor]) -> None:
+def write_predictions(folder: Path, dataset: Dataset, probabilities: Mapping[str, Tensor]) -> None:
     """predictions_SPLIT.csv for every split: id, label (empty where unlabelled), mean probability, one per seed."""
-    for name, split in corpus.splits.items():
+    for name, split in dataset.splits.items():
         p = probabilities[name].numpy()  # (S, N)
         labels = [""] * len(split) if split.target is None else split.target.int().tolist()
         text = io.StringIO()

@@ -15,11 +15,11 @@ from typing import TypeVar
 import torch
 from safetensors import SafetensorError
 
-from mmfusion.dataset import Corpus, Task
+from mmfusion.dataset import Dataset, Task
 from mmfusion.errors import InputError
-from mmfusion.data.registry import DataOptions, load_corpora, memes_source
+from mmfusion.data.registry import DataOptions, load_datasets, memes_source
 from mmfusion.data.memes import MemesConfig, MemesSource, find_source, load_memes
-from mmfusion.data.folds import Study, study_of
+from mmfusion.data.folds import FoldedDataset, fold_datasets
 from mmfusion.encoders.frozen import EncoderConfig
 from mmfusion.models.fusion import FusionEnsemble, FusionModel
 from hateful_memes_loader import find_annotations, image_paths
@@ -38,9 +38,9 @@ class TrainedRun:
     """What a run has learned, and from what."""
 
     folder: Path
-    study: Study
+    data: FoldedDataset
     """all examples in one pool, and the folds"""
-    corpora: list[Corpus]
+    datasets: list[Dataset]
     """as loaded, one per fold: splits that the study leaves out, and unlabelled ones, are here"""
     ensembles: dict[str, FusionEnsemble]
     """{row: all its members, seed-major, then fold}; jWAE-LMF first"""
@@ -57,7 +57,7 @@ class TrainedRun:
     @property
     def task(self) -> Task:
         """ "binary" or "regression"."""
-        return self.study.task
+        return self.data.task
 
     @property
     def main_row(self) -> str:
@@ -76,18 +76,18 @@ class TrainedRun:
 
     def members(self, row: str, fold: int = 0) -> list[FusionModel]:
         """The members of one row that were trained on one fold, one per seed."""
-        return list(self.ensembles[row].members)[fold :: len(self.study.folds)]
+        return list(self.ensembles[row].members)[fold :: len(self.data.folds)]
 
     def image_paths(self, ids: Sequence[str]) -> dict[str, Path]:
         """The image file of each id; for runs on memes. Raises InputError where the folder is gone."""
         return image_paths(ids, self.memes.jsonl.parent, self.memes.img_dir)
 
-    def texts(self, corpus: Corpus, split: str) -> dict[str, list[str]]:
+    def texts(self, dataset: Dataset, split: str) -> dict[str, list[str]]:
         """What the modalities that were encoded from text were encoded from, example by example."""
         if self.encoders is None:
             return {}
-        metadata = corpus.splits[split].metadata
-        names = [name for name in corpus.input_dims if TEXT_COLUMNS.get(name) in metadata]
+        metadata = dataset.splits[split].metadata
+        names = [name for name in dataset.input_dims if TEXT_COLUMNS.get(name) in metadata]
         return {name: metadata[TEXT_COLUMNS[name]] for name in names}
 
 
@@ -102,22 +102,22 @@ def load_run(folder: Path, device: str = "cpu") -> TrainedRun:
     memes = encoders = None
     if "experiment" in begun["data"]:
         options = _from_json(DataOptions, settings)
-        corpora = load_corpora(options, device)
-        study = study_of(corpora)
-        now = {"experiment": begun["data"]["experiment"], **study.description}
+        datasets = load_datasets(options, device)
+        data = fold_datasets(datasets)
+        now = {"experiment": begun["data"]["experiment"], **data.description}
         memes = memes_source(options)
         if options.dataset == "mustard":
             encoders = EncoderConfig(text_encoder=options.text_encoder).filled()
         # where dev itself is tested on, nothing but train was trained on
-        overlap = any(bool(torch.isin(fold.dev, fold.test).any()) for fold in study.folds)
+        overlap = any(bool(torch.isin(fold.dev, fold.test).any()) for fold in data.folds)
         trained_on_dev = not settings.get("hold_out_dev", False) and not overlap
     else:
-        data, choices = _from_json(MemesConfig, settings), _from_json(EncoderConfig, settings)
+        memes_config, choices = _from_json(MemesConfig, settings), _from_json(EncoderConfig, settings)
         processes = Processes(device=device)
-        corpora = [load_memes(data, choices, processes, quiet=True)]
-        study = study_of(corpora)
-        now = corpora[0].description
-        memes = find_source(data, choices, processes, quiet=True)
+        datasets = [load_memes(memes_config, choices, processes, quiet=True)]
+        data = fold_datasets(datasets)
+        now = datasets[0].description
+        memes = find_source(memes_config, choices, processes, quiet=True)
         trained_on_dev = False
     if memes is not None:
         memes = replace(memes, jsonl=find_annotations(memes.jsonl)["train"])
@@ -131,12 +131,12 @@ def load_run(folder: Path, device: str = "cpu") -> TrainedRun:
             "back, or train it anew"
         )
     for row, ensemble in ensembles.items():
-        if len(ensemble.members) != len(seeds) * len(study.folds):
+        if len(ensemble.members) != len(seeds) * len(data.folds):
             raise InputError(
-                f"{folder}: {row!r} has {len(ensemble.members)} members, not {len(seeds)} seeds x {len(study.folds)} folds; "
+                f"{folder}: {row!r} has {len(ensemble.members)} members, not {len(seeds)} seeds x {len(data.folds)} folds; "
                 "its files are of several runs, train it anew"
             )
-    return TrainedRun(folder, study, corpora, ensembles, seeds, settings, encoders, memes, cache_dir, trained_on_dev)
+    return TrainedRun(folder, data, datasets, ensembles, seeds, settings, encoders, memes, cache_dir, trained_on_dev)
 
 
 def _read_run(folder: Path) -> dict:

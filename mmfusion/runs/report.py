@@ -15,10 +15,10 @@ from sklearn.metrics import roc_curve
 from torch import Tensor
 
 from mmfusion.files import write_atomically
-from mmfusion.dataset import Corpus
+from mmfusion.dataset import Dataset
 from mmfusion.models.fusion import FusionEnsemble, FusionModel
 from mmfusion.metrics.scores import BINARY_SCORES, Score
-from mmfusion.models.decomposition import parts_about
+from mmfusion.models.decomposition import recentred_parts
 from mmfusion.training.trainer import Trained
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def rank_report(ensemble: FusionEnsemble, features: Mapping[str, Tensor]) -> Ran
         columns["strength"].append(layer.rank_strength().squeeze(-1).numpy()[order])
         columns["share"].append(share[order])
         columns["spectrum"].append(layer.canonical_factors([z.T.cov() for z in latents]).spectrum.squeeze(0).numpy())
-        for subset, part in parts_about(layer, latents).items():
+        for subset, part in recentred_parts(layer, latents).items():
             part = part.squeeze(-1)  # (N, 1) -> (N,)
             if subset:
                 name = " x ".join(member.modalities[m] for m in subset)
@@ -76,29 +76,29 @@ def _covariance_share(part: Tensor, whole: Tensor) -> float:
 # ---- printed tables ----------------------------------------------------------------------------------------------
 
 
-def print_corpus(corpus: Corpus, folder: Path, device: torch.device) -> None:
+def print_dataset(dataset: Dataset, folder: Path, device: torch.device) -> None:
     """What is trained on, and whatever the reader of the scores must know."""
-    for name, split in corpus.splits.items():
+    for name, split in dataset.splits.items():
         positive = "unlabelled" if split.target is None else f"{split.target.mean():.0%} positive"
         if split.target is not None and len(split.target.unique()) < 2:
             positive += " (one class: not scored)"
         print(f"{name:12} {len(split):6} memes  {positive}")
-    widths = ", ".join(f"{name} {width}" for name, width in corpus.input_dims.items())
+    widths = ", ".join(f"{name} {width}" for name, width in dataset.input_dims.items())
     print(f"features: {widths}; training on {device}; run in {folder}/")
-    for note in corpus.notes:
+    for note in dataset.notes:
         print(f"note: {note}")
 
 
-def print_scores(scores: Mapping[str, Mapping[str, Mapping[str, Score]]], corpus: Corpus) -> None:
+def print_scores(scores: Mapping[str, Mapping[str, Mapping[str, Score]]], dataset: Dataset) -> None:
     """Scores {row: {split: {score: Score}}} as a fixed-width table."""
     some = next(iter(next(iter(scores.values())).values()))["auroc"]
     print(f"\nmean +- std over {len(some.members)} seed(s) [95 % bootstrap interval over examples, of the mean]")
     width = max(map(len, scores))
     for name in next(iter(scores.values())):
-        n = len(corpus.splits[name])
-        shared = len(set(corpus.splits[name].ids) & set(corpus.splits[corpus.selection].ids))
-        mark = f"  ({shared} of them also in {corpus.selection}, which is selected upon)" if shared else ""
-        mark = "  (selected upon: optimistic)" if name == corpus.selection else mark
+        n = len(dataset.splits[name])
+        shared = len(set(dataset.splits[name].ids) & set(dataset.splits[dataset.selection].ids))
+        mark = f"  ({shared} of them also in {dataset.selection}, which is selected upon)" if shared else ""
+        mark = "  (selected upon: optimistic)" if name == dataset.selection else mark
         print(f"\n{name}, n = {n}{mark}")
         print(f"{'':{width}}" + "".join(f"  {score:^26}" for score in BINARY_SCORES))
         for label, by_split in scores.items():
@@ -136,7 +136,7 @@ BLUE, ORANGE, GREY = "#1f6fb4", "#d9741a", "#8a8a8a"
 
 def draw(
     path: Path,
-    corpus: Corpus,
+    dataset: Dataset,
     ensemble: FusionEnsemble,
     trained: Trained,
     probabilities: Mapping[str, Tensor],
@@ -152,18 +152,18 @@ def draw(
     axes = figure.subplots(2, 3)
     members = len(ensemble.members)
     _draw_losses(axes[0, 0], trained, members)
-    _draw_selection(axes[0, 1], trained, members, corpus.selection)
-    _draw_ranks(axes[0, 2], ranks, corpus.selection)
-    held_out = [n for n, s in corpus.splits.items() if s.target is not None and n not in ("train", corpus.selection)]
-    held_out = [n for n in held_out if len(corpus.splits[n].target.unique()) > 1]
+    _draw_selection(axes[0, 1], trained, members, dataset.selection)
+    _draw_ranks(axes[0, 2], ranks, dataset.selection)
+    held_out = [n for n, s in dataset.splits.items() if s.target is not None and n not in ("train", dataset.selection)]
+    held_out = [n for n in held_out if len(dataset.splits[n].target.unique()) > 1]
     # dev_unseen shares most of its memes with dev_seen, which is selected on: a test split first
-    shown = min(held_out, key=lambda n: not n.startswith("test"), default=corpus.selection)
-    target, p = corpus.splits[shown].target.numpy(), probabilities[shown].numpy()
-    selected = ", selected upon" if shown == corpus.selection else ""
+    shown = min(held_out, key=lambda n: not n.startswith("test"), default=dataset.selection)
+    target, p = dataset.splits[shown].target.numpy(), probabilities[shown].numpy()
+    selected = ", selected upon" if shown == dataset.selection else ""
     _draw_roc(axes[1, 0], target, p, f"{shown}, n = {len(target)}{selected}")
     _draw_reliability(axes[1, 1], target, p, f"{shown}, n = {len(target)}{selected}")
-    _draw_latents(axes[1, 2], ensemble.members[0], corpus.splits[corpus.selection].features, corpus.selection)
-    figure.suptitle(f"jWAE-LMF on {corpus.name}: {members} seeds, rank {ranks.weight.shape[1]}", fontsize=14)
+    _draw_latents(axes[1, 2], ensemble.members[0], dataset.splits[dataset.selection].features, dataset.selection)
+    figure.suptitle(f"jWAE-LMF on {dataset.name}: {members} seeds, rank {ranks.weight.shape[1]}", fontsize=14)
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
 
 
@@ -221,8 +221,8 @@ def _draw_roc(axis, target: np.ndarray, p: np.ndarray, where: str) -> None:
 
 def _draw_reliability(axis, target: np.ndarray, p: np.ndarray, where: str) -> None:
     for s, probabilities in enumerate(p):
-        observed, said = calibration_curve(target, probabilities, n_bins=10, strategy="quantile")
-        axis.plot(said, observed, "o-", color=BLUE, alpha=0.5, markersize=4, label="one seed" if s == 0 else None)
+        observed, mean_predicted = calibration_curve(target, probabilities, n_bins=10, strategy="quantile")
+        axis.plot(mean_predicted, observed, "o-", color=BLUE, alpha=0.5, markersize=4, label="one seed" if s == 0 else None)
     axis.plot([0, 1], [0, 1], color=GREY, linestyle=":", label="calibrated")
     axis.set(title=f"reliability on {where}", xlabel="probability said (10 equal-mass bins)", ylabel="share positive")
     axis.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from sklearn.metrics import roc_auc_score
 
-from mmfusion.dataset import Corpus
+from mmfusion.dataset import Dataset
 from mmfusion.models.fusion import Fusion, FusionEnsemble, FusionModel, ModelConfig
 from mmfusion.training.objective import objective, predict
 from mmfusion.training.recipe import ObjectiveConfig, TrainingConfig
@@ -38,7 +38,7 @@ class Method:
 
 
 def fit(
-    dataset: Corpus,
+    dataset: Dataset,
     methods: Sequence[Method],
     model: ModelConfig,
     objectives: ObjectiveConfig,

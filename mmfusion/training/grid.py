@@ -12,12 +12,12 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from tqdm import tqdm
 
-from mmfusion.data.folds import Study, targets
+from mmfusion.data.folds import FoldedDataset, targets
 from mmfusion.metrics.scores import example_losses, example_scores
 from mmfusion.models.fusion import Fusion, FusionEnsemble, FusionModel
 from mmfusion.training.objective import objective
 from mmfusion.training.recipe import Recipe
-from mmfusion.training.trainer import EVALUATION_CHUNK, Fold, Member, Schedule, train
+from mmfusion.training.trainer import EVALUATION_CHUNK, Member, Schedule, train
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ PLAIN: tuple[str, ...] = ()
 class Grid:
     """P settings x S seeds x F folds of trained members."""
 
-    study: Study
+    data: FoldedDataset
     settings: list[Setting]
     seeds: list[int]
     models: list[FusionModel]
@@ -61,7 +61,7 @@ class Grid:
 
     def model(self, setting: int, seed: int, fold: int = 0) -> FusionModel:
         """The member of one setting, seed and fold, by their indices."""
-        return self.models[(setting * len(self.seeds) + seed) * len(self.study.folds) + fold]
+        return self.models[(setting * len(self.seeds) + seed) * len(self.data.folds) + fold]
 
     def index(self, label: str) -> int:
         """Place of the setting of that label."""
@@ -69,49 +69,49 @@ class Grid:
 
     def predictions(self, part: str = "test") -> np.ndarray:
         """(P, S, n[, O]): predictions on that part of every fold, fold after fold."""
-        return select(self.study, self.outputs, part)
+        return select(self.data, self.outputs, part)
 
     def members(self, places: Sequence[int]) -> list[FusionModel]:
         """All members of these settings: setting-major, then seed, then fold."""
-        block = len(self.seeds) * len(self.study.folds)
+        block = len(self.seeds) * len(self.data.folds)
         return [model for p in places for model in self.models[p * block : (p + 1) * block]]
 
     def without(self, missing: Sequence[str], places: Sequence[int], part: str = "test") -> np.ndarray:
         """(len(places), S, n): additive scores of these settings where the latents in `missing` are zero."""
-        outputs = outputs_of(self.study, self.members(places), missing)
+        outputs = outputs_of(self.data, self.members(places), missing)
         outputs = outputs.reshape(len(places), *self.outputs.shape[1:])
-        return per_example(self.study, select(self.study, outputs, part), part, example_scores)
+        return per_example(self.data, select(self.data, outputs, part), part, example_scores)
 
     def scores(self, part: str = "test") -> np.ndarray:
         """(P, S, n): additive score of each example, larger is better (metrics.example_scores)."""
-        return per_example(self.study, self.predictions(part), part, example_scores)
+        return per_example(self.data, self.predictions(part), part, example_scores)
 
     def losses(self, part: str = "test") -> np.ndarray:
         """(P, S, n): loss of each example (metrics.example_losses)."""
-        return per_example(self.study, self.predictions(part), part, example_losses)
+        return per_example(self.data, self.predictions(part), part, example_losses)
 
 
-def select(study: Study, outputs: np.ndarray, part: str) -> np.ndarray:
+def select(data: FoldedDataset, outputs: np.ndarray, part: str) -> np.ndarray:
     """(..., F, N[, O]) -> (..., n[, O]): each fold's own part of the pool, fold after fold."""
-    axis = -2 if study.pool.target.ndim == 1 else -3
-    folds = [np.take(outputs, f, axis=axis) for f in range(len(study.folds))]
-    rows = [getattr(fold, part).numpy() for fold in study.folds]
+    axis = -2 if data.pool.target.ndim == 1 else -3
+    folds = [np.take(outputs, f, axis=axis) for f in range(len(data.folds))]
+    rows = [getattr(fold, part).numpy() for fold in data.folds]
     return np.concatenate([np.take(x, r, axis=axis + 1) for x, r in zip(folds, rows, strict=True)], axis=axis + 1)
 
 
-def per_example(study: Study, predictions: np.ndarray, part: str, of: Callable) -> np.ndarray:
+def per_example(data: FoldedDataset, predictions: np.ndarray, part: str, of: Callable) -> np.ndarray:
     """(..., n[, O]) -> (..., n) by `of` (example_scores or example_losses), in units of the target's deviation."""
-    target, scale = targets(study, part), study.target_scale.numpy()
-    if study.task == "regression":  # so that outputs, and corpora, weigh alike
+    target, scale = targets(data, part), data.target_scale.numpy()
+    if data.task == "regression":  # so that outputs, and datasets, weigh alike
         scale = scale if target.ndim > 1 else scale[0]
         predictions, target = predictions / scale, target / scale
     lead = predictions.shape[: -target.ndim]
-    values = of(predictions.reshape(-1, *target.shape), target, study.task)
+    values = of(predictions.reshape(-1, *target.shape), target, data.task)
     return values.reshape(*lead, -1)
 
 
 def train_grid(
-    study: Study,
+    data: FoldedDataset,
     settings: Sequence[Setting],
     seeds: Sequence[int],
     recipe: Recipe,
@@ -126,16 +126,16 @@ def train_grid(
 ) -> Grid:
     """Train every setting with every seed on every fold, at once up to MEMBERS_AT_ONCE members: memory is bounded."""
     shape = {
-        "input_dims": study.input_dims,
+        "input_dims": data.input_dims,
         "latent_dim": recipe.latent_dim,
         "hidden_dim": recipe.hidden_dim,
         "rank": max(setting.rank for setting in settings),
-        "output_dim": study.output_dim,
+        "output_dim": data.output_dim,
         "fusion": fusion,
         "fused_dim": fused_dim,
         "spectral_norm": spectral_norm,
     }
-    fitted = [_fitted(shape, study, fold.train) for fold in study.folds]
+    fitted = [_fitted(shape, data, fold.train) for fold in data.folds]
 
     def build(member: Member) -> FusionModel:
         model = FusionModel(**shape, active_rank=member.settings["rank"])
@@ -146,15 +146,15 @@ def train_grid(
     members = [
         Member(
             seed,
-            recipe.objective.loss_weights(study.task, study.input_dims, setting.terms),
+            recipe.objective.loss_weights(data.task, data.input_dims, setting.terms),
             recipe.weight_decay if setting.weight_decay is None else setting.weight_decay,
             {"rank": setting.rank},
-            _dropout(setting, recipe, study),
+            _dropout(setting, recipe, data),
             fold,
         )
         for setting in settings
         for seed in seeds
-        for fold in range(len(study.folds))
+        for fold in range(len(data.folds))
     ]
     schedule = Schedule(
         epochs=recipe.epochs,
@@ -164,9 +164,8 @@ def train_grid(
         keep="last",
         compile=compile,
     )
-    scale = study.target_scale.to(device)
+    scale = data.target_scale.to(device)
 
-    folds = [Fold(fold.train, fold.dev) for fold in study.folds]
     # blocks of equal size, so that compilation meets one shape, or two
     count = math.ceil(len(members) / MEMBERS_AT_ONCE)
     bounds = [round(len(members) * k / count) for k in range(count + 1)]
@@ -178,68 +177,68 @@ def train_grid(
             trained = train(
                 build,
                 members[start:stop],
-                lambda model, batch: objective(model, batch, study.task, scale=scale),
-                predict_of(study),
-                study.pool,
-                study.pool,
-                selection_score(study),
+                lambda model, batch: objective(model, batch, data.task, scale=scale),
+                predict_of(data),
+                data.pool,
+                data.pool,
+                selection_score(data),
                 schedule,
-                folds=folds,
+                folds=data.folds,
                 device=device,
                 checkpoint=checkpoint and checkpoint.with_stem(f"{checkpoint.stem}-{number}"),
                 on_epoch=lambda record: bar.update(),
             )
             models += trained.models
-    outputs = outputs_of(study, models)
+    outputs = outputs_of(data, models)
     return Grid(
-        study,
+        data,
         list(settings),
         list(seeds),
         models,
-        outputs.reshape(len(settings), len(seeds), len(study.folds), *outputs.shape[1:]),
+        outputs.reshape(len(settings), len(seeds), len(data.folds), *outputs.shape[1:]),
         shape,
     )
 
 
-def predict_of(study: Study, missing: Sequence[str] = ()) -> Callable:
+def predict_of(data: FoldedDataset, missing: Sequence[str] = ()) -> Callable:
     """(model, features) -> (N,), or (N, O) where the study has several outputs; the latents in `missing` are zero."""
 
     def predict(model, features: dict[str, Tensor]) -> Tensor:
         present = {name: features[name].new_zeros(len(features[name])) for name in missing}
         prediction = model(features, reconstruct=False, present=present).prediction
-        return prediction.squeeze(-1) if study.pool.target.ndim == 1 else prediction
+        return prediction.squeeze(-1) if data.pool.target.ndim == 1 else prediction
 
     return predict
 
 
-def selection_score(study: Study) -> Callable[[np.ndarray, np.ndarray], float]:
+def selection_score(data: FoldedDataset) -> Callable[[np.ndarray, np.ndarray], float]:
     """(predictions, target) -> AUROC, or minus the mean absolute error; for the log alone, nothing is selected."""
-    if study.task == "binary":
+    if data.task == "binary":
         return lambda logits, target: roc_auc_score(target, logits)
     return lambda values, target: -float(np.abs(values - target).mean())
 
 
 @torch.inference_mode()
-def outputs_of(study: Study, models: Sequence[FusionModel], missing: Sequence[str] = ()) -> np.ndarray:
+def outputs_of(data: FoldedDataset, models: Sequence[FusionModel], missing: Sequence[str] = ()) -> np.ndarray:
     """(members, N[, O]): predictions of every model on the whole pool; the latents in `missing` are zero."""
-    predict, size = predict_of(study, missing), len(study.pool)
+    predict, size = predict_of(data, missing), len(data.pool)
     chunks = [
-        {name: x[start : start + EVALUATION_CHUNK] for name, x in study.pool.features.items()}
+        {name: x[start : start + EVALUATION_CHUNK] for name, x in data.pool.features.items()}
         for start in range(0, size, EVALUATION_CHUNK)
     ]
     return np.stack([torch.cat([predict(model, chunk) for chunk in chunks]).numpy() for model in models])
 
 
-def _fitted(shape: dict, study: Study, rows: Tensor) -> FusionModel:
+def _fitted(shape: dict, data: FoldedDataset, rows: Tensor) -> FusionModel:
     model = FusionModel(**shape)
-    model.fit_standardisation({name: x[rows] for name, x in study.pool.features.items()})
-    if study.task == "regression":
-        model.rescale.fit(study.pool.target[rows])
+    model.fit_standardisation({name: x[rows] for name, x in data.pool.features.items()})
+    if data.task == "regression":
+        model.rescale.fit(data.pool.target[rows])
     return model
 
 
-def _dropout(setting: Setting, recipe: Recipe, study: Study) -> dict[str, float]:
+def _dropout(setting: Setting, recipe: Recipe, data: FoldedDataset) -> dict[str, float]:
     if setting.dropout is not None:
         return dict(setting.dropout)
     # of one modality alone nothing would be left
-    return {name: recipe.modality_dropout for name in study.pool.features} if len(study.pool.features) > 1 else {}
+    return {name: recipe.modality_dropout for name in data.pool.features} if len(data.pool.features) > 1 else {}

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, stack_module_state, vmap
 
-from mmfusion.dataset import Split
+from mmfusion.dataset import Fold, Split
 from mmfusion.errors import InputError, NonFiniteLoss
 from mmfusion.files import write_safetensors
 
@@ -36,13 +36,6 @@ class Batch(NamedTuple):
     features: dict[str, Tensor]  # (B, d_m)
     target: Tensor  # (B,) or (B, O)
     present: dict[str, Tensor] = {}  # noqa: RUF012 (B,) of 1 and 0 where modalities are dropped; empty where none is
-
-
-class Fold(NamedTuple):
-    """Which examples a member trains on and is selected on; long (n,)."""
-
-    train: Tensor  # rows of `data`; in every fold as many batches as the smallest fold has
-    selection: Tensor  # rows of `selection`
 
 
 @dataclass(frozen=True)
@@ -349,7 +342,7 @@ class _Selection:
     ) -> None:
         self.members, self.score = members, score
         self.target = split.target.numpy()
-        self.rows = [folds[member.fold].selection.numpy() for member in members]
+        self.rows = [folds[member.fold].dev.numpy() for member in members]
         needed = np.unique(np.concatenate(self.rows))  # every member predicts all that any fold needs
         self.place = np.zeros(len(split), dtype=int)
         self.place[needed] = np.arange(len(needed))
@@ -432,6 +425,6 @@ def _identity(
     for split in (data, selection):
         for tensor in (*split.features.values(), split.target):
             digest.update(tensor.contiguous().numpy().tobytes())
-    for rows in itertools.chain.from_iterable(folds):
+    for rows in itertools.chain.from_iterable(fold[:2] for fold in folds):
         digest.update(rows.numpy().tobytes() + b"|")
     return digest.hexdigest()
