@@ -13,7 +13,7 @@ What is identified, that is: on what must two layers that compute the same funct
   A_2 -> G^-T A_2 is the same function for every invertible G. There, `canonical_factors` are what is identified.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -243,6 +243,8 @@ class LowRankMultimodalFusion(nn.Module):
             ValueError: the layer has not two modalities, or a covariance has a wrong shape.
         """
         factors = self._two_factors("canonical_factors")
+        # torch.cov of a single column is a scalar
+        covariances = [s.reshape(1, 1) if s.ndim == 0 else s for s in covariances]
         shapes = [tuple(s.shape) for s in covariances]
         if shapes != [(d, d) for d in self.input_dims]:
             raise ValueError(f"latents of widths {self.input_dims} need covariances (d_m, d_m), got {shapes}")
@@ -274,6 +276,11 @@ class LowRankMultimodalFusion(nn.Module):
     def _check(self, latents: Sequence[Tensor]) -> None:
         if isinstance(latents, Tensor):  # would iterate over its rows
             raise ValueError(f"latents must be a sequence of tensors, got one tensor of shape {tuple(latents.shape)}")
+        if isinstance(latents, Mapping):  # would iterate over its keys
+            names = ", ".join(map(repr, latents))
+            raise ValueError(
+                f"latents must be a sequence of tensors, got a dict; pass [latents[name] for name in ({names})]"
+            )
         shapes = [z.shape for z in latents]
         leading = shapes[0][:-1] if shapes else ()
         if shapes != [(*leading, d) for d in self.input_dims]:

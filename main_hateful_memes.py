@@ -16,16 +16,8 @@ from mmfusion.errors import InputError
 from mmfusion.metrics.scores import binary_scores
 from mmfusion.models.fusion import FusionEnsemble, ModelConfig
 from mmfusion.runs import report
-from mmfusion.runs.folder import (
-    MetricsLog,
-    check_resumable,
-    choose_folder,
-    close_run,
-    is_complete,
-    open_run,
-    save_ensembles,
-    write_predictions,
-)
+from mmfusion.runs.folder import RunFolder, config_from, find_begun, read_run
+from mmfusion.runs.outputs import MetricsLog, save_ensembles, write_predictions
 from mmfusion.training.fit import Method, fit
 from mmfusion.training.recipe import ObjectiveConfig, TrainingConfig
 from mmfusion.training.trainer import Trained
@@ -39,7 +31,7 @@ REAL_PATH = {"jsonl": "", "img_dir": ""}
 
 @dataclass(frozen=True)
 class RunConfig:
-    """The run"""
+    """What the run is called, and whether it goes on from a kill."""
 
     name: str | None = None
     """the run is kept in runs/NAME; default: demo or hateful_memes, with a number if that is taken"""
@@ -72,8 +64,11 @@ def locate(data: MemesConfig) -> MemesConfig:
         return data
     if data.jsonl:
         return data
-    jsonl, img_dir = (Path(REAL_PATH[k]).expanduser() if REAL_PATH.get(k) else None for k in ("jsonl", "img_dir"))
-    img_dir = data.img_dir or img_dir
+    if not isinstance(REAL_PATH, dict) or not set(REAL_PATH) <= {"jsonl", "img_dir"}:
+        raise InputError(f'REAL_PATH in {__file__}: is {REAL_PATH!r:.60}; it must be {{"jsonl": ..., "img_dir": ...}}')
+    here = Path(__file__).resolve().parent  # a relative path means the same wherever the script is started
+    named = {key: here / Path(path).expanduser() for key, path in REAL_PATH.items() if path}
+    jsonl, img_dir = named.get("jsonl"), data.img_dir or named.get("img_dir")
     if img_dir and not jsonl:
         where = "--img-dir" if data.img_dir else "REAL_PATH['img_dir']"
         raise InputError(f"{where} {img_dir}: images without captions; give --jsonl (or REAL_PATH['jsonl']) too")
@@ -104,9 +99,7 @@ def main(config: Config) -> None:
     config.check()
     config = replace(config, data=locate(config.data))
     device = pick_device(config.training.device)
-    folder = choose_folder(config.run.name, "demo" if config.data.is_demo else "hateful_memes", config.run.resume)
-    if config.run.resume:
-        check_resumable(folder, config)  # before hours of extraction, not after
+    run = RunFolder.claim(config, default_name(config))  # before hours of extraction, not after
 
     # ---- features, from the cache where they are there; under torchrun all processes extract, and one goes on
     processes = join_processes(str(device))
@@ -116,10 +109,9 @@ def main(config: Config) -> None:
         return
 
     # ---- the run's folder
-    open_run(folder, config, dataset.description, device, config.run.resume)
-    if is_complete(folder):
-        print(f"{folder}: this run is complete; its scores are in {folder / 'results.json'}")
+    if not run.begin(dataset.description, device):
         return
+    folder = run.path
     report.print_dataset(dataset, folder, device)
 
     # ---- training: fusion and its baselines
@@ -169,16 +161,29 @@ def main(config: Config) -> None:
     report.draw(
         folder / "report.png", dataset, ensembles[main_row], histories[main_row], probabilities[main_row], ranks
     )
-    close_run(folder, {"selection": dataset.selection, "scores": scores, "ranks": ranks})
+    run.close({"selection": dataset.selection, "scores": scores, "ranks": ranks})
     print(
         f"\nkept in {folder}/: report.png, results.json, metrics.jsonl, predictions_*.csv, "
         "model.safetensors with config.json (FusionEnsemble.from_pretrained)"
     )
 
 
+def default_name(config: Config) -> str:
+    """The run's name where none is given."""
+    return "demo" if config.data.is_demo else "hateful_memes"
+
+
+def begun(config: Config) -> Config | None:
+    """With --resume the settings of the run to go on with, so that no flag need be given again."""
+    if not config.run.resume:
+        return None
+    folder = find_begun(config.run.name, default_name(replace(config, data=locate(config.data))))
+    return config_from(Config, read_run(folder)["settings"], folder / "run.json")
+
+
 def run(arguments: list[str]) -> int:
     """The command line; returns the exit code."""
-    return run_command(main, Config, arguments)
+    return run_command(main, Config, arguments, begun)
 
 
 if __name__ == "__main__":

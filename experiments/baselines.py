@@ -26,7 +26,7 @@ from mmfusion.metrics.scores import Score, binary_scores, example_scores, regres
 from mmfusion.metrics.statistics import combine
 from mmfusion.models.fusion import FusionEnsemble, FusionModel
 from mmfusion.models.mkl_svm import MultipleKernelSVM
-from mmfusion.runs.folder import save_ensembles
+from mmfusion.runs.outputs import save_ensembles
 from mmfusion.training.grid import JWAE, PLAIN, Grid, Setting, per_example
 
 RANK = 4

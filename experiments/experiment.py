@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -23,9 +24,10 @@ from mmfusion.data.registry import DataOptions, load_folded
 from mmfusion.errors import InputError
 from mmfusion.files import write_atomically, write_text
 from mmfusion.metrics.statistics import Contrast, Verdict, corrected_contrasts, grouped
-from mmfusion.runs.folder import check_resumable, choose_folder, close_run, is_complete, open_run
+from mmfusion.runs.folder import RunFolder, config_from, find_begun, read_run
 from mmfusion.training.grid import Grid, Recipe, Setting, train_grid
 
+Settings = TypeVar("Settings")
 SCORE_EFFECT = 0.01
 """smallest effect of interest: one point of accuracy, or a hundredth of the target's standard deviation"""
 
@@ -160,7 +162,20 @@ def contrasts_on_test(
 def run(experiment: Experiment, arguments: list[str]) -> int:
     """`python -m experiments.NAME FLAGS`: 0, or 2 after one line that says what to put right."""
     config = options_of(experiment)
-    return run_command(lambda options: execute(experiment, options), config, arguments)
+    default = lambda options: f"{experiment.name}-{options.dataset}"  # noqa: E731
+    return run_command(lambda options: execute(experiment, options), config, arguments, begun(config, default))
+
+
+def begun(config: type[Settings], default: Callable[[Settings], str]) -> Callable[[Settings], Settings | None]:
+    """For `run_command`: with --resume the settings of the run to go on with, so that no flag need be given again."""
+
+    def settings(options: Settings) -> Settings | None:
+        if not options.resume:
+            return None
+        folder = find_begun(options.name, default(options))
+        return config_from(config, read_run(folder)["settings"], folder / "run.json")
+
+    return settings
 
 
 def options_of(experiment: Experiment) -> type[Options]:
@@ -172,29 +187,25 @@ def execute(experiment: Experiment, options: Options) -> None:
     """Load, measure, print, and leave table.txt, figure.png and results.json in the run's folder."""
     check_options(options)
     device = pick_device(options.device)
-    folder = choose_folder(options.name, f"{experiment.name}-{options.dataset}", options.resume)
-    if options.resume:
-        check_resumable(folder, options)
+    run_folder = RunFolder.claim(options, f"{experiment.name}-{options.dataset}")
     data = load_folded(options, str(device))
     if len(data.input_dims) < experiment.modalities:
         raise InputError(
             f"--dataset {options.dataset}: has {', '.join(data.input_dims)} alone; {experiment.name} needs "
             f"{experiment.modalities} modalities"
         )
-    open_run(folder, options, {"experiment": experiment.name, **data.description}, device, options.resume)
-    if is_complete(folder):
-        print(f"{folder}: this run is complete; its table is in {folder / 'table.txt'}")
+    if not run_folder.begin({"experiment": experiment.name, **data.description}, device):
         return
     for note in data.notes:
         print(f"note: {note}")
     start = time.perf_counter()
-    outcome = experiment.measure(data, Run(options, folder, device))
+    outcome = experiment.measure(data, Run(options, run_folder.path, device))
     seconds = time.perf_counter() - start
     record(
         experiment,
         data,
         outcome,
-        folder,
+        run_folder,
         seeds=options.seeds,
         recipe=asdict(options.recipe),
         seconds=seconds,
@@ -207,7 +218,7 @@ def record(
     experiment: Experiment,
     data: FoldedDataset,
     outcome: Outcome,
-    folder: Path,
+    run_folder: RunFolder,
     *,
     seeds: int,
     recipe: dict[str, object],
@@ -216,6 +227,7 @@ def record(
     device: torch.device,
 ) -> None:
     """Print what came out, and leave table.txt, figure.png and results.json in the run's folder."""
+    folder = run_folder.path
     text = render(experiment, data, seeds, outcome)
     print(text)
     write_text(folder / "table.txt", text)
@@ -247,7 +259,7 @@ def record(
         "device": str(device) if device.type == "cpu" else torch.cuda.get_device_name(device),
         "threads": torch.get_num_threads(),
     }
-    close_run(folder, results)
+    run_folder.close(results)
     print(
         f"\nkept in {folder}/: table.txt, figure.png, results.json ({seconds:.0f} s, {peak_memory_gb():.1f} GB at most)"
     )

@@ -22,7 +22,7 @@ from experiments.experiment import options_of as experiment_options
 from mmfusion.cli import parse, run_command
 from mmfusion.errors import InputError
 from mmfusion.files import write_atomically, write_text
-from mmfusion.runs.folder import MARK_OF_COMPLETION, PACKAGES, RUNS, check_resumable, installed_version
+from mmfusion.runs.folder import MARK_OF_COMPLETION, PACKAGES, RUNS, check_settings, installed_version, settings_of
 from mmfusion.training.grid import Recipe
 
 EXPERIMENTS = (
@@ -185,7 +185,7 @@ def flags(job: Job, config: Config) -> list[str]:
     flags = ["--dataset", job.dataset]
     if job.data is not None:
         flags += ["--data", str(job.data)]
-    if job.dataset in ("mustard", "hateful_memes"):
+    if job.dataset in ("mustard", "hateful_memes") and config.text_encoder is not None:
         flags += ["--text-encoder", config.text_encoder]
     flags += ["--seeds", str(config.seeds), "--epochs", str(config.epochs), *DEPARTURES.get(job.dataset, ())]
     flags += ["--compile"] if config.compile else []
@@ -198,7 +198,7 @@ def check_finished(job: Job, config: Config) -> None:
     options = parse(job.options, flags(job, config))
     if job.experiment not in OF_A_RUN:
         options = replace(options, compile=_settings(job)["compile"])
-    check_resumable(job.folder, options)
+    check_settings(job.folder, settings_of(options))
 
 
 def _settings(job: Job) -> dict:

@@ -1,8 +1,14 @@
 """The fusion model and its ensemble: raw features in, the same logits out after saving and loading."""
 
+import json
+import os
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from mmfusion.errors import InputError
 from mmfusion.models.fusion import FusionEnsemble, FusionModel
 from mmfusion.models.heads import Standardise
 
@@ -87,3 +93,103 @@ def test_reconstructions_are_made_only_when_asked_for():
     model = FusionModel(DIMS, latent_dim=4)
     assert model(features(), reconstruct=False).reconstructions == {}
     assert model(features()).reconstructions["image"].shape == (9, 7)
+
+
+# ---- a saved model is the model, or is refused
+
+
+@pytest.fixture
+def saved(tmp_path):
+    torch.manual_seed(0)
+    FusionEnsemble(DIMS, members=2, latent_dim=4, hidden_dim=6, rank=2).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_weights(folder, change):
+    state = load_file(folder / "model.safetensors")
+    change(state)
+    save_file(state, folder / "model.safetensors")
+
+
+def drop(state):
+    del state["members.1.jwae.encoders.image.0.weight"]
+
+
+def spoil(state):
+    state["members.0.fusion.rank_weights"][0] = float("nan")
+
+
+def broadcast(state):
+    name = "members.0.fusion.projections.0.weight"
+    state[name] = state[name][:, :1].clone()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (drop, r"members\.1\.jwae\.encoders\.image\.0\.weight is missing"),
+        (lambda state: state.update(extra=torch.ones(3)), r"extra is \(3,\), not a part of this model"),
+        (broadcast, r"projections\.0\.weight is \(2, 1\), not \(2, 4\)"),
+        (spoil, r"rank_weights holds values that are no finite numbers"),
+        (lambda state: state.clear() or state.update(a=torch.ones(1)), "tensors differ"),
+    ],
+    ids=["partial", "larger", "would broadcast", "NaN", "foreign"],
+)
+def test_weights_that_are_not_the_models_own_are_refused(saved, change, message):
+    edit_weights(saved, change)
+    with pytest.raises(InputError, match=message):
+        FusionEnsemble.from_pretrained(saved)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"fusion": "sum"}, 'fusion is "sum"; known are lmf, concatenation, tensor'),
+        ({"latent_dim": "8"}, 'latent_dim is "8", not a whole number'),
+        ({"hidden_dim": 10**9}, "hidden_dim is 1000000000, not a whole number from 1 to 65536"),
+        ({"rank": True}, "rank is true"),
+        ({"input_dims": {}}, "input_dims is {}"),
+        ({"input_dims": {"image": -1}}, "not a width from 1"),
+        ({"spectral_norm": 0}, "spectral_norm is 0, not a number above 0"),
+        ({"members": 3}, "is missing"),
+    ],
+)
+def test_config_that_describes_no_model_is_refused(saved, change, message):
+    edit_config(saved, **change)
+    with pytest.raises(InputError, match=message):
+        FusionEnsemble.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100_000, "null"])
+def test_config_that_is_no_object_is_refused(saved, text):
+    (saved / "config.json").write_text(text)
+    with pytest.raises(InputError, match=r"config\.json"):
+        FusionEnsemble.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_fifo_in_place_of_a_model_file_does_not_hang(saved, name):
+    (saved / name).unlink()
+    os.mkfifo(saved / name)
+    with pytest.raises(InputError, match=name):
+        FusionEnsemble.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("source", ["/no/such/folder", "./nothing", "no_such_folder", Path("a/b")])
+def test_folder_that_is_not_there_is_spoken_of_as_a_folder(source):
+    with pytest.raises(InputError, match="no such folder"):
+        FusionEnsemble.from_pretrained(source)
+
+
+def test_saving_leaves_config_and_weights_alone(saved):
+    assert {path.name for path in saved.iterdir()} == {"config.json", "model.safetensors"}
+
+
+def test_unknown_fusion_is_an_error():
+    with pytest.raises(ValueError, match="fusion is one of lmf, concatenation, tensor"):
+        FusionModel(DIMS, fusion="sum")

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,8 @@ from mmfusion.cli import parse
 from mmfusion.data.memes import MemesConfig, load_memes
 from mmfusion.errors import InputError
 from mmfusion.models.fusion import FusionEnsemble
+from mmfusion.runs.folder import RunFolder
+from mmfusion.runs.outputs import plain_cell
 
 ROOT = Path(script.__file__).parent
 
@@ -154,10 +157,10 @@ def test_rank_and_part_shares_sum_to_one(finished):
 
 def test_metrics_hold_a_line_for_each_row_and_epoch(finished):
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
-    assert {line["row"] for line in lines} == {
+    assert {line["method"] for line in lines} == {
         "jWAE-LMF, rank 2", "jWAE-LMF, rank 1", "jWAE-LMF, no prior", "concatenation + MLP", "image only", "text only",
     }  # fmt: skip
-    fusion = [line for line in lines if line["row"] == "jWAE-LMF, rank 2"]
+    fusion = [line for line in lines if line["method"] == "jWAE-LMF, rank 2"]
     assert [line["epoch"] for line in fusion] == [0, 1, 2]
     assert all(len(line["dev_auroc"]) == 2 and len(line["loss"]["mmd"]) == 2 for line in fusion)
 
@@ -217,7 +220,7 @@ def test_resume_refuses_another_config_other_data_and_a_run_that_is_not_there(me
     assert "--rank 2, not 1" in line
     other = tmp_path / "other"
     write_memes(other, {"train": 40, "dev": 16})
-    assert "another experiment, data set" in refused(capsys, [*flags(memes, jsonl=other / "train.jsonl"), "--resume"])
+    assert "another experiment, dataset" in refused(capsys, [*flags(memes, jsonl=other / "train.jsonl"), "--resume"])
 
 
 def test_resuming_a_finished_run_says_so_and_changes_nothing(memes, finished, monkeypatch, capsys):
@@ -239,11 +242,55 @@ def test_taken_name_is_refused_and_a_default_name_is_numbered(memes, tmp_path, m
 def test_two_runs_begun_at_once_do_not_share_a_folder(memes, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = parse(Config, flags(memes))
-    dataset = load_memes(config.data, config.encoders, script.join_processes("cpu"))
-    folders = [script.choose_folder("same", "demo", False) for _ in range(2)]
-    script.open_run(folders[0], config, dataset.description, torch.device("cpu"), False)
+    same = [RunFolder.claim(config, "demo") for _ in range(2)]
+    assert same[0].begin({}, torch.device("cpu"))
     with pytest.raises(InputError, match="another run has just taken this name"):
-        script.open_run(folders[1], config, dataset.description, torch.device("cpu"), False)
+        same[1].begin({}, torch.device("cpu"))
+    unnamed = [RunFolder.claim(parse(Config, flags(memes, name=None)), "demo") for _ in range(3)]
+    assert all(run.begin({}, torch.device("cpu")) for run in unnamed)
+    assert [run.path.name for run in unnamed] == ["demo", "demo-2", "demo-3"]
+
+
+def test_two_processes_cannot_resume_one_run(memes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first = RunFolder.claim(parse(Config, flags(memes)), "demo")
+    assert first.begin({}, torch.device("cpu"))
+    second = RunFolder.claim(parse(Config, [*flags(memes), "--resume"]), "demo")
+    with pytest.raises(InputError, match="another process is at work in it"):
+        second.begin({}, torch.device("cpu"))
+
+
+def test_kill_before_run_json_leaves_a_name_that_can_be_used(memes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/trial").mkdir(parents=True)  # what a kill between mkdir and run.json left
+    (tmp_path / "runs/.trial.1.begun").mkdir()
+    assert RunFolder.claim(parse(Config, flags(memes)), "demo").begin({}, torch.device("cpu"))
+    assert (tmp_path / "runs/trial/run.json").is_file()
+
+
+def test_resume_needs_no_flag_but_the_name(memes, finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished, tmp_path / "runs/trial")
+    assert run(["--name", "trial", "--resume"]) == 0
+    assert "this run is complete" in capsys.readouterr().out
+    assert "was begun with --rank 2, not 3" in refused(capsys, ["--name", "trial", "--resume", "--rank", "3"])
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("", "run.json"),
+        ("[1]", "run.json"),
+        ('{"settings": 1, "data": {}, "device": "cpu"}', "run.json"),
+        ('{"settings": {"rank": "x"}, "data": {}, "device": "cpu"}', "setting rank"),
+        ("[" * 100_000, "run.json"),
+    ],
+)
+def test_malformed_run_json_is_one_line(tmp_path, monkeypatch, capsys, text, named):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/trial").mkdir(parents=True)
+    (tmp_path / "runs/trial/run.json").write_text(text)
+    assert named in refused(capsys, ["--name", "trial", "--resume"])
 
 
 # ---- bad input
@@ -350,8 +397,8 @@ def test_flags_override_real_path(monkeypatch):
         "download": script.locate(MemesConfig(download=True)),
     }
     assert [(data.jsonl, data.img_dir) for data in located["flags"]] == [
-        (Path("real/train.jsonl"), Path("real/img")),
-        (Path("real/train.jsonl"), Path("mine")),
+        (ROOT / "real/train.jsonl", ROOT / "real/img"),
+        (ROOT / "real/train.jsonl", Path("mine")),
     ]
     assert (located["own"].jsonl, located["own"].img_dir) == (Path("mine.jsonl"), None)
     assert located["download"].jsonl is None and not located["download"].is_demo
@@ -374,3 +421,34 @@ def test_split_with_one_class_is_said_and_not_scored(tmp_path, monkeypatch, caps
     write_rows(tmp_path / "test.jsonl", rows)
     assert run(flags(tmp_path, epochs=1)) == 0
     assert "one class" in capsys.readouterr().out
+
+
+def test_mistyped_flag_is_answered_with_the_nearest_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert "perhaps you meant --name" in refused(capsys, ["--nmae", "x"])
+
+
+@pytest.mark.parametrize("value", ["a/train.jsonl", {"json": "x"}, None])
+def test_real_path_that_is_no_such_dict_is_one_line(tmp_path, monkeypatch, capsys, value):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(script, "REAL_PATH", value)
+    assert "REAL_PATH" in refused(capsys, [])
+
+
+def test_latents_of_width_one_are_trained_and_reported(memes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(flags(memes, latent_dim=1, epochs=1, seeds=1)) == 0
+    assert json.loads((tmp_path / "runs/trial/results.json").read_text())["ranks"]
+
+
+def test_waiting_threads_do_not_spin_unless_the_user_wants_it():
+    code = "import sys, main_hateful_memes, os; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    for wanted in (None, "ACTIVE"):
+        environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+        environment |= {"OMP_WAIT_POLICY": wanted} if wanted else {}
+        out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert out.stdout.split() == [wanted or "PASSIVE", "True"], out.stderr
+
+
+def test_spreadsheet_takes_no_id_for_a_formula():
+    assert [plain_cell(text) for text in ("=1+1", "@x", "-3", "img/1.png")] == ["'=1+1", "'@x", "'-3", "img/1.png"]

@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
@@ -171,6 +173,44 @@ def test_checkpoint_of_another_training_is_refused(tmp_path, change):
     run([Member(0, WEIGHTS)], checkpoint=checkpoint)
     with pytest.raises(InputError, match="other settings"):
         run(**{"members": [Member(0, WEIGHTS)], "checkpoint": checkpoint} | change)
+
+
+def flip(state, metadata):
+    state["parameters/fusion.rank_weights"][0, 0] += 1e-3
+
+
+def last_dimension_of_one(state, metadata):
+    state["parameters/fusion.rank_weights"] = state["parameters/fusion.rank_weights"][:, :1].clone()
+
+
+def drop_tensor(state, metadata):
+    del state["exp_avg/fusion.rank_weights"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        flip,
+        last_dimension_of_one,
+        drop_tensor,
+        lambda state, metadata: state.update(extra=torch.ones(1)),
+        lambda state, metadata: metadata.clear(),
+        lambda state, metadata: metadata.update(progress="{}"),
+        lambda state, metadata: metadata.update(progress="[" * 100_000),
+        lambda state, metadata: metadata.update(sha256="0"),
+        lambda state, metadata: state.update({k: v.half() for k, v in state.items()}),
+    ],
+    ids=["value", "broadcast", "missing", "extra", "no metadata", "no progress", "nested", "checksum", "dtype"],
+)
+def test_changed_checkpoint_is_refused(tmp_path, change):
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    run([Member(0, WEIGHTS)], checkpoint=checkpoint)
+    with safe_open(checkpoint, framework="pt") as file:
+        state, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+    change(state, metadata)
+    save_file(state, checkpoint, metadata or None)
+    with pytest.raises(InputError, match=r"checkpoint\.safetensors: damaged"):
+        run([Member(0, WEIGHTS)], checkpoint=checkpoint)
 
 
 def test_damaged_checkpoint_is_named(tmp_path):

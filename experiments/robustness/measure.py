@@ -30,7 +30,7 @@ import torch
 import tyro
 
 from experiments import baselines as train
-from experiments.experiment import SCORE_EFFECT, Experiment, Outcome, contrasts_on_test, record
+from experiments.experiment import SCORE_EFFECT, Experiment, Outcome, begun, contrasts_on_test, record
 from experiments.robustness.corruption_curves import CorruptionResult, curves_csv, group_summary, measure_corrupted
 from experiments.robustness.corruption_grid import LATE_FUSION, Condition, Group, Predictor, check_flags, conditions
 from experiments.robustness.figure import draw
@@ -42,7 +42,7 @@ from mmfusion.files import write_safetensors, write_text
 from mmfusion.metrics.scores import example_scores
 from mmfusion.metrics.statistics import combine
 from mmfusion.robustness.worst_case import SIZES
-from mmfusion.runs.folder import check_resumable, choose_folder, is_complete, open_run
+from mmfusion.runs.folder import RunFolder
 from mmfusion.runs.load import TrainedRun, load_run
 from mmfusion.training.grid import per_example
 
@@ -69,13 +69,16 @@ class Options:
     """measure again in the folder of that name where a kill left it"""
 
 
+def default_name(options: Options) -> str:
+    """The name of its folder where none is given."""
+    return f"robustness-{options.run.resolve().name}"
+
+
 def main(options: Options) -> None:
     """Load, measure, and leave table, figure, curves, masks and results in the run's folder. Raises InputError."""
     check_options(options)
     device = pick_device(options.device)
-    folder = choose_folder(options.name, f"robustness-{options.run.resolve().name}", options.resume)
-    if options.resume:
-        check_resumable(folder, options)
+    run_folder = RunFolder.claim(options, default_name(options))
     run = load_run(options.run, str(device))
     if options.pixels and run.memes is None:
         raise InputError(f"--pixels {options.pixels}: {options.run} has no pictures; leave the flag out")
@@ -83,25 +86,23 @@ def main(options: Options) -> None:
     start = time.perf_counter()
     # beside main_hateful_memes.py there is no kernel machine to compare with
     predictor = Predictor(run, str(device), kernel_machine="dataset" in run.settings)
-    if not is_complete(folder):
+    if not run_folder.is_complete:
         predictor.prepare(wanted)  # may find a picture gone: before anything is written
     description = {"experiment": EXPERIMENT.name, "models": run.identity, **run.data.description}
-    open_run(folder, options, description, device, options.resume)
-    if is_complete(folder):
-        print(f"{folder}: this run is complete; its table is in {folder / 'table.txt'}")
+    if not run_folder.begin(description, device):
         return
     outcome, kept = measure(predictor, options, wanted)
     for name, text in kept.texts.items():
-        write_text(folder / name, text)
+        write_text(run_folder.path / name, text)
     if kept.masks:
-        write_safetensors(folder / "masks.safetensors", kept.masks)
+        write_safetensors(run_folder.path / "masks.safetensors", kept.masks)
     for attack in kept.pixels:
-        attack.save(folder / "pixels")
+        attack.save(run_folder.path / "pixels")
     record(
         EXPERIMENT,
         run.data,
         outcome,
-        folder,
+        run_folder,
         seeds=len(run.seeds),
         recipe={"run": run.settings},
         seconds=time.perf_counter() - start,
@@ -295,4 +296,4 @@ EXPERIMENT = Experiment(
 
 def run(arguments: list[str]) -> int:
     """`python -m experiments.robustness RUN FLAGS`."""
-    return run_command(main, Options, arguments)
+    return run_command(main, Options, arguments, begun(Options, default_name))

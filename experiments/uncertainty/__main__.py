@@ -2,7 +2,8 @@
 
 import sys
 
-from experiments.uncertainty.measure import Options, execute
+from experiments.experiment import begun
+from experiments.uncertainty.measure import Options, default_name, execute
 from mmfusion.cli import run_command
 
-sys.exit(run_command(execute, Options, sys.argv[1:]))
+sys.exit(run_command(execute, Options, sys.argv[1:], begun(Options, default_name)))

@@ -50,7 +50,7 @@ from mmfusion.metrics import calibration
 from mmfusion.metrics.calibration import detection
 from mmfusion.metrics.scores import example_losses
 from mmfusion.metrics.statistics import Contrast, combine, grouped
-from mmfusion.runs.folder import check_resumable, choose_folder, is_complete, open_run
+from mmfusion.runs.folder import RunFolder
 from mmfusion.runs.load import TrainedRun, load_run
 
 NLL_EFFECT = 0.01  # nats
@@ -243,26 +243,27 @@ class Options:
     """measure again in the folder of that name where a kill left it"""
 
 
+def default_name(options: Options) -> str:
+    """The name of its folder where none is given."""
+    return f"uncertainty-{options.run.resolve().name}"
+
+
 def execute(options: Options) -> None:
     """Load the run, measure, print, and leave table.txt, figure.png and results.json in a folder of its own."""
     check_flags(options.groups, options.draws)
     if not 0 < options.alpha < 1:
         raise InputError(f"--alpha {options.alpha}: give a share between 0 and 1, such as 0.1")
     device = pick_device(options.device)
-    folder = choose_folder(options.name, f"uncertainty-{options.run.resolve().name}", options.resume)
-    if options.resume:
-        check_resumable(folder, options)
+    run_folder = RunFolder.claim(options, default_name(options))
     trained = load_run(options.run, str(device))
     refuse(trained)
     data, predictor = trained.data, Predictor(trained, str(device))
     start = perf_counter()
     chosen = [c for c in conditions(trained, options.groups, options.draws) if c.level in LEVELS]
-    if "input" in options.groups and not is_complete(folder):
+    if "input" in options.groups and not run_folder.is_complete:
         predictor.prepare(chosen)  # may find a picture gone: before anything is written
     description = {"experiment": EXPERIMENT.name, "models": trained.identity, **data.description}
-    open_run(folder, options, description, device, options.resume)
-    if is_complete(folder):
-        print(f"{folder}: this run is complete; its table is in {folder / 'table.txt'}")
+    if not run_folder.begin(description, device):
         return
     for note in data.notes:
         print(f"note: {note}")
@@ -271,7 +272,7 @@ def execute(options: Options) -> None:
         EXPERIMENT,
         data,
         outcome,
-        folder,
+        run_folder,
         seeds=len(trained.seeds),
         recipe={},
         seconds=perf_counter() - start,

@@ -20,7 +20,7 @@ DEMO_BANNER = """\
 
 @dataclass(frozen=True)
 class MemesConfig:
-    """Data"""
+    """Which memes, and where what is made of them is kept."""
 
     jsonl: Path | None = None
     """train.jsonl of the release (overrides REAL_PATH); dev and test splits are found beside it"""

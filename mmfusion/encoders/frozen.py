@@ -35,7 +35,7 @@ POOLER_OPTIONAL = {"bert", "roberta", "xlm-roberta", "camembert", "mpnet", "vit"
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """Frozen encoders"""
+    """What turns pictures and texts into features; its weights are never trained."""
 
     image_encoder: str | None = None
     """resnet50 (default), a Hugging Face model by name or folder, or a ResNet-50 weights file; random:X draws X's

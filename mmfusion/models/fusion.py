@@ -7,16 +7,18 @@ features --standardise--> x_m --encoder--> z_m --LMF--> --rescale--> prediction:
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from jwae_module import JWAE
 from lmf_module import LowRankMultimodalFusion
 from mmfusion.errors import InputError, check_numbers
+from mmfusion.files import write_json, write_safetensors
 from mmfusion.models.heads import ConcatenationHead, FusedWidthHead, Rescale, Standardise, TensorHead
+from mmfusion.models.pretrained import CONFIG, WEIGHTS, check_shape, find_pretrained, load_weights, read_config
 from mmfusion.models.spectral_norm import normalise_spectrally
 
 Fusion = Literal["lmf", "concatenation", "tensor"]
@@ -34,7 +36,7 @@ class FusionOutput(NamedTuple):
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Model"""
+    """Widths and rank of the fusion model."""
 
     latent_dim: int = 32
     """width L of the latents"""
@@ -89,6 +91,8 @@ class FusionModel(nn.Module):
         self.jwae = JWAE(input_dims, latent_dim, hidden_dim)
         widths = [latent_dim] * len(input_dims)
         self.rescale = Rescale(output_dim)
+        if fusion not in get_args(Fusion):
+            raise ValueError(f"fusion is one of {', '.join(get_args(Fusion))}, not {fusion!r}")
         if fusion == "concatenation":
             self.fusion = ConcatenationHead(widths, output_dim, hidden_dim)
         elif fusion == "tensor":
@@ -128,16 +132,11 @@ class FusionModel(nn.Module):
         return FusionOutput(prediction, latents, standardised, reconstructions)
 
 
-class FusionEnsemble(
-    nn.Module,
-    PyTorchModelHubMixin,
-    library_name="low-rank-multimodal-fusion",
-    tags=["multimodal", "low-rank-fusion", "hateful-memes"],
-):
+class FusionEnsemble(nn.Module):
     """Independently trained members of one shape; takes raw features, gives the logits of every member.
 
-    `from_pretrained(folder or hub name)`, `save_pretrained` and `push_to_hub` follow the Hugging Face hub's
-    conventions: config.json holds the constructor's arguments, model.safetensors the weights.
+    `save_pretrained` writes config.json (the constructor's arguments) and model.safetensors (the weights), the files
+    that the Hugging Face hub expects of a model.
     """
 
     def __init__(
@@ -152,10 +151,43 @@ class FusionEnsemble(
         spectral_norm: float | None = ModelConfig.spectral_norm,
     ) -> None:
         super().__init__()
+        self.shape = {
+            "input_dims": dict(sorted(input_dims.items())),
+            "members": members,
+            "latent_dim": latent_dim,
+            "hidden_dim": hidden_dim,
+            "rank": rank,
+            "output_dim": output_dim,
+            "fusion": fusion,
+            "spectral_norm": spectral_norm,
+        }
         self.members = nn.ModuleList(
             FusionModel(input_dims, latent_dim, hidden_dim, rank, output_dim, fusion, spectral_norm=spectral_norm)
             for _ in range(members)
         )
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path) -> "FusionEnsemble":
+        """A saved ensemble, in evaluation mode, from a folder such as runs/demo, or OWNER/NAME of the Hugging Face hub.
+
+        Every weight comes from the file. Raises InputError where one is missing, foreign or not finite, or where
+        config.json does not describe an ensemble.
+        """
+        folder = find_pretrained(source)
+        path = folder / CONFIG
+        shape = check_shape(read_config(folder), MOST_WIDTH, Fusion, path)
+        try:
+            ensemble = cls(**shape)
+        except (ValueError, RuntimeError, MemoryError) as error:  # RuntimeError: torch has no memory for it
+            reason = " ".join(str(error).split())[:120]
+            raise InputError(f"{path}: describes a model that cannot be made ({reason}); train the run anew") from error
+        load_weights(ensemble, folder / WEIGHTS)
+        return ensemble.eval()
+
+    def save_pretrained(self, folder: Path, entries: Mapping[str, object] | None = None) -> None:
+        """Write model.safetensors and config.json, the latter with further `entries`. Raises InputError."""
+        write_safetensors(folder / WEIGHTS, self.state_dict())
+        write_json(folder / CONFIG, {**self.shape, **(entries or {})})
 
     @classmethod
     def from_members(cls, models: Sequence[FusionModel], **shape: object) -> "FusionEnsemble":

@@ -1,33 +1,37 @@
-"""What a run leaves behind: runs/NAME with its settings, its log, its weights, its predictions and its scores."""
+"""Life of a run in its folder runs/NAME: claimed by name, begun with run.json, closed with results.json.
 
-import csv
-import io
+    run = RunFolder.claim(config, "demo")        # before anything is loaded: is the name free, do the settings agree?
+    if run.begin(dataset.description, device):   # run.json; False where a resumed run is complete already
+        ...
+        run.close(results)                       # results.json, and with it the end of the checkpoints
+"""
+
+import errno
 import itertools
 import json
+import os
 import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import TextIO
+from types import UnionType
+from typing import Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
-from safetensors import SafetensorError
-from torch import Tensor
-from tqdm import tqdm
+from filelock import FileLock, Timeout
 
-from mmfusion.files import write_json, write_text
-from mmfusion.dataset import Dataset
 from mmfusion.errors import InputError
-from mmfusion.models.fusion import FusionEnsemble
+from mmfusion.files import write_json
 
+Config = TypeVar("Config")
 RUNS = Path("runs")
 PACKAGES = ("torch", "torchvision", "transformers", "numpy", "scikit-learn", "safetensors")
+MARK_OF_COMPLETION = "results.json"
+MOST_BYTES = 2**26  # of run.json: a list of a million skipped images has less
 # settings that do not change a result, and so need not agree when a run is resumed
 FREE_SETTINGS = {
     "resume",
@@ -42,89 +46,238 @@ FREE_SETTINGS = {
     "audio",
     "visual",
 }
-MARK_OF_COMPLETION = "results.json"
 
 
-def choose_folder(name: str | None, default: str, resume: bool) -> Path:
-    """The folder of the run to begin, or of the run to resume; nothing is written yet.
+class RunFolder:
+    """One run's folder and its life."""
 
-    Raises InputError where the name is no folder name, is taken (without `resume`), or leads to no run (with it).
-    """
+    def __init__(self, path: Path, config: object, resume: bool, numbered: bool) -> None:
+        self.path, self.config, self.resume = path, config, resume
+        self.numbered = numbered
+        """True where the name is a default: another run that takes it first makes this one take the next number"""
+
+    @classmethod
+    def claim(cls, config: object, default: str) -> "RunFolder":
+        """The folder of the run to begin, or of the run to resume; nothing is written yet.
+
+        Args:
+            config: a dataclass of flags (or of sections of flags), `name` and `resume` among them.
+            default: the name where none is given; a number is appended where that is taken.
+
+        Raises InputError where the name is no folder name, is taken (without `resume`), or leads to no run (with it),
+        or where a setting differs from those of the run to resume.
+        """
+        settings = settings_of(config)
+        name, resume = settings["name"], settings["resume"]
+        if resume:
+            path = find_begun(name, default)
+            check_settings(path, settings)
+            return cls(path, config, resume, False)
+        _check_name(name)
+        if name is None:
+            return cls(_first_free(default), config, resume, True)
+        if _is_taken(RUNS / name):
+            raise InputError(f"{RUNS / name}: this run exists; choose another --name, or go on with it with --resume")
+        return cls(RUNS / name, config, resume, False)
+
+    @property
+    def is_complete(self) -> bool:
+        """True where the run has come to its end."""
+        return is_complete(self.path)
+
+    def begin(self, data: Mapping[str, object], device: torch.device) -> bool:
+        """Write run.json, or (a resumed run) see that it was begun with these data on this device.
+
+        `data` is the description of a dataset. Returns False, after one printed line, where the run is complete. The
+        folder is this process's alone until it ends. Raises InputError.
+        """
+        now = _description(settings_of(self.config), data, device)
+        if self.resume:
+            begun = read_run(self.path)
+            if not same_data(begun["data"], now["data"]):
+                raise InputError(
+                    f"{self.path}: was begun with another experiment, dataset or encoder; choose another --name"
+                )
+            if begun["device"] != now["device"]:
+                raise InputError(
+                    f"{self.path}: was begun on {begun['device']}; resume it there, or choose another --name"
+                )
+        else:
+            self._create(now)
+        if self.is_complete:
+            print(f"{self.path}: this run is complete; its scores are in {self.path / MARK_OF_COMPLETION}")
+            return False
+        self._lock = FileLock(self.path / ".lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise InputError(f"{self.path}: another process is at work in it; wait for it, or end it") from None
+        return True
+
+    def _create(self, description: dict) -> None:
+        """The folder appears together with its run.json, by a rename: a kill in between leaves no half of a run."""
+        while True:
+            begun = RUNS / f".{self.path.name}.{os.getpid()}.begun"
+            try:
+                begun.mkdir(parents=True, exist_ok=True)
+                write_json(begun / "run.json", description)
+                begun.rename(self.path)  # onto a folder that is there and not empty: an error
+                return
+            except OSError as error:
+                shutil.rmtree(begun, ignore_errors=True)
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                    raise InputError(
+                        f"{self.path}: cannot be made ({error.strerror}); run where you may write"
+                    ) from error
+            if not self.numbered:
+                raise InputError(f"{self.path}: another run has just taken this name; choose another --name") from None
+            self.path = _first_free(re.sub(r"-\d+$", "", self.path.name))
+
+    def close(self, results: Mapping[str, object]) -> None:
+        """Write results.json, the last file, and remove the checkpoints, which only a resume needs."""
+        write_json(self.path / MARK_OF_COMPLETION, json.loads(json.dumps(results, default=_plain)))
+        for leftover in (self.path / "checkpoints", *self.path.glob(".*")):  # hidden: what a kill left unfinished
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+        self._lock.release()
+
+
+def is_complete(folder: Path) -> bool:
+    """True where the run in `folder` has come to its end."""
+    return (folder / MARK_OF_COMPLETION).exists()
+
+
+def find_begun(name: str | None, default: str) -> Path:
+    """The folder of the run of that name, or of the last one begun under the default name. Raises InputError."""
+    _check_name(name)
+    wanted = re.compile(re.escape(name) if name else rf"{re.escape(default)}(-\d+)?")
+    found = (path for path in RUNS.glob("*/run.json") if wanted.fullmatch(path.parent.name))
+    begun = {path.parent.name: path.stat().st_mtime for path in found}
+    if not begun:
+        raise InputError(f"--resume: there is no run {RUNS / (name or default)}; leave the flag out to begin it")
+    return RUNS / max(begun, key=begun.get)
+
+
+def _check_name(name: str | None) -> None:
     if name is not None and (name in ("", ".", "..") or Path(name).name != name or len(name.encode()) > 100):
         raise InputError(f"--name {name[:100]!r}: give a plain folder name of at most 100 characters")
     if RUNS.exists() and not RUNS.is_dir():
         raise InputError(f"{RUNS}: is a file, and runs are kept in a folder of that name; move it away")
-    if resume:
-        wanted = re.compile(re.escape(name) if name else rf"{re.escape(default)}(-\d+)?")
-        found = (path for path in RUNS.glob("*/run.json") if wanted.fullmatch(path.parent.name))
-        begun = {path.parent.name: path.stat().st_mtime for path in found}
-        if not begun:
-            raise InputError(f"--resume: there is no run {RUNS / (name or default)}; leave the flag out to begin it")
-        return RUNS / max(begun, key=begun.get)
-    if name is None:
-        numbered = (default if number == 1 else f"{default}-{number}" for number in itertools.count(1))
-        name = next(candidate for candidate in numbered if not (RUNS / candidate).exists())
-    if (RUNS / name).exists():
-        raise InputError(f"{RUNS / name}: this run exists; choose another --name, or go on with it with --resume")
-    return RUNS / name
 
 
-def open_run(folder: Path, config: object, data: Mapping[str, object], device: torch.device, resume: bool) -> None:
-    """Begin the run with run.json, or (`resume`) see that it was begun with these data on this device.
-
-    `config` is a dataclass, `data` the description of a dataset. Raises InputError.
-    """
-    now = _description(_settings(config), data, device)
-    if not resume:
-        try:
-            folder.mkdir(parents=True)  # exclusive: of two runs begun at once under one name, one must stop
-        except FileExistsError:
-            raise InputError(f"{folder}: another run has just taken this name; choose another --name") from None
-        except OSError as error:
-            raise InputError(f"{folder}: cannot be made ({error.strerror}); run where you may write") from error
-        write_json(folder / "run.json", now)
-        return
-    begun = _begun(folder)
-    other_data = begun["data"] != json.loads(json.dumps(now["data"]))
-    other_device = begun["device"] != now["device"]
-    if other_data:
-        raise InputError(f"{folder}: was begun with another experiment, data set or encoder; choose another --name")
-    if other_device:
-        raise InputError(f"{folder}: was begun on {begun['device']}; resume it there, or choose another --name")
+def _is_taken(path: Path) -> bool:
+    """True for what exists, an empty folder apart: nothing was begun in that."""
+    return path.exists() and not (path.is_dir() and not any(path.iterdir()))
 
 
-def check_resumable(folder: Path, config: object) -> None:
-    """Raise InputError naming the first setting that differs from those of the run to resume; needs no data."""
-    begun, settings = _begun(folder)["settings"], _settings(config)
-    for key in settings:
-        if key not in FREE_SETTINGS and begun.get(key) != settings[key]:
-            raise InputError(
-                f"{folder}: was begun with --{key.replace('_', '-')} {begun.get(key)}, not {settings[key]}; "
-                "give the same settings to resume it, or another --name"
-            )
+def _first_free(default: str) -> Path:
+    names = (default if number == 1 else f"{default}-{number}" for number in itertools.count(1))
+    return next(RUNS / name for name in names if not _is_taken(RUNS / name))
 
 
-def _settings(config: object) -> dict:
-    """Every flag's value, JSON-able, sections flattened."""
-    flat = {}
+# ---- settings ----------------------------------------------------------------------------------------------------
+
+
+def settings_of(config: object) -> dict[str, object]:
+    """Every flag's value, JSON-able, sections flattened; paths are absolute, so that a run can be read from anywhere."""
+    flat: dict[str, object] = {}
     for field in fields(config):
         value = getattr(config, field.name)
-        flat |= _settings(value) if is_dataclass(value) else {field.name: value}
+        if is_dataclass(value):
+            flat |= settings_of(value)
+        elif isinstance(value, Path):
+            flat[field.name] = str(value.expanduser().absolute())
+        elif field.name.endswith("_encoder") and value and Path(value.removeprefix("random:")).expanduser().exists():
+            prefix = "random:" if value.startswith("random:") else ""
+            flat[field.name] = prefix + str(Path(value.removeprefix(prefix)).expanduser().absolute())
+        else:
+            flat[field.name] = value
     return json.loads(json.dumps(flat, default=str))
 
 
-def _begun(folder: Path) -> dict:
-    """run.json of a run that was begun."""
+def config_from(config_class: type[Config], settings: Mapping[str, object], path: Path) -> Config:
+    """The dataclass whose flags were written to run.json (`path`); flags that came later have their defaults.
+
+    Raises InputError naming the first setting of a wrong type.
+    """
+    values: dict[str, object] = {}
+    hints = get_type_hints(config_class)
+    for field in fields(config_class):
+        kind = hints[field.name]
+        if is_dataclass(kind):
+            values[field.name] = config_from(kind, settings, path)
+        elif field.name in settings:
+            value = settings[field.name]
+            if field.name == "seeds" and isinstance(value, list):  # the main script used to list them
+                value = len(value)
+            values[field.name] = _typed(value, kind, f"{path}: setting {field.name}")
+    return config_class(**values)
+
+
+def _typed(value: object, kind: object, where: str) -> object:
+    """A JSON value as the type of a flag. Raises InputError."""
+    if get_origin(kind) is Literal and value in get_args(kind):
+        return value
+    kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    for one in kinds:
+        if one is type(None) and value is None:
+            return None
+        if one is Path and isinstance(value, str) and "\0" not in value:
+            return Path(value)
+        if get_origin(one) is tuple and isinstance(value, list):
+            return tuple(value)
+        if one is float and type(value) in (int, float):
+            return value
+        if one in (int, str, bool) and type(value) is one:
+            return value
+        if get_origin(one) is Literal and value in get_args(one):
+            return value
+    raise InputError(f"{where} is {json.dumps(value)[:60]}, which it cannot be; begin anew under another --name")
+
+
+def check_settings(folder: Path, settings: Mapping[str, object]) -> None:
+    """Raise InputError naming the first setting that differs from those of the run to resume; needs no data."""
+    begun = read_run(folder)["settings"]
+    for key, value in settings.items():
+        was = begun.get(key)
+        if key == "seeds" and isinstance(was, list):
+            was = len(was)
+        if key not in FREE_SETTINGS and was != value:
+            raise InputError(
+                f"{folder}: was begun with --{key.replace('_', '-')} {was}, not {value}; "
+                "leave the flag out to resume it, or give another --name"
+            )
+
+
+def read_run(folder: Path) -> dict[str, dict]:
+    """run.json of a run that was begun: its settings, data and device. Raises InputError."""
+    path = folder / "run.json"
     try:
-        begun = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        return {key: begun[key] for key in ("settings", "data", "device")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder / 'run.json'}: damaged ({error!r}); begin anew under another --name") from None
+        if not path.is_file() or path.stat().st_size > MOST_BYTES:
+            raise ValueError("no regular file of a run's size")
+        begun = json.loads(path.read_text(encoding="utf-8"))
+        run = {key: begun[key] for key in ("settings", "data", "device")}
+        if not isinstance(run["settings"], dict) or not isinstance(run["data"], dict):
+            raise TypeError("settings and data must be objects")
+        return run
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:80]
+        raise InputError(f"{path}: damaged ({type(error).__name__}: {reason}); begin anew under another --name") from None
 
 
-def is_complete(folder: Path) -> bool:
-    """True where the run has come to its end."""
-    return (folder / MARK_OF_COMPLETION).exists()
+def same_data(begun: Mapping[str, object], now: Mapping[str, object]) -> bool:
+    """True where two descriptions are of the same data and encoders, wherever these lie on disk."""
+    return _without_places(begun) == _without_places(now)
+
+
+def _without_places(data: Mapping[str, object]) -> dict:
+    plain = json.loads(json.dumps(data))
+    plain.pop("encoder_config", None)  # as typed; what matters of it is in the encoders' identities
+    for encoder in plain.get("encoders", {}).values() if isinstance(plain.get("encoders"), dict) else ():
+        if isinstance(encoder, dict):
+            encoder.pop("name", None)
+    if plain.get("experiment") == "train":  # what baselines was called
+        plain["experiment"] = "baselines"
+    return plain
 
 
 def _description(settings: dict, data: Mapping[str, object], device: torch.device) -> dict:
@@ -139,8 +292,9 @@ def _description(settings: dict, data: Mapping[str, object], device: torch.devic
 
 
 def installed_version(package: str) -> str | None:
+    """Version of an installed package, from its metadata; None where it is not installed."""
     try:
-        return version(package)  # reads metadata; imports nothing
+        return version(package)
     except PackageNotFoundError:
         return None
 
@@ -154,90 +308,6 @@ def _git_revision() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return commit.stdout.strip() + ("+" if changed.returncode else "")
-
-
-class MetricsLog:
-    """metrics.jsonl: one line per row and epoch, on disk as soon as the epoch is over.
-
-    It is written anew when a run is resumed: the training replays the epochs that its checkpoint holds.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> "MetricsLog":
-        try:
-            self._file: TextIO = self.path.open("w", encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"{self.path}: cannot be written ({error.strerror})") from error
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    @contextmanager
-    def stack(self, rows: Sequence[str], seeds: int, epochs: int) -> Iterator[Callable[[dict], None]]:
-        """A progress bar, and a callback for the epochs of rows that are trained in one stack (row-major members)."""
-        with tqdm(total=epochs, desc=f"train {rows[0]}", unit="epoch", mininterval=0.5) as bar:
-
-            def on_epoch(record: dict) -> None:
-                for i, row in enumerate(rows):
-                    part = slice(i * seeds, (i + 1) * seeds)
-                    loss = {term: values[part] for term, values in record["loss"].items()}
-                    line = {"row": row, "epoch": record["epoch"], "loss": loss, "dev_auroc": record["score"][part]}
-                    self._write(json.dumps(line) + "\n")
-                bar.update()
-                bar.set_postfix(dev_auroc=f"{sum(record['score'][:seeds]) / seeds:.3f}")
-
-            yield on_epoch
-
-    def _write(self, line: str) -> None:
-        try:
-            self._file.write(line)
-            self._file.flush()
-        except OSError as error:
-            raise InputError(f"{self.path}: cannot be written ({error.strerror}); make room, then --resume") from error
-
-
-def save_ensembles(folder: Path, ensembles: Mapping[str, FusionEnsemble]) -> None:
-    """The first ensemble into `folder` itself, the others (baselines) into folders below it; all can be loaded.
-
-    config.json holds the constructor's arguments (Hugging Face hub convention) and, under "run", all of run.json.
-    """
-    run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    for i, (label, ensemble) in enumerate(ensembles.items()):
-        place = folder if i == 0 else folder / "baselines" / re.sub(r"[^\w-]+", "-", label)
-        try:
-            with TemporaryDirectory(prefix=".saving-", dir=folder) as unfinished:
-                ensemble.save_pretrained(unfinished)
-                config = Path(unfinished, "config.json")
-                write_json(config, {**json.loads(config.read_text(encoding="utf-8")), "row": label, "run": run})
-                place.mkdir(parents=True, exist_ok=True)
-                for path in Path(unfinished).iterdir():
-                    path.replace(place / path.name)
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{place}: cannot be written ({error}); make room, then --resume") from error
-
-
-def write_predictions(folder: Path, dataset: Dataset, probabilities: Mapping[str, Tensor]) -> None:
-    """predictions_SPLIT.csv for every split: id, label (empty where unlabelled), mean probability, one per seed."""
-    for name, split in dataset.splits.items():
-        p = probabilities[name].numpy()  # (S, N)
-        labels = [""] * len(split) if split.target is None else split.target.int().tolist()
-        text = io.StringIO()
-        table = csv.writer(text, lineterminator="\n")
-        table.writerow(["id", "label", "probability", *(f"seed_{seed}" for seed in range(len(p)))])
-        for n, (key, label) in enumerate(zip(split.ids, labels, strict=True)):
-            # repr of a float32 reads back as the same float32
-            table.writerow([key, label, str(p[:, n].mean()), *(str(value) for value in p[:, n])])
-        write_text(folder / f"predictions_{name}.csv", text.getvalue())
-
-
-def close_run(folder: Path, results: Mapping[str, object]) -> None:
-    """results.json, the last file of a run, and with it the end of the checkpoints, which only a resume needs."""
-    write_json(folder / MARK_OF_COMPLETION, json.loads(json.dumps(results, default=_plain)))
-    for leftover in (folder / "checkpoints", *folder.glob(".*")):  # hidden: what a kill left unfinished
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 
 def _plain(value: object) -> object:

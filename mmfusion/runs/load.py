@@ -23,7 +23,8 @@ from mmfusion.data.folds import FoldedDataset, fold_datasets
 from mmfusion.encoders.frozen import EncoderConfig
 from mmfusion.models.fusion import FusionEnsemble, FusionModel
 from hateful_memes_loader import find_annotations, image_paths
-from mmfusion.runs.folder import is_complete
+from mmfusion.models.pretrained import read_config
+from mmfusion.runs.folder import config_from, is_complete, read_run, same_data
 from mmfusion.distributed import Processes
 
 Settings = TypeVar("Settings")
@@ -97,11 +98,18 @@ def load_run(folder: Path, device: str = "cpu") -> TrainedRun:
     Raises InputError where the folder holds no such run, or the data are no longer those that it was trained on.
     """
     begun = _read_run(folder)
-    settings = begun["settings"]
+    settings, path = begun["settings"], folder / "run.json"
+    # runs of before kept paths as they were typed: relative to the folder that holds runs/
+    started_in = folder.absolute().parent.parent
+    settings |= {
+        name: str(started_in / settings[name])
+        for name in ("cache_dir", "data", "folds", "audio", "visual", "jsonl", "img_dir")
+        if isinstance(settings.get(name), str)
+    }
     ensembles = _read_ensembles(folder)
     memes = encoders = None
     if "experiment" in begun["data"]:
-        options = _from_json(DataOptions, settings)
+        options = config_from(DataOptions, settings, path)
         datasets = load_datasets(options, device)
         data = fold_datasets(datasets)
         now = {"experiment": begun["data"]["experiment"], **data.description}
@@ -112,7 +120,7 @@ def load_run(folder: Path, device: str = "cpu") -> TrainedRun:
         overlap = any(bool(torch.isin(fold.dev, fold.test).any()) for fold in data.folds)
         trained_on_dev = not settings.get("hold_out_dev", False) and not overlap
     else:
-        memes_config, choices = _from_json(MemesConfig, settings), _from_json(EncoderConfig, settings)
+        memes_config, choices = config_from(MemesConfig, settings, path), config_from(EncoderConfig, settings, path)
         processes = Processes(device=device)
         datasets = [load_memes(memes_config, choices, processes, quiet=True)]
         data = fold_datasets(datasets)
@@ -124,38 +132,35 @@ def load_run(folder: Path, device: str = "cpu") -> TrainedRun:
         encoders = memes.encoders
     cache_dir = Path(settings["cache_dir"])
     seeds = settings["seeds"]
-    seeds = list(seeds) if isinstance(seeds, list) else list(range(seeds))  # the main script used to list them
-    if json.loads(json.dumps(now)) != begun["data"]:
+    seeds = list(seeds) if isinstance(seeds, list) else list(range(int(seeds)))  # the main script used to list them
+    if not same_data(begun["data"], now):
         raise InputError(
             f"{folder}: was trained on other data, or with other encoders, than its settings lead to now; bring them "
             "back, or train it anew"
         )
-    for row, ensemble in ensembles.items():
+    for label, ensemble in ensembles.items():
         if len(ensemble.members) != len(seeds) * len(data.folds):
             raise InputError(
-                f"{folder}: {row!r} has {len(ensemble.members)} members, not {len(seeds)} seeds x {len(data.folds)} folds; "
+                f"{folder}: {label!r} has {len(ensemble.members)} members, not {len(seeds)} seeds x {len(data.folds)} folds; "
                 "its files are of several runs, train it anew"
             )
     return TrainedRun(folder, data, datasets, ensembles, seeds, settings, encoders, memes, cache_dir, trained_on_dev)
 
 
-def _read_run(folder: Path) -> dict:
+def _read_run(folder: Path) -> dict[str, dict]:
     remedy = "train one with main_hateful_memes.py or experiments.baselines, and give its folder, such as runs/demo"
-    path = folder / "run.json"
-    if not path.is_file():
+    if not (folder / "run.json").exists():
         raise InputError(f"{folder}: holds no run (no run.json); {remedy}")
-    try:
-        begun = json.loads(path.read_text(encoding="utf-8"))
-        experiment = begun["data"].get("experiment", "baselines")
-        begun["settings"].items()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: damaged ({type(error).__name__}); {remedy}") from error
+    begun = read_run(folder)
+    experiment = begun["data"].get("experiment", "baselines")
     if experiment not in MODEL_KEEPERS:
         raise InputError(f"{folder}: a run of experiments.{experiment} keeps no models; {remedy}")
     if not is_complete(folder):
         raise InputError(f"{folder}: this run has not come to its end; go on with it with --resume first")
-    if not (folder / "model.safetensors").is_file():
+    if not (folder / "model.safetensors").exists():
         raise InputError(f"{folder}: keeps no model.safetensors; {remedy}")
+    if "seeds" not in begun["settings"] or "cache_dir" not in begun["settings"]:
+        raise InputError(f"{folder / 'run.json'}: damaged (settings without seeds or cache_dir); {remedy}")
     return begun
 
 
@@ -165,23 +170,9 @@ def _read_ensembles(folder: Path) -> dict[str, FusionEnsemble]:
     places[1:] = sorted(places[1:], key=lambda place: ((place / "config.json").stat().st_mtime_ns, place.name))
     ensembles = {}
     for place in places:
-        try:
-            row = json.loads((place / "config.json").read_text(encoding="utf-8"))["row"]
-            with contextlib.redirect_stdout(io.StringIO()):  # it says for each that it reads a folder
-                ensembles[row] = FusionEnsemble.from_pretrained(place).eval().requires_grad_(False)
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-            reason = " ".join(str(error).split())[:120]
-            raise InputError(f"{place}: its model cannot be read ({reason}); train the run anew") from error
+        config = read_config(place)
+        label = config.get("method", config.get("row"))  # what a method was called before
+        if not isinstance(label, str):
+            raise InputError(f"{place / 'config.json'}: names no method; train the run anew")
+        ensembles[label] = FusionEnsemble.from_pretrained(place).requires_grad_(False)
     return ensembles
-
-
-def _from_json(config_class: type[Settings], settings: dict) -> Settings:
-    """The dataclass whose fields were written to run.json; flags that came later have their defaults."""
-    values = {}
-    for field in fields(config_class):
-        if field.name in settings:
-            value = settings[field.name]
-            if value is not None and "Path" in str(field.type):
-                value = Path(value)
-            values[field.name] = tuple(value) if isinstance(value, list) else value
-    return config_class(**values)

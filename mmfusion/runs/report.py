@@ -237,7 +237,7 @@ def _draw_latents(axis, member: FusionModel, features: Mapping[str, Tensor], spl
     # not centred: the prior's mean is the origin, and a shift of the latents must stay visible
     _, _, axes = np.linalg.svd(pooled, full_matrices=False)
     for (name, z), color in zip(latents.items(), (BLUE, ORANGE), strict=False):
-        x, y = (z @ axes[:2].T).T
+        x, y = (z @ axes[:2].T).T if z.shape[1] > 1 else (z[:, 0], np.zeros(len(z)))  # one axis is all there is
         axis.scatter(x, y, s=9, color=color, alpha=0.5, linewidths=0, label=name)
     angle = np.linspace(0, 2 * np.pi, 200)
     for share in (0.5, 0.95):

@@ -15,7 +15,7 @@ INFINITY = float("inf")
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """Objective"""
+    """What is minimised: BCE + mmd * MMD^2 + reconstruction * squared error + alignment * pair alignment."""
 
     mmd_weight: float = 1.0
     """weight of the MMD to the Gaussian prior; 0 turns the prior off"""
@@ -48,7 +48,7 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Training"""
+    """How members are trained, and which epoch of each is kept."""
 
     seeds: int = 5
     """seeds 0 .. n - 1: one member each; all are trained at once"""

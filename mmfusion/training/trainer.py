@@ -19,14 +19,14 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, stack_module_state, vmap
 
 from mmfusion.dataset import Fold, Split
 from mmfusion.errors import InputError, NonFiniteLoss
-from mmfusion.files import write_safetensors
+from mmfusion.training.checkpoint import read_checkpoint, write_checkpoint
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 EVALUATION_CHUNK = 1024  # examples at a time: bounds the memory of S members' hidden layers
 
 
@@ -183,6 +183,7 @@ class _State:
         return all(epoch - best >= schedule.patience for best in self.best_epoch)
 
     def save(self, path: Path, identity: str) -> None:
+        """Write everything that a resumed training needs."""
         tensors = {}
         for name, parameter in self.parameters.items():
             tensors[f"parameters/{name}"] = parameter
@@ -197,27 +198,26 @@ class _State:
             "best_score": self.best_score,
             "history": self.history,
         }
-        write_safetensors(path, tensors, {"progress": json.dumps(progress)})
+        write_checkpoint(path, tensors, progress)
 
     def load(self, path: Path, identity: str) -> None:
         """Go on from a checkpoint. Raises InputError where it is damaged or belongs to another training."""
-        try:
-            with safe_open(path, framework="pt", device=str(next(iter(self.parameters.values())).device)) as file:
-                progress = json.loads(file.metadata()["progress"])
-                if progress["identity"] != identity:
-                    raise InputError(f"{path}: belongs to a run with other settings; choose another --name")
-                with torch.no_grad():
-                    for name, parameter in self.parameters.items():
-                        parameter.copy_(file.get_tensor(f"parameters/{name}"))
-                        if f"best/{name}" in file.keys():
-                            self.best[name].copy_(file.get_tensor(f"best/{name}"))
-                        else:  # the last epoch's are kept
-                            self.best[name] = parameter
-                        self.optimizer.state[parameter] = {
-                            key: file.get_tensor(f"{key}/{name}") for key in ("step", "exp_avg", "exp_avg_sq")
-                        }
-        except (SafetensorError, KeyError, ValueError) as error:
-            raise InputError(f"{path}: damaged checkpoint ({error}); delete it to train this model anew") from error
+        shapes = {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
+        wanted = {f"{key}/{name}": shape for name, shape in shapes.items() for key in ("parameters", *MOMENTS)}
+        wanted |= {f"step/{name}": () for name in shapes}
+        tensors, progress = read_checkpoint(path, wanted, {f"best/{name}": shape for name, shape in shapes.items()})
+        if progress["identity"] != identity:
+            raise InputError(f"{path}: belongs to a run with other settings; choose another --name")
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(tensors[f"parameters/{name}"])
+                if f"best/{name}" in tensors:
+                    self.best[name].copy_(tensors[f"best/{name}"])
+                else:  # the last epoch's are kept
+                    self.best[name] = parameter
+                self.optimizer.state[parameter] = {
+                    key: tensors[f"{key}/{name}"].to(parameter.device) for key in ("step", *MOMENTS)
+                }
         self.finished, self.history = progress["finished"], progress["history"]
         self.best_epoch, self.best_score = progress["best_epoch"], progress["best_score"]
 
