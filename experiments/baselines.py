@@ -23,7 +23,7 @@ from experiments.experiment import Experiment, Options, Outcome, Run, contrasts_
 from lmf_module import LowRankMultimodalFusion
 from mmfusion.data.folds import FoldedDataset, only, targets, with_dev_in_training
 from mmfusion.metrics.scores import Score, binary_scores, example_scores, regression_scores
-from mmfusion.metrics.statistics import combine
+from mmfusion.metrics.statistics import Difference, combine
 from mmfusion.models.fusion import FusionEnsemble, FusionModel
 from mmfusion.models.mkl_svm import MultipleKernelSVM
 from mmfusion.runs.outputs import save_ensembles
@@ -74,7 +74,7 @@ def measure(data: FoldedDataset, run: Run) -> Outcome:
         label: per_example(data, method.predictions, "test", example_scores) for label, method in methods.items()
     }  # (S, n); one row of a deterministic method stands for all seeds
     named = {
-        f"over {label}": (examples[MAIN] - values, f"{MAIN} scores higher than {label}")
+        f"over {label}": Difference(examples[MAIN] - values, f"{MAIN} scores higher than {label}")
         for label, values in examples.items()
         if label not in (MAIN, LOWEST)
     }

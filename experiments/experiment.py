@@ -23,7 +23,7 @@ from mmfusion.data.folds import FoldedDataset
 from mmfusion.data.registry import DataOptions, load_folded
 from mmfusion.errors import InputError
 from mmfusion.files import write_atomically, write_text
-from mmfusion.metrics.statistics import Contrast, Verdict, corrected_contrasts, grouped
+from mmfusion.metrics.statistics import Contrast, Difference, Verdict, corrected_contrasts, grouped
 from mmfusion.runs.folder import RunFolder, config_from, find_begun, read_run
 from mmfusion.training.grid import Grid, Recipe, Setting, train_grid
 
@@ -133,8 +133,6 @@ class Experiment:
     question: str
     measure: Callable[..., Outcome]
     """(study, run) -> outcome; of a question about a trained run, whatever its own command makes of it"""
-    decides: Callable[[str, Sequence[str]], bool] = lambda contrast, modalities: True
-    """whether the verdict rests on the contrast of that name, in a dataset of those modalities"""
     modalities: int = 1
     """least number of modalities that the question needs"""
     options: type[Options] = Options
@@ -142,7 +140,7 @@ class Experiment:
 
 
 def contrasts_on_test(
-    data: FoldedDataset, named: dict[str, tuple[np.ndarray, str]], effect: float | dict[str, float] = SCORE_EFFECT
+    data: FoldedDataset, named: dict[str, Difference], effect: float | dict[str, float] = SCORE_EFFECT
 ) -> list[Contrast]:
     """Contrasts whose differences (S, n) run over the test examples, resampled by group where there are groups."""
     groups = data.pool.metadata.get("group")
@@ -150,8 +148,10 @@ def contrasts_on_test(
         groups = [groups[row] for row in data.test_rows]
     size = len(data.test_rows)
     pooled = {
-        name: (grouped(d, groups) if d.ndim == 2 and d.shape[1] == size else d, claim)
-        for name, (d, claim) in named.items()
+        name: one._replace(values=grouped(one.values, groups))
+        if one.values.ndim == 2 and one.values.shape[1] == size
+        else one
+        for name, one in named.items()
     }
     return corrected_contrasts(pooled, effect)
 
@@ -246,7 +246,6 @@ def record(
         "seeds": seeds,
         "recipe": recipe,
         "verdict": outcome.verdict,
-        "deciding": [c.name for c in outcome.contrasts if experiment.decides(c.name, list(data.input_dims))],
         "answer": outcome.answer,
         "contrasts": [asdict(contrast) for contrast in outcome.contrasts],
         "table": outcome.table,

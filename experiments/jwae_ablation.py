@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from experiments.experiment import SCORE_EFFECT, Experiment, Outcome, Run, contrasts_on_test, main, mean_std
 from mmfusion.data.folds import FoldedDataset
-from mmfusion.metrics.statistics import Contrast, Verdict, combine
+from mmfusion.metrics.statistics import Contrast, Difference, Verdict, combine
 from mmfusion.training.grid import Grid, Setting
 
 VARIANTS = {
@@ -59,30 +59,32 @@ def measure(data: FoldedDataset, run: Run) -> Outcome:
     )
 
 
-def differences(data: FoldedDataset, grid: Grid) -> dict[str, tuple[np.ndarray, str]]:
+def differences(data: FoldedDataset, grid: Grid) -> dict[str, Difference]:
     """Contrasts as the claim orients them, (S, n); the three bands of ranks first."""
     scores = grid.scores()  # (P, S, n)
 
     def of(variant: str, ranks: tuple[int, ...]) -> np.ndarray:
         return np.mean([scores[grid.index(f"{variant}, rank {rank}")] for rank in ranks], axis=0)
 
-    named: dict[str, tuple[np.ndarray, str]] = {}
+    named: dict[str, Difference] = {}
     for band, ranks in BANDS.items():
         gain = of(FULL, ranks) - of("none", ranks)
         label = f"at {band} rank ({', '.join(map(str, ranks))})"
         if data.task == "regression":
-            named[f"cost of jWAE {label}"] = (-gain, f"jWAE has a larger MAE {label}")
+            named[f"cost of jWAE {label}"] = Difference(-gain, f"jWAE has a larger MAE {label}")
         elif band == "high":
             # "as good or better": worse by less than would matter, and (the interval's upper end, `judge`) not
             # significantly worse at all
-            named[f"plain no worse {label}"] = (
+            named[f"plain no worse {label}"] = Difference(
                 SCORE_EFFECT - gain,
                 f"without jWAE at most {SCORE_EFFECT} worse {label}",
             )
         else:
-            named[f"gain of jWAE {label}"] = (gain, f"jWAE scores higher {label}")
+            named[f"gain of jWAE {label}"] = Difference(gain, f"jWAE scores higher {label}")
     for name, base in (("reconstruction", "none"), ("prior", "reconstruction"), ("pair", "reconstruction")):
-        named[f"{name}, over {base}, all ranks"] = (of(name, RANKS) - of(base, RANKS), f"{name} raises the score")
+        named[f"{name}, over {base}, all ranks"] = Difference(
+            of(name, RANKS) - of(base, RANKS), f"{name} raises the score", False
+        )
     return named
 
 
@@ -144,7 +146,6 @@ EXPERIMENT = Experiment(
     "and jWAE may worsen MAE.",
     "Which part of the jWAE (reconstruction, prior, pair alignment) helps, and at which rank?",
     measure,
-    decides=lambda contrast, modalities: " rank (" in contrast,
 )
 
 if __name__ == "__main__":

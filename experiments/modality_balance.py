@@ -21,7 +21,7 @@ from scipy.stats import spearmanr
 from experiments.experiment import SCORE_EFFECT, Experiment, Outcome, Run, contrasts_on_test, main, mean_std
 from mmfusion.data.folds import FoldedDataset
 from mmfusion.metrics.scores import example_scores
-from mmfusion.metrics.statistics import Contrast, Verdict, combine
+from mmfusion.metrics.statistics import Contrast, Difference, Verdict, combine
 from mmfusion.models.decomposition import contributions, imbalance, variance_shares
 from mmfusion.training.grid import Grid, Setting, per_example
 
@@ -170,18 +170,20 @@ def chance_score(data: FoldedDataset) -> float:
 # ---- contrasts and verdict ---------------------------------------------------------------------------------------
 
 
-def differences(result: BalanceResult) -> dict[str, tuple[np.ndarray, str]]:
+def differences(result: BalanceResult) -> dict[str, Difference]:
     """Contrasts: (S,) rank correlations; (S, n) between pairs of modalities, and of all against the best single."""
     test, dev, balance = result.test, result.dev, result.balance
     correlations = rank_correlations(balance.imbalance, balance.worst_drop)
-    named = {BALANCE: (correlations, f"{BALANCE}, over {len(balance.labels)} settings of all modalities")}
+    named = {BALANCE: Difference(correlations, f"{BALANCE}, over {len(balance.labels)} settings of all modalities")}
     pairs = [text for text, subset in result.subsets.items() if len(subset) == 2]
     for two in combinations(pairs, 2):
         # oriented by dev, so that the test examples have no say in which difference is claimed
         higher, lower = sorted(two, key=lambda text: -dev[text].mean())
-        named[f"{higher} over {lower}"] = (test[higher] - test[lower], f"{higher} scores higher than {lower}")
+        named[f"{higher} over {lower}"] = Difference(test[higher] - test[lower], f"{higher} scores higher than {lower}")
     full, best = label(result.names), best_single(result.names, dev)
-    named[OVER_SINGLE] = (test[full] - test[best], f"{full} scores higher than {best}, the best single one on dev")
+    named[OVER_SINGLE] = Difference(
+        test[full] - test[best], f"{full} scores higher than {best}, the best single one on dev", False
+    )
     return named
 
 
@@ -193,7 +195,7 @@ def rank_correlations(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 def verdict_of(contrasts: Sequence[Contrast]) -> Verdict:
     """The balance matters, and (with three or more modalities) some pair is better than another."""
-    pairs = [c.verdict for c in contrasts if c.name not in (BALANCE, OVER_SINGLE)]
+    pairs = [c.verdict for c in contrasts[1:] if c.decides]
     return combine([contrasts[0].verdict, *([combine(pairs, "any")] if pairs else [])], "all")
 
 
@@ -322,7 +324,6 @@ EXPERIMENT = Experiment(
     "Robustness depends on the balance of the modalities' contributions; some pairs work better than others.",
     "Do models whose modalities contribute unevenly lose more when one is missing, and are some pairs better?",
     measure,
-    decides=lambda contrast, modalities: contrast == BALANCE or contrast.count("+") == 2,
     modalities=2,
 )
 

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from experiments.experiment import SCORE_EFFECT, Experiment, Outcome, Run, contrasts_on_test, main, mean_std
 from mmfusion.data.folds import FoldedDataset
-from mmfusion.metrics.statistics import combine
+from mmfusion.metrics.statistics import Difference, combine
 from mmfusion.training.grid import JWAE, PLAIN, Grid, Setting
 
 RANKS = (1, 2, 3, 4, 6, 8, 16, 32)
@@ -37,7 +37,7 @@ def measure(data: FoldedDataset, run: Run) -> Outcome:
     named = differences(grid, fused)
     effects = {name: LOSS_EFFECT if "training loss" in name else SCORE_EFFECT for name in named}
     contrasts = contrasts_on_test(data, named, effects)
-    verdict = combine([c.verdict for c in contrasts if c.name.startswith("jWAE: ")], "all")
+    verdict = combine([c.verdict for c in contrasts if c.decides], "all")
     best = max(RANKS, key=lambda rank: columns[f"jWAE, rank {rank}"]["test score"].mean())
     least = min(RANKS, key=lambda rank: columns[f"jWAE, rank {rank}"]["train loss"].mean())
     answer = (
@@ -67,32 +67,39 @@ def summary(grid: Grid) -> dict[str, dict[str, np.ndarray]]:
     return columns
 
 
-def differences(grid: Grid, fused: Grid) -> dict[str, tuple[np.ndarray, str]]:
+def differences(grid: Grid, fused: Grid) -> dict[str, Difference]:
     """Contrasts as the claim orients them: (S, n) over test examples; (S,) log ratios of training losses."""
-    named: dict[str, tuple[np.ndarray, str]] = {}
+    named: dict[str, Difference] = {}
     scores, losses = grid.scores(), np.log(grid.losses("train").mean(-1))  # a ratio means the same on every dataset
     for kind in KINDS:
         of = {rank: scores[grid.index(f"{kind}, rank {rank}")] for rank in RANKS}
         loss = {rank: losses[grid.index(f"{kind}, rank {rank}")] for rank in RANKS}
-        low = np.mean([of[rank] for rank in LOW], axis=0)
-        named[f"{kind}: ranks 2-4 over rank 1"] = (low - of[1], "ranks 2 to 4 score higher on test than rank 1")
-        named[f"{kind}: ranks 2-4 over rank 8"] = (low - of[8], "ranks 2 to 4 score higher on test than rank 8")
-        named[f"{kind}: training loss of 2-4 over 8"] = (
+        low, own = np.mean([of[rank] for rank in LOW], axis=0), kind == "jWAE"  # the claim is about jWAE-LMF
+        named[f"{kind}: ranks 2-4 over rank 1"] = Difference(
+            low - of[1], "ranks 2 to 4 score higher on test than rank 1", own
+        )
+        named[f"{kind}: ranks 2-4 over rank 8"] = Difference(
+            low - of[8], "ranks 2 to 4 score higher on test than rank 8", own
+        )
+        named[f"{kind}: training loss of 2-4 over 8"] = Difference(
             np.mean([loss[rank] for rank in LOW], axis=0) - loss[8],
             "rank 8 has a lower training loss than ranks 2 to 4 (difference of logarithms)",
+            own,
         )
     for decay in DECAYS:
         controlled = scores[grid.index(f"decay {decay:g}, rank {RANKS[-1]}")]
         low = np.mean([scores[grid.index(f"jWAE, rank {rank}")] for rank in LOW], axis=0)
-        named[f"ranks 2-4 over rank 32, decay {decay:g}"] = (
+        named[f"ranks 2-4 over rank 32, decay {decay:g}"] = Difference(
             low - controlled,
             f"ranks 2 to 4 score higher than rank 32 with weight decay {decay:g}",
+            False,
         )
     narrow = scores[grid.index("jWAE, rank 4")] - scores[grid.index("jWAE, rank 1")]
     wide = fused.scores()[fused.index("fused, rank 4")] - fused.scores()[fused.index("fused, rank 1")]
-    named["gain of rank 4 over 1, less with fused width"] = (
+    named["gain of rank 4 over 1, less with fused width"] = Difference(
         narrow - wide,
         "rank 4 gains more over rank 1 where the output is the prediction than behind a fused width",
+        False,
     )
     return named
 
@@ -140,7 +147,6 @@ EXPERIMENT = Experiment(
     "Ranks 2-4 generalise best; rank 8 has the lowest training loss and generalises worse.",
     "Does a low rank generalise better than a high one, and does the training loss fall with the rank?",
     measure,
-    decides=lambda contrast, modalities: contrast.startswith("jWAE: "),
 )
 
 if __name__ == "__main__":

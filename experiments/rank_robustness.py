@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from experiments.experiment import SCORE_EFFECT, Experiment, Outcome, Run, contrasts_on_test, main, mean_std
 from mmfusion.data.folds import FoldedDataset, only
 from mmfusion.metrics.scores import example_scores
-from mmfusion.metrics.statistics import combine
+from mmfusion.metrics.statistics import Difference, combine
 from mmfusion.models.fusion import FusionModel
 from mmfusion.robustness.certificates import feature_path, gelu_slope, pair_norm
 from mmfusion.robustness.corruptions import add_noise
@@ -98,7 +98,7 @@ def measure(data: FoldedDataset, run: Run) -> Outcome:
     named = differences(data, result)
     effects = {name: RATIO_EFFECT if name.startswith("gradient") else SCORE_EFFECT for name in named}
     contrasts = contrasts_on_test(data, named, effects)
-    verdict = combine([c.verdict for c in contrasts if c.name in DECIDES], "all")
+    verdict = combine([c.verdict for c in contrasts if c.decides], "all")
     by_name = {c.name: c for c in contrasts}
     answer = "Ranks 2-4 against 32: " + ", ".join(
         f"{name.split(':')[0]} {by_name[name].estimate:+.3f} [{by_name[name].low:+.3f}, {by_name[name].high:+.3f}]"
@@ -216,7 +216,7 @@ def at_equal_score(
     return (worst[one] - result.clean[one]) - (worst[other] - result.clean[other])
 
 
-def differences(data: FoldedDataset, result: RankRobustnessResult) -> dict[str, tuple[np.ndarray, str]]:
+def differences(data: FoldedDataset, result: RankRobustnessResult) -> dict[str, Difference]:
     """All contrasts; positive is as the claim has it."""
     high = f"prior, rank {HIGH}"
 
@@ -228,41 +228,47 @@ def differences(data: FoldedDataset, result: RankRobustnessResult) -> dict[str, 
 
     at = "where both are right" if data.task == "binary" else "relative to the clean score"
     named = {
-        DECIDES[0]: (
+        DECIDES[0]: Difference(
             low_over(high, result.certified),
             f"ranks 2 and 4 are certified more often than rank {HIGH}, {at}",
         ),
-        DECIDES[1]: (
+        DECIDES[1]: Difference(
             low_over(high, result.attacked),
             f"ranks 2 and 4 withstand attack more often than rank {HIGH}, {at}",
         ),
-        DECIDES[2]: (result.loss[high] - low_mean(result.loss), "ranks 2 and 4 have a lower test loss"),
-        DECIDES[3]: (
+        DECIDES[2]: Difference(result.loss[high] - low_mean(result.loss), "ranks 2 and 4 have a lower test loss"),
+        DECIDES[3]: Difference(
             np.log(result.gradient[high]) - np.mean([np.log(result.gradient[f"prior, rank {r}"]) for r in LOW], axis=0),
             "ranks 2 and 4 have a smaller gradient relative to the margin (difference of logarithms)",
         ),
     }
     controls = [f"decay {decay:g}, rank {HIGH}" for decay in DECAYS] + [f"spectral norm, rank {HIGH}"]
     for label in controls:
-        named[f"attacked: ranks 2-4 over {label}"] = (
+        named[f"attacked: ranks 2-4 over {label}"] = Difference(
             low_over(label, result.attacked),
             f"ranks 2 and 4 withstand attack more often than {label}, {at}",
+            False,
         )
     on, off = "prior, rank 4", "no prior, rank 4"
     for name, worst in (("certified", result.certified), ("attacked", result.attacked)):
-        named[f"{name}: prior over none, rank 4"] = (
+        named[f"{name}: prior over none, rank 4"] = Difference(
             at_equal_score(data, result, worst, on, off),
             f"with the prior, rank 4 is more robust ({name}), {at}",
+            False,
         )
-    named["loss: prior below none, rank 4"] = (result.loss[off] - result.loss[on], "the prior lowers the test loss")
-    named["attacked: spectral norm over free, rank 4"] = (
+    named["loss: prior below none, rank 4"] = Difference(
+        result.loss[off] - result.loss[on], "the prior lowers the test loss", False
+    )
+    named["attacked: spectral norm over free, rank 4"] = Difference(
         at_equal_score(data, result, result.attacked, "spectral norm, rank 4", on),
         f"spectral normalisation makes rank 4 withstand attack more often, {at}",
+        False,
     )
     masked, whole = "dropout 0.2, rank 4", "dropout 0, rank 4"
-    named["missing: dropout .2 over 0, rank 4"] = (
+    named["missing: dropout .2 over 0, rank 4"] = Difference(
         (result.missing[masked] - result.clean[masked]) - (result.missing[whole] - result.clean[whole]),
         "trained with each modality hidden at .2, rank 4 loses less when one is missing",
+        False,
     )
     return named
 
@@ -349,7 +355,6 @@ EXPERIMENT = Experiment(
     "Low rank is an implicit spectral regulariser that improves adversarial robustness and uncertainty.",
     "Is a low rank more robust to the worst change of an input, and surer, than a high one?",
     measure,
-    decides=lambda contrast, modalities: contrast in DECIDES,
     modalities=2,
 )
 

@@ -9,7 +9,6 @@ again with --resume.
 
 import importlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -19,11 +18,11 @@ from pathlib import Path
 
 from experiments.experiment import Options
 from experiments.experiment import options_of as experiment_options
+from experiments.results_pages import Finished, write_pages
 from mmfusion.cli import parse, run_command
 from mmfusion.errors import InputError
-from mmfusion.files import write_atomically, write_text
-from mmfusion.runs.folder import MARK_OF_COMPLETION, PACKAGES, RUNS, check_settings, installed_version, settings_of
-from mmfusion.training.grid import Recipe
+from mmfusion.runs.folder import MARK_OF_COMPLETION, RUNS, check_settings, code_digest, read_run, settings_of
+from mmfusion.training.recipe import Recipe
 
 EXPERIMENTS = (
     "baselines",
@@ -72,8 +71,10 @@ class Config:
     """compile the training steps"""
     out: Path = Path("RESULTS.md")
     """file to write"""
-    figures: Path = Path("docs/results")
-    """folder for the figures that the file shows"""
+    pages: Path = Path("docs/results")
+    """folder for what the file leads to: a page and a figure per experiment and dataset, and contrasts.csv"""
+    mix_code: bool = False
+    """with --resume: take finished experiments of other code too; the first line of the file then says so"""
     cache_dir: Path = Path("cache")
     """where encoded texts and images (and the demo) are kept between runs"""
     resume: bool = False
@@ -131,22 +132,24 @@ def main(config: Config) -> None:
                 f"{job.module} on {job.dataset} stopped with exit code {status}; "
                 "put right what it says above, then go on with --resume"
             )
-    jobs = [job for job in jobs if job.experiment != MODELS]
-    results = {job: json.loads((job.folder / MARK_OF_COMPLETION).read_text(encoding="utf-8")) for job in jobs}
-    for job in jobs:
-        source = job.folder / "figure.png"
-        target = config.figures / f"{job.experiment}-{job.dataset}.png"
-        write_atomically(target, lambda path, source=source: shutil.copyfile(source, path))
-    write_text(config.out, document(results, config))
-    print(f"\n{config.out}: {len(results)} experiments; figures in {config.figures}/")
+    write_pages([finished(job) for job in jobs if job.experiment != MODELS], config.out, config.pages)
+
+
+def finished(job: Job) -> Finished:
+    """What a finished experiment left."""
+    run = read_run(job.folder)
+    models = command(job.models) if job.experiment in OF_A_RUN else None
+    code = json.loads((job.folder / "run.json").read_text(encoding="utf-8")).get("code", "unknown")
+    results = json.loads((job.folder / MARK_OF_COMPLETION).read_text(encoding="utf-8"))
+    return Finished(job.experiment, job.dataset, job.folder, results, command(job), models, code, run["device"])
 
 
 def check_outputs(config: Config) -> None:
-    """Raise InputError where --out or --figures cannot be written, before anything is run."""
+    """Raise InputError where --out or --pages cannot be written, before anything is run."""
     if config.out.is_dir():
         raise InputError(f"--out {config.out}: is a folder; give a file")
-    if config.figures.exists() and not config.figures.is_dir():
-        raise InputError(f"--figures {config.figures}: is a file; give a folder")
+    if config.pages.exists() and not config.pages.is_dir():
+        raise InputError(f"--pages {config.pages}: is a file; give a folder")
 
 
 def find_jobs(config: Config) -> Iterator[Job]:
@@ -199,88 +202,12 @@ def check_finished(job: Job, config: Config) -> None:
     if job.experiment not in OF_A_RUN:
         options = replace(options, compile=_settings(job)["compile"])
     check_settings(job.folder, settings_of(options))
-
-
-def _settings(job: Job) -> dict:
-    """The settings that a run was made with."""
-    return json.loads((job.folder / "run.json").read_text(encoding="utf-8"))["settings"]
-
-
-# ---- RESULTS.md --------------------------------------------------------------------------------------------------
-
-
-def document(results: dict[Job, dict], config: Config) -> str:
-    """The whole file."""
-    some = next(iter(results.values()))
-    versions = ", ".join(f"{name} {installed_version(name)}" for name in PACKAGES)
-    total = sum(result["seconds"] for result in results.values())
-    own = "python -m experiments.reproduce"
-    if config.data_root is not None:
-        own += " --data-root FOLDER"
-    if any(job.dataset in ("mustard", "hateful_memes") for job in results):
-        own += f" --text-encoder {'MODEL_FOLDER' if Path(config.text_encoder).exists() else config.text_encoder}"
-    lines = [
-        "# Results",
-        "",
-        f"Written by `{own}`; not edited by hand. {some['device']}, {some['threads']} threads of {os.cpu_count()} "
-        f"cores, {versions}; {total / 60:.0f} minutes in all.",
-        "",
-        RULES,
-        "",
-        "## Verdicts",
-        "",
-        *overview(results),
-        "",
-        *verdict_table(results),
-        "",
-    ]
-    for experiment in EXPERIMENTS:
-        here = {job: result for job, result in results.items() if job.experiment == experiment}
-        if here:
-            lines += section(experiment, here, config)
-    return "\n".join(lines).rstrip() + "\n"
-
-
-RULES = """\
-How a verdict comes about. Differences are paired: same seeds, same test examples. Intervals of scores are 95 %, from a
-bootstrap that resamples seeds and test examples (of CMU-MOSI: whole videos) independently; those of one number per seed
-(training losses, correlations, stabilities) are Student's t over seeds, on these examples. p-values are corrected after
-Holm inside an experiment. *Supported*: corrected p < .05, the sign as claimed, and the interval reaches the smallest
-effect of interest. *Not supported*: the interval excludes that effect, or the opposite sign is significant. *Too few
-data*: neither, or what the rule needs is not there. *Not identified*: the quantity has no single value. Which contrasts
-decide, and whether all or any of them must hold, stands in each experiment's docstring; where all must, the weakest
-decides. Scores are accuracy, or -MAE in standard deviations of the target; the smallest effect of interest is .01 of
-either, .05 (5 %) for training losses and gradients, .1 for correlations of components, .3 for the rank correlation of
-the balance, .01 nats (or squared deviations) for test losses.
-The choice of the training data is not resampled. The common recipe was chosen for jWAE-LMF at rank 4, without the test
-splits; POM departs from it, as its commands show."""
-
-
-def overview(results: dict[Job, dict]) -> list[str]:
-    """Claims by datasets: the verdicts alone."""
-    datasets = list(dict.fromkeys(job.dataset for job in results))
-    lines = [f"| claim | {' | '.join(datasets)} |", "|---" * (len(datasets) + 1) + "|"]
-    for experiment in dict.fromkeys(job.experiment for job in results):
-        here = {job.dataset: result for job, result in results.items() if job.experiment == experiment}
-        claim = next(iter(here.values()))["claim"]
-        verdicts = (here[name]["verdict"] if name in here else "not run" for name in datasets)
-        lines.append(f"| {claim} (`{experiment}`) | {' | '.join(verdicts)} |")
-    return lines
-
-
-def verdict_table(results: dict[Job, dict]) -> list[str]:
-    """One line per claim and dataset: a contrast that has its verdict, and the command."""
-    lines = [
-        "| dataset | a contrast that decides | estimate [95 % interval] | verdict | command | s |",
-        "|---" * 6 + "|",
-    ]
-    for job, result in results.items():
-        c = decisive(result)
-        lines.append(
-            f"| {job.dataset} | {c['name']} | {c['estimate']:+.3f} [{c['low']:+.3f}, {c['high']:+.3f}] "
-            f"| {result['verdict']} | `{command(job)}` | {result['seconds']:.0f} |"
+    code = json.loads((job.folder / "run.json").read_text(encoding="utf-8")).get("code")
+    if code != code_digest() and not config.mix_code:
+        raise InputError(
+            f"{job.folder}: was made by other code ({code}, now {code_digest()}); move it away to run it anew, or give "
+            "--mix-code"
         )
-    return lines
 
 
 def command(job: Job) -> str:
@@ -301,58 +228,9 @@ def command(job: Job) -> str:
     return " ".join(shown)
 
 
-def revision(job: Job) -> str:
-    """Commit of the code that made a run, where it was a checkout."""
-    commit = json.loads((job.folder / "run.json").read_text(encoding="utf-8"))["git_revision"]
-    return f", commit {commit[:7]}{'+' if commit.endswith('+') else ''}" if commit else ""
-
-
-def decisive(result: dict) -> dict:
-    """Of the contrasts that the verdict rests on, the first with that verdict, else the first."""
-    deciding = [c for c in result["contrasts"] if c["name"] in result["deciding"]] or result["contrasts"]
-    return next((c for c in deciding if c["verdict"] == result["verdict"]), deciding[0])
-
-
-def section(experiment: str, results: dict[Job, dict], config: Config) -> list[str]:
-    """Contrasts, tables and figures of one experiment on all datasets."""
-    some = next(iter(results.values()))
-    lines = [f"## {experiment}", "", some["question"], "", f"Claim: {some['claim']}", ""]
-    for job, result in results.items():
-        tested, folds = result["examples"]["test"], result["folds"]
-        size = f"{tested} test examples" if folds == 1 else f"{folds} folds of about {tested} test examples"
-        lines += [
-            f"### {job.dataset}: {result['verdict']}",
-            "",
-            f"`{command(job)}` ({size}, {result['seeds']} seeds, {result['seconds']:.0f} s"
-            f"{' since it was resumed' if result['resumed'] else ''}, {result['peak_memory_gb']:.1f} GB at most"
-            f"{revision(job)})",
-            "",
-            result["answer"],
-            "",
-            *([f"- the run: `{command(job.models)}`"] if experiment in OF_A_RUN else []),
-            *[f"- {note}" for note in result["notes"]],
-            "",
-            "| contrast (positive: as claimed) | estimate | 95 % interval | p (Holm) | seeds needed | verdict |",
-            "|---|---|---|---|---|---|",
-            *[contrast_line(c) for c in result["contrasts"]],
-            "",
-            "```text",
-            result["table"].rstrip(),
-            "```",
-            "",
-            f"![{experiment} on {job.dataset}]({config.figures.as_posix()}/{experiment}-{job.dataset}.png)",
-            "",
-        ]
-    return lines
-
-
-def contrast_line(c: dict) -> str:
-    """One row of the contrasts' table."""
-    needed = "no number" if c["seeds_needed"] is None else c["seeds_needed"]
-    return (
-        f"| {c['name']} | {c['estimate']:+.4f} | [{c['low']:+.4f}, {c['high']:+.4f}] | {c['p_holm']:.4f} | {needed} "
-        f"| {c['verdict']} (effect of interest {c['effect']:g}) |"
-    )
+def _settings(job: Job) -> dict:
+    """The settings that a run was made with."""
+    return json.loads((job.folder / "run.json").read_text(encoding="utf-8"))["settings"]
 
 
 def run(arguments: list[str]) -> int:

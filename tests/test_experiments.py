@@ -1,6 +1,9 @@
 """The experiments' common frame: grids, flags, what a run leaves, a grid's resume, and RESULTS.md."""
 
+import csv
+import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +23,9 @@ from experiments import (
     rank_ablation,
     rank_semantics,
     reproduce,
+    results_pages,
 )
+from experiments.results_pages import Finished
 from mmfusion.data.folds import fold_datasets, only, targets
 from mmfusion.data.registry import DataOptions, load_folded
 from mmfusion.dataset import Dataset, Split
@@ -232,16 +237,28 @@ def test_flag_of_another_data_set_is_refused():
         frame.execute(rank_ablation.EXPERIMENT, frame.Options(dataset="pom", folds=Path("x")))
 
 
-def test_shown_contrast_is_one_that_decides():
-    result = {
-        "verdict": "too few data",
-        "deciding": ["b", "c"],
-        "contrasts": [
-            {"name": n, "verdict": v} for n, v in (("a", "too few data"), ("b", "supported"), ("c", "too few data"))
-        ],
-    }
-    assert reproduce.decisive(result)["name"] == "c"
-    assert reproduce.decisive(result | {"verdict": "not identified"})["name"] == "b"
+def finished_in_small(experiment: str, dataset: str, code: str = "abc", **changes) -> Finished:
+    contrast = {name: 0.5 for name in results_pages.COLUMNS} | {"name": "=a", "claim": "a", "verdict": "supported"}
+    contrasts = [contrast | {"decides": True}, contrast | {"name": "b", "decides": False}]
+    results = {"claim": "C", "question": "Q?", "verdict": "supported", "answer": "One\nsentence.", "notes": ["n"]}
+    results |= {"contrasts": contrasts, "table": "t", "seconds": 60.0, "threads": 2, "seeds": 3, "folds": 1}
+    results |= {"examples": {"test": 9}, "resumed": False, "peak_memory_gb": 1.0} | changes
+    return Finished(experiment, dataset, Path("runs/x"), results, "python -m x", None, code, "cpu")
+
+
+def test_results_of_five_datasets_fit_into_180_lines_and_say_their_code():
+    datasets = ("demo", "cmu_mosi", "mustard", "pom", "hateful_memes")
+    all_of_them = [finished_in_small(name, dataset) for name in reproduce.EXPERIMENTS for dataset in datasets]
+    text = results_pages.summary(all_of_them, "docs/results")
+    assert text.splitlines()[0] == "# Results of code abc" and len(text.splitlines()) <= 180
+    assert text.count("![") == len(reproduce.EXPERIMENTS)
+    mixed = results_pages.summary([*all_of_them, finished_in_small("baselines", "demo", "def")], "docs/results")
+    assert mixed.splitlines()[0].startswith("# Results of code abc, def (MIXED")
+
+
+def test_all_contrasts_are_in_one_table_that_no_spreadsheet_runs():
+    rows = list(csv.DictReader(io.StringIO(results_pages.contrasts_csv([finished_in_small("baselines", "demo")]))))
+    assert [(row["name"], row["decides"]) for row in rows] == [("'=a", "1"), ("b", "0")]
 
 
 @pytest.mark.parametrize(
@@ -281,6 +298,16 @@ def test_reproduce_writes_what_it_found_and_goes_on_where_it_stopped(tmp_path):
         assert f"experiments.{job} --dataset cmu_mosi --data cmu_mosi.npz --seeds 2 --epochs 1" in text
         assert f"(docs/results/{job}-cmu_mosi.png)" in text and (tmp_path / f"docs/results/{job}-cmu_mosi.png").exists()
     assert str(tmp_path) not in text
+    pages = [(tmp_path / f"docs/results/{job}-cmu_mosi.md").read_text() for job in ("rank_ablation", "jwae_ablation")]
+    assert all("| contrast (positive: as claimed) |" in page and str(tmp_path) not in page for page in pages)
+    other_code = tmp_path / "runs/reproduce-rank_ablation-cmu_mosi/run.json"
+    written = other_code.read_text()
+    other_code.write_text(re.sub(r'"code": "\w+"', '"code": "0123"', written))
+    refused = run_module("reproduce", *flags, "--resume", cwd=tmp_path)
+    assert refused.returncode == 2 and "other code (0123" in refused.stderr and "--mix-code" in refused.stderr
+    mixed = run_module("reproduce", *flags, "--resume", "--mix-code", cwd=tmp_path)
+    assert mixed.returncode == 0 and "(MIXED" in (tmp_path / "RESULTS.md").read_text().splitlines()[0]
+    other_code.write_text(written)
     refused = run_module("reproduce", *flags, cwd=tmp_path)
     assert refused.returncode == 2 and "--resume" in refused.stderr
     (tmp_path / "runs/reproduce-jwae_ablation-cmu_mosi/results.json").unlink()
@@ -290,8 +317,8 @@ def test_reproduce_writes_what_it_found_and_goes_on_where_it_stopped(tmp_path):
     resumed = run_module("reproduce", *flags, "--resume", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     assert "rank_ablation on cmu_mosi" not in resumed.stdout.split("RESULTS.md")[0]
-    numbers = [line for line in (tmp_path / "RESULTS.md").read_text().splitlines() if line.startswith("jWAE, rank")]
-    assert numbers == [line for line in text.splitlines() if line.startswith("jWAE, rank")]
+    again = (tmp_path / "docs/results/rank_ablation-cmu_mosi.md").read_text()
+    assert again == pages[0]
 
 
 @pytest.mark.parametrize(

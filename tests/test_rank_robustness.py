@@ -185,7 +185,7 @@ def test_claim_is_supported_where_all_four_hold_and_controls_do_not_decide(monke
     assert by_name["certified: prior over none, rank 4"].verdict == "supported"  # the low rank with prior is the better
     assert by_name["loss: prior below none, rank 4"].estimate > 0
     assert by_name["missing: dropout .2 over 0, rank 4"].estimate == 0
-    assert {name for name in by_name if EXPERIMENT.decides(name, ["a", "b"])} == set(DECIDES)
+    assert {name for name, contrast in by_name.items() if contrast.decides} == set(DECIDES)
     assert by_name[DECIDES[3]].effect == experiment.RATIO_EFFECT != by_name[DECIDES[0]].effect
 
 
@@ -203,7 +203,7 @@ def test_contrasts_are_what_their_claims_say():
     found.attacked[f"decay 1, rank {HIGH}"] = found.attacked[f"prior, rank {HIGH}"] + 0.4
     found.missing["dropout 0.2, rank 4"] = found.clean["dropout 0.2, rank 4"] - 0.1
     found.missing["dropout 0, rank 4"] = found.clean["dropout 0, rank 4"] - 0.4
-    named = {name: values for name, (values, _) in differences(folded(), found).items()}
+    named = {name: values for name, (values, *_) in differences(folded(), found).items()}
     assert named[DECIDES[0]].mean() == pytest.approx(0.2, abs=0.01)
     assert named[DECIDES[1]].mean() == pytest.approx(0.2, abs=0.01)
     assert named[DECIDES[2]].mean() == pytest.approx(0.2, abs=0.01)
@@ -256,5 +256,8 @@ def test_command_leaves_a_verdict_that_rests_on_the_four(tmp_path, monkeypatch):
     assert run(EXPERIMENT, flags) == 0
     folder = Path("runs/rank_robustness-cmu_mosi")
     results = json.loads((folder / "results.json").read_text())
-    assert sorted(results["deciding"]) == sorted(DECIDES) and results["verdict"] != "not identified"
+    assert (
+        sorted(c["name"] for c in results["contrasts"] if c["decides"]) == sorted(DECIDES)
+        and results["verdict"] != "not identified"
+    )
     assert f"rho = {RHO:g}" in results["table"] and (folder / "figure.png").stat().st_size > 10_000

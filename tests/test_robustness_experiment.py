@@ -138,7 +138,9 @@ def test_run_leaves_its_files_and_every_number_is_finite(place, results):
         assert figure.width > 1000
     json.dumps(results, allow_nan=False)
     assert results["verdict"] in ("supported", "not supported", "too few data")
-    assert sorted(results["deciding"]) == sorted(OVER_LATE_FUSION + group for group in GROUPS)
+    assert sorted(c["name"] for c in results["contrasts"] if c["decides"]) == sorted(
+        OVER_LATE_FUSION + group for group in GROUPS
+    )
     table = (folder / "table.txt").read_text()
     assert all(row in table for row in results["numbers"]["clean"]) and "late fusion" in table
 

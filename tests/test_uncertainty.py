@@ -286,7 +286,7 @@ def test_command_leaves_table_figure_and_results(fake, tmp_path, capsys):
     folder = tmp_path / "runs" / "uncertainty-fake"
     results = json.loads((folder / "results.json").read_text())
     assert results["experiment"] == "uncertainty" and results["seeds"] == SEEDS
-    assert results["deciding"] == list(uncertainty.DECIDING)
+    assert [c["name"] for c in results["contrasts"] if c["decides"]] == list(uncertainty.DECIDING)
     assert (folder / "figure.png").stat().st_size > 10_000
     assert "verdict: " in (folder / "table.txt").read_text()
     assert command("runs/fake", "--device", "cpu", "--resume") == 0

@@ -40,7 +40,7 @@ from mmfusion.cli import pick_device, run_command
 from mmfusion.errors import InputError
 from mmfusion.files import write_safetensors, write_text
 from mmfusion.metrics.scores import example_scores
-from mmfusion.metrics.statistics import combine
+from mmfusion.metrics.statistics import Difference, combine
 from mmfusion.robustness.worst_case import SIZES
 from mmfusion.runs.folder import RunFolder
 from mmfusion.runs.load import TrainedRun, load_run
@@ -139,7 +139,7 @@ def measure(predictor: Predictor, options: Options, wanted: Sequence[Condition])
     pixels = attack_pixels(run, options.pixels, predictor.device) if options.pixels else []
     named = differences(run, result)
     contrasts = contrasts_on_test(run.data, named) if named else []
-    deciding = [c.verdict for c in contrasts if c.name.startswith(OVER_LATE_FUSION)]
+    deciding = [c.verdict for c in contrasts if c.decides]
     notes = [
         f"sizes rho are relative to the standard deviations in training; features: first {worst.seeds} seed(s)",
         "a row that scores less has less to lose: compare losses beside the clean scores",
@@ -179,7 +179,7 @@ def lead_over_constant(run: TrainedRun, result: CorruptionResult) -> float:
     return float(result.clean[LATE_FUSION].mean() - constant.mean())
 
 
-def differences(run: TrainedRun, result: CorruptionResult) -> dict[str, tuple[np.ndarray, str]]:
+def differences(run: TrainedRun, result: CorruptionResult) -> dict[str, Difference]:
     """Contrasts (S, n): how much less the main row loses than another, by group."""
     others = {LATE_FUSION: OVER_LATE_FUSION}
     candidates = ("jWAE-LMF, rank 1", run.prior_free_row, "concatenation + MLP")
@@ -188,9 +188,10 @@ def differences(run: TrainedRun, result: CorruptionResult) -> dict[str, tuple[np
     for row, text in others.items():
         for group, losses in result.losses.items():
             if row in losses:
-                named[text + group] = (
+                named[text + group] = Difference(
                     losses[run.main_row] - losses[row],
                     f"{run.main_row} loses less score than {row}, mean over the conditions of this group",
+                    row == LATE_FUSION,
                 )
     return named
 
@@ -290,7 +291,6 @@ EXPERIMENT = Experiment(
     "Under corruption and with missing modalities jWAE-LMF loses less than late fusion (no numbered claim).",
     "What does the run lose when its inputs are corrupted, missing or attacked, beside its baselines?",
     measure,
-    decides=lambda contrast, modalities: contrast.startswith(OVER_LATE_FUSION),
 )
 
 

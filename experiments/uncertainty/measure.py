@@ -49,7 +49,7 @@ from mmfusion.errors import InputError
 from mmfusion.metrics import calibration
 from mmfusion.metrics.calibration import detection
 from mmfusion.metrics.scores import example_losses
-from mmfusion.metrics.statistics import Contrast, combine, grouped
+from mmfusion.metrics.statistics import Contrast, Difference, combine, grouped
 from mmfusion.runs.folder import RunFolder
 from mmfusion.runs.load import TrainedRun, load_run
 
@@ -80,7 +80,7 @@ def measure(run: TrainedRun, predictor: Predictor, chosen: Sequence[Condition], 
         result.parts[name] = {f"{part}, clean": row.by_seed(result.outputs[name], of) for part, of in PARTS.items()}
     measure_corrupted(result, predictor, labels, chosen, _groups(data, "test"))
     contrasts = contrasts_on_test(data, *differences(result))
-    deciding = [c.verdict for c in contrasts if c.name in DECIDING]
+    deciding = [c.verdict for c in contrasts if c.decides]
     verdict = combine(deciding, "all") if len(deciding) == len(DECIDING) else "too few data"
 
     def draw_all(figure: Figure) -> None:
@@ -124,28 +124,32 @@ def measure_corrupted(
             }
 
 
-def differences(result: UncertaintyResult) -> tuple[dict[str, tuple[np.ndarray, str]], dict[str, float]]:
+def differences(result: UncertaintyResult) -> tuple[dict[str, Difference], dict[str, float]]:
     """Contrasts by name, each (S, n) with its claim, and their smallest effects of interest."""
     named, first = {}, result.rows[ROWS[0]]
     if len(result.rows) > 1:
         ours, other = (result.parts[name] for name in ROWS)
         named |= {
-            name: (other[name] - ours[name], f"the ensemble has a lower {name.split(',')[0]} with the prior, {where}")
+            name: Difference(
+                other[name] - ours[name], f"the ensemble has a lower {name.split(',')[0]} with the prior, {where}"
+            )
             for name in DECIDING
             if name in ours
             for where in [name.split(", ")[1]]
         }
         alone = [result.rows[name].member_losses(result.outputs[name]) for name in ROWS]
-        named["member's NLL, clean"] = (alone[1] - alone[0], "a member has a lower NLL with the prior, clean")
+        named["member's NLL, clean"] = Difference(
+            alone[1] - alone[0], "a member has a lower NLL with the prior, clean", False
+        )
         if SCALED in first.ensemble.scalings:
             scaled = [
                 result.rows[name].by_seed(result.outputs[name], lambda p, x: p.losses(x, SCALED)) for name in ROWS
             ]
             claim = "the ensemble has a lower NLL with the prior, clean, after temperature scaling"
-            named["NLL after scaling, clean"] = (scaled[1] - scaled[0], claim)
+            named["NLL after scaling, clean"] = Difference(scaled[1] - scaled[0], claim, False)
     outputs = result.outputs[ROWS[0]]
     gain = first.member_losses(outputs) - first.ensemble.losses(outputs)
-    named["ensemble over member, NLL"] = (gain, "the ensemble has a lower NLL than its members, clean")
+    named["ensemble over member, NLL"] = Difference(gain, "the ensemble has a lower NLL than its members, clean", False)
     return named, {name: AURC_EFFECT if name.startswith("AURC") else NLL_EFFECT for name in named}
 
 
@@ -156,7 +160,7 @@ def answer(contrasts: Sequence[Contrast], result: UncertaintyResult) -> str:
     """The deciding estimates in one sentence."""
     own = result.clean[ROWS[0]][ENSEMBLE][RAW]
     text = f"Ensemble with jWAE: NLL {own['NLL']:.3f}, AURC {own['AURC']:.3f}"
-    gains = [f"{c.name} {c.estimate:+.3f} [{c.low:+.3f}, {c.high:+.3f}]" for c in contrasts if c.name in DECIDING]
+    gains = [f"{c.name} {c.estimate:+.3f} [{c.low:+.3f}, {c.high:+.3f}]" for c in contrasts if c.decides]
     return f"{text}. " + (
         f"Lower with the prior by: {'; '.join(gains)}." if gains else "There is no row without prior."
     )
@@ -303,5 +307,4 @@ EXPERIMENT = Experiment(
     CLAIM,
     "Are the ensemble's probabilities right, does it know its errors, and is the prior to thank?",
     measure,
-    decides=lambda contrast, modalities: contrast in DECIDING,
 )

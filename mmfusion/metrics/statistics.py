@@ -12,7 +12,7 @@ more seeds lower only the first and the last term: on a fixed test set no number
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from scipy.special import ndtri
@@ -56,6 +56,17 @@ class VarianceComponents:
     interaction: float
 
 
+class Difference(NamedTuple):
+    """What a contrast is estimated from."""
+
+    values: np.ndarray
+    """(S, N) over seeds and examples, or (S,)"""
+    claim: str
+    """what a positive difference speaks for"""
+    decides: bool = True
+    """whether the experiment's verdict rests on it"""
+
+
 @dataclass(frozen=True)
 class Contrast:
     """One claim, its estimate, and what the data say about it."""
@@ -78,6 +89,8 @@ class Contrast:
     seeds_needed: int | None
     """to see `effect` on these examples; None where no number of seeds would do, or one seed alone gives no spread"""
     verdict: Verdict
+    decides: bool = True
+    """whether the experiment's verdict rests on it"""
 
 
 def crossed_bootstrap(differences: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> Bootstrap:
@@ -257,13 +270,12 @@ def judge(estimate: float, low: float, high: float, p_holm: float, effect: float
 
 
 def corrected_contrasts(
-    named: Mapping[str, tuple[np.ndarray, str]], effect: float | Mapping[str, float], seed: int = 0
+    named: Mapping[str, Difference], effect: float | Mapping[str, float], seed: int = 0
 ) -> list[Contrast]:
     """Interval of each contrast, corrected over all of them (Holm), and its verdict.
 
     Args:
-        named: differences (S, N) for `crossed_bootstrap` or (S,) for `student`, and the claim that a positive
-            difference speaks for.
+        named: differences, (S, N) for `crossed_bootstrap` or (S,) for `student`.
         effect: smallest effect of interest, > 0, one for all or one per name.
         seed: of the resampling.
 
@@ -276,7 +288,7 @@ def corrected_contrasts(
     if missing := [name for name in named if name not in effects]:
         raise ValueError(f"no smallest effect of interest for {missing}")
     results = []
-    for name, (differences, _) in named.items():
+    for name, (differences, *_) in named.items():
         try:
             alone = _checked(differences).shape[1] == 1
             results.append(student(differences) if alone else crossed_bootstrap(differences, seed=seed))
@@ -284,7 +296,9 @@ def corrected_contrasts(
             raise ValueError(f"contrast {name!r}: {error}") from error
     adjusted = holm([result.p for result in results])
     contrasts = []
-    for (name, (differences, claim)), result, p_holm in zip(named.items(), results, adjusted.tolist(), strict=True):
+    for (name, (differences, claim, decides)), result, p_holm in zip(
+        named.items(), results, adjusted.tolist(), strict=True
+    ):
         seeds, examples = _checked(differences).shape
         contrasts.append(
             Contrast(
@@ -300,6 +314,7 @@ def corrected_contrasts(
                 examples=examples,
                 seeds_needed=seeds_needed(differences, effects[name]) if seeds > 1 else None,
                 verdict=judge(result.estimate, result.low, result.high, p_holm, effects[name]),
+                decides=decides,
             )
         )
     return contrasts

@@ -7,6 +7,7 @@
 """
 
 import errno
+import hashlib
 import itertools
 import json
 import os
@@ -287,8 +288,24 @@ def _description(settings: dict, data: Mapping[str, object], device: torch.devic
         "data": data,
         "device": str(device) if device.type == "cpu" else torch.cuda.get_device_name(device),
         "versions": {"python": platform.python_version(), **{name: installed_version(name) for name in PACKAGES}},
+        "code": code_digest(),
         "git_revision": _git_revision(),
     }
+
+
+def code_digest() -> str:
+    """16 hexadecimal digits of all code that a result can depend on: the top-level modules, mmfusion, experiments.
+
+    Unlike a commit it does not change with tests, docs or results.
+    """
+    root = Path(__file__).parents[2]
+    top = [root / f"{name}.py" for name in ("hateful_memes_loader", "jwae_module", "lmf_module", "main_hateful_memes")]
+    files = [*top, *(path for room in ("mmfusion", "experiments") for path in sorted((root / room).rglob("*.py")))]
+    digest = hashlib.sha256()
+    for path in files:
+        if path.is_file():
+            digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def installed_version(package: str) -> str | None:

@@ -8,6 +8,7 @@ from scipy import stats
 
 from mmfusion.metrics.statistics import (
     Contrast,
+    Difference,
     combine,
     corrected_contrasts,
     crossed_bootstrap,
@@ -227,10 +228,10 @@ def test_no_verdict_without_numbers(arguments):
 def test_contrasts_are_corrected_together_and_judged_each():
     rng = np.random.default_rng(9)
     named = {
-        "better": (rng.normal(0.5, 1, (8, 200)), "A is better"),
-        "worse": (rng.normal(-0.5, 1, (8, 200)), "B is better"),
-        "same": (rng.normal(0, 0.1, (8, 200)), "C is better"),
-        "unknown": (rng.permutation([4.0, -4.0, 3.0, -3.0, 2.0, -2.0, 1.0, 0.0]), "D is better"),
+        "better": Difference(rng.normal(0.5, 1, (8, 200)), "A is better"),
+        "worse": Difference(rng.normal(-0.5, 1, (8, 200)), "B is better"),
+        "same": Difference(rng.normal(0, 0.1, (8, 200)), "C is better"),
+        "unknown": Difference(rng.permutation([4.0, -4.0, 3.0, -3.0, 2.0, -2.0, 1.0, 0.0]), "D is better"),
     }
     made = corrected_contrasts(named, 0.1, seed=3)
     assert [c.name for c in made] == list(named)
@@ -250,14 +251,14 @@ def test_contrasts_are_corrected_together_and_judged_each():
 
 def test_contrasts_take_an_effect_per_name_and_one_seed():
     d = np.random.default_rng(10).normal(0.3, 1, (1, 400))
-    small, large = corrected_contrasts({"a": (d, "x"), "b": (d, "x")}, {"a": 0.1, "b": 5.0})
+    small, large = corrected_contrasts({"a": Difference(d, "x"), "b": Difference(d, "x")}, {"a": 0.1, "b": 5.0})
     assert isinstance(small, Contrast)
     assert (small.verdict, large.verdict) == ("supported", "not supported")
     assert (small.effect, large.effect, small.seeds, small.seeds_needed) == (0.1, 5.0, 1, None)
     with pytest.raises(ValueError, match="b"):
-        corrected_contrasts({"a": (d, "x"), "b": (d, "x")}, {"a": 0.1})
+        corrected_contrasts({"a": Difference(d, "x"), "b": Difference(d, "x")}, {"a": 0.1})
     with pytest.raises(ValueError, match=r"'a'.*NaN"):
-        corrected_contrasts({"a": (np.array([[np.nan, 1.0]]), "x")}, 0.1)
+        corrected_contrasts({"a": Difference(np.array([[np.nan, 1.0]]), "x")}, 0.1)
 
 
 def test_combination_takes_the_weakest_or_the_strongest_part():
