@@ -24,7 +24,7 @@ from mmfusion.encoders.frozen import (
     image_preprocessing,
     text_identity,
 )
-from mmfusion.encoders.weights import reachable
+from mmfusion.encoders.weights import EncoderSource, reachable
 from mmfusion.errors import InputError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
@@ -318,3 +318,12 @@ def test_real_text_encoder_equals_transformers_used_by_hand(tmp_path):
         for text in texts
     ]
     torch.testing.assert_close(encoder(encoder.tokenize(texts)), torch.stack(expected), rtol=1e-3, atol=1e-4)
+
+
+def test_only_the_identity_of_crops_has_moved_on():
+    source = EncoderSource("random:resnet50", "--image-encoder", None, {"model": "some"})
+    versions = {
+        mode: image_identity(EncoderConfig(image_resize=mode, image_size=64), source, "cpu")["version"]
+        for mode in ("squash", "crop")
+    }
+    assert versions == {"squash": 1, "crop": 2}

@@ -259,7 +259,11 @@ def test_all_bad_images_are_counted_and_named(spoilt, load):
         load(spoilt)
     message = str(raised.value)
     assert message.startswith("7 of 35 images cannot be used: img/00000.png (no such file), img/00001.png (empty file)")
-    assert "img/00002.png (not an image), img/00003.png (" in message and "truncated" in message
+    assert (
+        "img/00002.png (not an image of a format that is read (PNG, JPEG, GIF, BMP, WEBP, TIFF)), img/00003.png ("
+        in message
+        and "truncated" in message
+    )
     assert message.count("img/") == 7 and "img/00022.png (" in message
     assert message.endswith("; replace them or pass --bad-images skip")
     for number in range(3):

@@ -96,7 +96,8 @@ def find_text_encoder(config: EncoderConfig) -> EncoderSource:
 def image_identity(config: EncoderConfig, source: EncoderSource, device: str) -> dict[str, object]:
     """Everything that changes an image vector's value."""
     how = {"resize": config.image_resize, "size": config.filled().image_size, "filter": "Pillow, antialiased"}
-    return {"encoder": source.identity, "preprocessing": how, "compute": compute_dtype(device), "version": 1}
+    version = 2 if config.image_resize == "crop" else 1  # 2: the box alone is resized; at most 2 of 255 apart
+    return {"encoder": source.identity, "preprocessing": how, "compute": compute_dtype(device), "version": version}
 
 
 def text_identity(config: EncoderConfig, source: EncoderSource, device: str) -> dict[str, object]:
