@@ -26,7 +26,7 @@ from mmfusion.encoders.extract import encode_images, encode_texts
 from mmfusion.encoders.frozen import EncoderConfig, find_image_encoder, find_text_encoder, image_identity, text_identity
 from mmfusion.encoders.images import digest_images
 from mmfusion.encoders.weights import EncoderSource
-from mmfusion.errors import InputError
+from mmfusion.errors import InputError, printable
 from mmfusion.files import ANNOTATION_BYTES, read_regular_file
 
 # both releases, in the order in which splits are reported
@@ -349,7 +349,7 @@ def read_annotations(path: Path) -> tuple[list[Meme], str | None]:
     bare = next((meme for meme in memes.values() if meme.label is None), None)
     if bare is not None and any(meme.label is not None for meme in memes.values()):
         raise InputError(f"{bare.line}: has no label though other rows of the file have; add it or remove the row")
-    note = f"{path.stem}: {duplicates} duplicated rows dropped" if duplicates else None
+    note = f"{printable(path.stem)}: {duplicates} duplicated rows dropped" if duplicates else None
     return list(memes.values()), note
 
 

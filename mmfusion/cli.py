@@ -3,9 +3,13 @@
 import contextlib
 import io
 import itertools
+import multiprocessing
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
@@ -17,19 +21,77 @@ from mmfusion.errors import InputError, NonFiniteLoss
 Config = TypeVar("Config")
 
 
+SECOND_SIGNAL_SECONDS = 3.0  # torchrun passes one on, and people press twice: what comes sooner counts once
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGINT or SIGTERM, with the exit code that shells give to it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.code = 128 + number
+
+
 def run_command(main: Callable[[Config], None], config_class: type[Config], arguments: list[str]) -> int:
-    """Parse and run; returns 0, or 130 when interrupted. Bad input, and a loss that explodes, exit with code 2."""
+    """Parse and run; returns the exit code: 0, or 130 after Ctrl-C, 143 after SIGTERM.
+
+    Bad input, and a loss that explodes, exit with code 2.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files need not fit into a terminal's encoding
     try:
-        main(parse(config_class, arguments))
+        with _signals_interrupt():
+            main(parse(config_class, arguments))
     except (InputError, NonFiniteLoss) as error:
         current_processes().stop(error)
     except BrokenPipeError:  # `... | head`: whoever read has gone, and there is nobody to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at exit
         return 141
-    except KeyboardInterrupt:
-        print("interrupted; what is encoded is kept, and a run that has begun goes on with --resume", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as interruption:
+        return _leave(getattr(interruption, "code", 130))
     return 0
+
+
+@contextlib.contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    """Within, the first SIGINT or SIGTERM raises Interrupted, and one that comes seconds later ends the process."""
+    if threading.current_thread() is not threading.main_thread():  # Python lets no other thread set a handler
+        yield
+        return
+    seen: list[float] = []
+
+    def interrupt(number: int, _: object) -> None:
+        seen.append(time.monotonic())
+        if len(seen) == 1:
+            raise Interrupted(number)
+        if seen[-1] - seen[0] > SECOND_SIGNAL_SECONDS:
+            os._exit(128 + number)
+
+    # nohup, and a shell's `&`, have them ignored: that stays so
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, interrupt) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _leave(code: int) -> int:
+    """Say that the command was interrupted, and return its exit code; or exit with it where work is still under way."""
+    with contextlib.suppress(OSError):  # whoever reads may have gone
+        if int(os.environ.get("RANK", "0")) == 0:
+            message = "interrupted; what is encoded is kept, and a run that has begun goes on with --resume"
+            print(message, file=sys.stderr, flush=True)
+        sys.stdout.flush()
+    children = multiprocessing.active_children()  # they decode pictures
+    busy = [thread for thread in threading.enumerate() if not thread.daemon and thread is not threading.main_thread()]
+    for child in children:
+        child.kill()
+    if children or busy:  # the interpreter would wait at its end for a batch that nobody takes: seconds
+        os._exit(code)
+    return code
 
 
 def pick_device(name: str) -> torch.device:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from mmfusion.errors import InputError
+from mmfusion.errors import InputError, printable
 from mmfusion.files import check_regular_file, reason_unreadable_path, write_atomically, write_json
 
 SHARD_ITEMS = 512
@@ -127,7 +127,7 @@ def _read(path: Path) -> tuple[list[str], Tensor] | None:
         except ValueError as error:
             _remove(path, str(error))
             return None
-    print(f"{path}: cache file ignored ({reason}); its items are encoded again", flush=True)
+    print(printable(f"{path}: cache file ignored ({reason}); its items are encoded again"), flush=True)
     return None
 
 
@@ -162,4 +162,4 @@ def _remove(path: Path, reason: str) -> None:
         return
     except OSError:  # a cache that may only be read: its other shards are of use all the same
         done = "ignored"
-    print(f"{path}: damaged cache file {done} ({reason}); its items are encoded again", flush=True)
+    print(printable(f"{path}: damaged cache file {done} ({reason}); its items are encoded again"), flush=True)
