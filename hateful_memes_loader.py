@@ -8,6 +8,7 @@ Rows are keyed on `img`; everything a user can get wrong raises InputError with 
 
 import hashlib
 import json
+import os
 import posixpath
 import random
 from collections import Counter
@@ -25,7 +26,8 @@ from mmfusion.encoders.extract import encode_images, encode_texts
 from mmfusion.encoders.frozen import EncoderConfig, find_image_encoder, find_text_encoder, image_identity, text_identity
 from mmfusion.encoders.images import digest_images
 from mmfusion.encoders.weights import EncoderSource
-from mmfusion.errors import InputError
+from mmfusion.errors import InputError, printable
+from mmfusion.files import ANNOTATION_BYTES, read_regular_file
 
 # both releases, in the order in which splits are reported
 SPLIT_NAMES = ("train", "dev", "dev_seen", "dev_unseen", "test", "test_seen", "test_unseen")
@@ -165,16 +167,16 @@ def image_paths(imgs: Iterable[str], folder: Path, img_dir: Path | None) -> dict
     """
     if img_dir is None:
         roots = {img.split("/")[0] for img in imgs if "/" in img}
-        if roots and not any((folder / root).is_dir() for root in roots):
+        if roots and not any(os.path.isdir(folder / root) for root in roots):
             raise InputError(f"{folder / min(roots)}: no such image folder; set --img-dir (or REAL_PATH) to it")
         return {img: folder / img for img in imgs}
-    img_dir = Path(img_dir).expanduser()
-    if not img_dir.is_dir():
+    img_dir = Path(os.path.expanduser(img_dir))
+    if not os.path.isdir(img_dir):
         raise InputError(f"{img_dir}: no such image folder; set --img-dir (or REAL_PATH) to it")
     paths = {}
     for img in imgs:
         head, _, rest = img.partition("/")
-        paths[img] = img_dir / (rest if rest and not (img_dir / head).is_dir() else img)
+        paths[img] = img_dir / (rest if rest and not os.path.isdir(img_dir / head) else img)
     return paths
 
 
@@ -302,16 +304,16 @@ def _split(memes: list[Meme], digests: dict[str, str], caches: dict[str, Feature
 def find_annotations(jsonl: Path) -> dict[str, Path]:
     """The train file that `jsonl` names (or holds, if it is a folder) and its companion splits, in reporting order.
 
-    Raises InputError where there is no train file.
+    A link that leads nowhere counts as there: reading it says so. Raises InputError where there is no train file.
     """
-    jsonl = jsonl.expanduser()
-    if jsonl.is_dir():
+    jsonl = Path(os.path.expanduser(jsonl))
+    if os.path.isdir(jsonl):
         candidates = [jsonl / "train.jsonl", jsonl / "data" / "train.jsonl"]  # the Kaggle copy nests a data/ folder
     elif jsonl.name == "train.jsonl":
         candidates = [jsonl, jsonl.parent / "data" / "train.jsonl"]
     else:
         candidates = [jsonl]
-    train = next((path for path in candidates if path.is_file()), None)
+    train = next((path for path in candidates if os.path.lexists(path)), None)
     if train is None:
         raise InputError(f"{candidates[0]}: no such file; set --jsonl (or REAL_PATH) to train.jsonl or its folder")
     if train.stem in SPLIT_NAMES[1:]:
@@ -319,20 +321,18 @@ def find_annotations(jsonl: Path) -> dict[str, Path]:
             f"{train}: is the {train.stem} split; set --jsonl to train.jsonl, the others are found beside it"
         )
     companions = {name: train.parent / f"{name}.jsonl" for name in SPLIT_NAMES[1:]}
-    return {"train": train} | {name: path for name, path in companions.items() if path.is_file()}
+    return {"train": train} | {name: path for name, path in companions.items() if os.path.lexists(path)}
 
 
 def read_annotations(path: Path) -> tuple[list[Meme], str | None]:
     """Rows of one file and, where identical rows were dropped, a note that counts them.
 
-    Raises InputError naming file and line: not UTF-8, not JSON, a key missing or of the wrong type, a label other than
-    0 or 1, an `img` that is absolute or leaves the folder, one `img` with two texts or labels, labels on some rows
-    only.
+    Raises InputError naming the file where it is no regular one, and file and line: not UTF-8, not JSON, a key missing
+    or of the wrong type, a label other than 0 or 1, an `img` that is absolute or leaves the folder, one `img` with two
+    texts or labels, labels on some rows only.
     """
-    try:
-        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")  # some editors write a byte order mark
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+    content = read_regular_file(path, ANNOTATION_BYTES, "fetch the file again, or remove what stands in its place")
+    lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")  # some editors write a byte order mark
     memes: dict[str, Meme] = {}
     duplicates = 0
     for number, line in enumerate(lines, 1):
@@ -349,7 +349,7 @@ def read_annotations(path: Path) -> tuple[list[Meme], str | None]:
     bare = next((meme for meme in memes.values() if meme.label is None), None)
     if bare is not None and any(meme.label is not None for meme in memes.values()):
         raise InputError(f"{bare.line}: has no label though other rows of the file have; add it or remove the row")
-    note = f"{path.stem}: {duplicates} duplicated rows dropped" if duplicates else None
+    note = f"{printable(path.stem)}: {duplicates} duplicated rows dropped" if duplicates else None
     return list(memes.values()), note
 
 

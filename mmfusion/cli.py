@@ -3,10 +3,14 @@
 import contextlib
 import io
 import itertools
+import multiprocessing
 import os
 import re
+import signal
 import sys
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
@@ -18,20 +22,36 @@ from mmfusion.errors import InputError, NonFiniteLoss
 Config = TypeVar("Config")
 
 
+SECOND_SIGNAL_SECONDS = 3.0  # torchrun passes one on, and people press twice: what comes sooner counts once
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGINT or SIGTERM, with the exit code that shells give to it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.code = 128 + number
+
+
 def run_command(
     main: Callable[[Config], None],
     config_class: type[Config],
     arguments: list[str],
     begun: Callable[[Config], Config | None] = lambda config: None,
 ) -> int:
-    """Parse and run; returns 0, or 130 when interrupted. Bad input, and a loss that explodes, exit with code 2.
+    """Parse and run; returns the exit code: 0, or 130 after Ctrl-C, 143 after SIGTERM.
 
-    `begun` gives the settings of the run to resume: they are what a flag that is left out then means.
+    Bad input, and a loss that explodes, exit with code 2. `begun` gives the settings of the run to resume: they are what
+    a flag that is left out then means.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files need not fit into a terminal's encoding
     try:
-        config = parse(config_class, arguments)
-        defaults = begun(config)
-        main(config if defaults is None else parse(config_class, arguments, defaults))
+        with _signals_interrupt():
+            config = parse(config_class, arguments)
+            defaults = begun(config)
+            main(config if defaults is None else parse(config_class, arguments, defaults))
     except (InputError, NonFiniteLoss) as error:
         current_processes().stop(error)
     except (MemoryError, RuntimeError) as error:
@@ -41,9 +61,8 @@ def run_command(
     except BrokenPipeError:  # `... | head`: whoever read has gone, and there is nobody to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at exit
         return 141
-    except KeyboardInterrupt:
-        print("interrupted; what is encoded is kept, and a run that has begun goes on with --resume", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as interruption:
+        return _leave(getattr(interruption, "code", 130))
     return 0
 
 
@@ -51,6 +70,47 @@ def _is_out_of_memory(error: BaseException) -> bool:
     """True for Python's, NumPy's, CUDA's and the CPU allocator's ways to say so; the last is a plain RuntimeError."""
     known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
     return known or "allocate memory" in str(error) or "not enough memory" in str(error)
+
+
+@contextlib.contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    """Within, the first SIGINT or SIGTERM raises Interrupted, and one that comes seconds later ends the process."""
+    if threading.current_thread() is not threading.main_thread():  # Python lets no other thread set a handler
+        yield
+        return
+    seen: list[float] = []
+
+    def interrupt(number: int, _: object) -> None:
+        seen.append(time.monotonic())
+        if len(seen) == 1:
+            raise Interrupted(number)
+        if seen[-1] - seen[0] > SECOND_SIGNAL_SECONDS:
+            os._exit(128 + number)
+
+    # nohup, and a shell's `&`, have them ignored: that stays so
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, interrupt) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _leave(code: int) -> int:
+    """Say that the command was interrupted, and return its exit code; or exit with it where work is still under way."""
+    with contextlib.suppress(OSError):  # whoever reads may have gone
+        if int(os.environ.get("RANK", "0")) == 0:
+            message = "interrupted; what is encoded is kept, and a run that has begun goes on with --resume"
+            print(message, file=sys.stderr, flush=True)
+        sys.stdout.flush()
+    children = multiprocessing.active_children()  # they decode pictures
+    busy = [thread for thread in threading.enumerate() if not thread.daemon and thread is not threading.main_thread()]
+    for child in children:
+        child.kill()
+    if children or busy:  # the interpreter would wait at its end for a batch that nobody takes: seconds
+        os._exit(code)
+    return code
 
 
 def pick_device(name: str) -> torch.device:

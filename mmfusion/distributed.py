@@ -12,7 +12,7 @@ from typing import NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
-from mmfusion.errors import InputError
+from mmfusion.errors import InputError, printable
 
 Item = TypeVar("Item")
 
@@ -63,7 +63,7 @@ class Processes:
     def stop(self, error: InputError) -> NoReturn:
         """End all processes with code 2 and one line on stderr, printed by the main process."""
         if int(os.environ.get("RANK", "0")) == 0:  # not `is_main`: before they have joined, all think they are
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
         else:
             time.sleep(1)  # torchrun ends all processes as soon as one has failed: let the main one print first
         end_process(2)

@@ -12,6 +12,15 @@ class NonFiniteLoss(RuntimeError):
     """A loss term became NaN or infinite; the message names term, member, step and remedy."""
 
 
+def printable(text: str) -> str:
+    """The text as one line that a terminal shows and does not obey: control characters and the like are escaped.
+
+    Names of files and texts out of them may hold escape sequences, line breaks, marks that turn the reading direction,
+    and halves of surrogate pairs, which no stream can encode.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def check_numbers(config: object, bounds: dict[str, tuple[float, float]]) -> None:
     """Raise InputError naming the flag of the first attribute that lies outside its closed range; None passes.
 

@@ -1,6 +1,7 @@
 """The demo: what is planted is planted."""
 
 import json
+import os
 import random
 from collections import Counter
 
@@ -95,3 +96,19 @@ def test_captions_stay_inside_the_picture():
         demo_memes._draw_caption(ImageDraw.Draw(image), text, random.Random(seed))
         left, top, right, bottom = image.getbbox()
         assert left > 0 and top > 0 and right < demo_memes.SIZE[0] and bottom < demo_memes.SIZE[1], text
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "5", '{"recipe": 5}', "[" * 100_000])
+def test_a_damaged_manifest_is_drawn_again(tmp_path, monkeypatch, content):
+    monkeypatch.setattr("mmfusion.data.demo_memes.COPIES", {"train": 1})
+    whole = draw_demo(tmp_path / "demo").with_name("demo.json").read_text()
+    (tmp_path / "demo/demo.json").write_text(content)
+    draw_demo(tmp_path / "demo")
+    assert (tmp_path / "demo/demo.json").read_text() == whole
+
+
+def test_a_manifest_that_is_no_file_is_one_line(tmp_path):
+    (tmp_path / "demo").mkdir()
+    os.mkfifo(tmp_path / "demo/demo.json")
+    with pytest.raises(InputError, match=r"demo\.json: cannot be read \(is a FIFO"):
+        draw_demo(tmp_path / "demo")

@@ -10,7 +10,15 @@ import torch
 from safetensors.torch import load_file
 
 from mmfusion.errors import InputError
-from mmfusion.files import write_atomically, write_json, write_safetensors, write_text
+from mmfusion.files import (
+    check_regular_file,
+    in_units,
+    read_regular_file,
+    write_atomically,
+    write_json,
+    write_safetensors,
+    write_text,
+)
 
 
 def full(path: Path) -> None:
@@ -67,3 +75,48 @@ def test_what_is_written_is_read_back(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         write_json(tmp_path / "nan.json", float("nan"))
     assert not (tmp_path / "nan.json").exists()
+
+
+def test_only_regular_files_of_bearable_size_are_read(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "endless").symlink_to("/dev/zero")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "large").write_bytes(b"12345")
+    (tmp_path / "folder").mkdir()
+    reasons = {
+        "fifo": "not a regular file",
+        "endless": "not a regular file",
+        "dangling": "a link to nowhere, which does not exist",
+        "large": "5 bytes, more than the 4 bytes",
+        "folder": "Is a directory",
+        "missing": "no such file",
+        "zero\0byte": "no name that a file can have",
+        "half a pair \ud800": "no name that a file can have",
+    }
+    for name, reason in reasons.items():
+        for read in (check_regular_file, read_regular_file):
+            with pytest.raises(InputError, match=f"--flag .*{name[:4]}.*: cannot be read .*{reason}.*; give another"):
+                read(tmp_path / name, 4, "give another", "--flag")
+
+
+def test_links_to_regular_files_are_read(tmp_path):
+    (tmp_path / "file").write_bytes(b"1234")
+    (tmp_path / "link").symlink_to("file")
+    assert read_regular_file(tmp_path / "link", 4) == b"1234"
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc, whose files say that they are empty")
+def test_a_file_that_hides_its_size_is_not_read_without_bound():
+    with pytest.raises(InputError, match="more than 9 bytes"):
+        read_regular_file(Path("/proc/self/status"), 9)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_file_without_permission_is_one_line(tmp_path):
+    (tmp_path / "a").touch(0)
+    with pytest.raises(InputError, match="Permission denied"):
+        check_regular_file(tmp_path / "a", 4)
+
+
+def test_sizes_are_said_in_units():
+    assert [in_units(n) for n in (12, 1_234, 12_345, 34 << 30)] == ["12 bytes", "1.2 kB", "12 kB", "37 GB"]

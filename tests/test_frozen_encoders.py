@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import shutil
 import socket
 import time
@@ -24,7 +25,7 @@ from mmfusion.encoders.frozen import (
     image_preprocessing,
     text_identity,
 )
-from mmfusion.encoders.weights import reachable
+from mmfusion.encoders.weights import EncoderSource, reachable
 from mmfusion.errors import InputError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
@@ -318,3 +319,59 @@ def test_real_text_encoder_equals_transformers_used_by_hand(tmp_path):
         for text in texts
     ]
     torch.testing.assert_close(encoder(encoder.tokenize(texts)), torch.stack(expected), rtol=1e-3, atol=1e-4)
+
+
+def test_only_the_identity_of_crops_has_moved_on():
+    source = EncoderSource("random:resnet50", "--image-encoder", None, {"model": "some"})
+    versions = {
+        mode: image_identity(EncoderConfig(image_resize=mode, image_size=64), source, "cpu")["version"]
+        for mode in ("squash", "crop")
+    }
+    assert versions == {"squash": 1, "crop": 2}
+
+
+@pytest.mark.parametrize("kind", ["fifo", "endless", "dangling"])
+def test_weights_that_are_no_regular_file_are_never_opened(tmp_path, kind):
+    def put(path):
+        path.unlink(missing_ok=True)
+        os.mkfifo(path) if kind == "fifo" else path.symlink_to("/dev/zero" if kind == "endless" else "gone")
+
+    put(tmp_path / "weights.pth")
+    with pytest.raises(InputError, match=r"--image-encoder .*weights\.pth: cannot be read"):
+        find_image_encoder(EncoderConfig(image_encoder=str(tmp_path / "weights.pth")))
+    for name in ("model.safetensors", "config.json", "vocab.txt", "chat_template.jinja"):
+        bert = write_bert(tmp_path / f"bert-{name}")
+        put(bert / name)
+        with pytest.raises(InputError, match=rf"--text-encoder .*{name}: cannot be read"):
+            find_text_encoder(EncoderConfig(text_encoder=f"random:{bert}"))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "",
+        "[]",
+        '{"image_mean": 5}',
+        '{"image_mean": [0.5, 0.5]}',
+        '{"image_std": [0, 0, 0]}',
+        '{"image_std": [NaN, 1, 1]}',
+        '{"image_mean": ["a", "b", "c"]}',
+        '{"resample": 77}',
+        "[" * 100_000,
+    ],
+)
+def test_preprocessing_that_makes_no_sense_is_one_line(tmp_path, settings):
+    (tmp_path / "config.json").write_text('{"model_type": "vit", "image_size": 64}')
+    (tmp_path / "preprocessor_config.json").write_text(settings)
+    config = EncoderConfig(image_encoder=f"random:{tmp_path}")
+    with pytest.raises(InputError, match=r"^--image-encoder .*: its preprocessor_config\.json cannot be used"):
+        image_preprocessing(config, find_image_encoder(config))
+
+
+@pytest.mark.parametrize("size", ["10000000000", "-5", '"large"'])
+def test_a_size_that_no_picture_has_is_one_line(tmp_path, size):
+    (tmp_path / "config.json").write_text(f'{{"model_type": "vit", "image_size": {size}}}')
+    config = EncoderConfig(image_encoder=f"random:{tmp_path}", image_size=None)
+    with pytest.raises(InputError, match=r"^--image-encoder .*: its config\.json cannot be used"):
+        source = find_image_encoder(config)
+        image_preprocessing(config, source)

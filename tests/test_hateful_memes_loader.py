@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import sys
 import types
 from pathlib import Path
@@ -13,9 +14,16 @@ from hypothesis import strategies as st
 from small_memes import meme_rows, picture, small_encoders, write_bert, write_memes, write_rows
 
 import hateful_memes_loader
-from hateful_memes_loader import download_hateful_memes, find_annotations, load_hateful_memes, read_annotations
+from hateful_memes_loader import (
+    download_hateful_memes,
+    find_annotations,
+    image_paths,
+    load_hateful_memes,
+    read_annotations,
+)
 from mmfusion.dataset import Dataset
 from mmfusion.encoders.frozen import EncoderConfig
+from mmfusion.encoders.images import digest_images
 from mmfusion.errors import InputError
 
 
@@ -259,7 +267,11 @@ def test_all_bad_images_are_counted_and_named(spoilt, load):
         load(spoilt)
     message = str(raised.value)
     assert message.startswith("7 of 35 images cannot be used: img/00000.png (no such file), img/00001.png (empty file)")
-    assert "img/00002.png (not an image), img/00003.png (" in message and "truncated" in message
+    assert (
+        "img/00002.png (not an image of a format that is read (PNG, JPEG, GIF, BMP, WEBP, TIFF)), img/00003.png ("
+        in message
+        and "truncated" in message
+    )
     assert message.count("img/") == 7 and "img/00022.png (" in message
     assert message.endswith("; replace them or pass --bad-images skip")
     for number in range(3):
@@ -398,3 +410,36 @@ def test_real_png_files_and_a_real_text_encoder_end_to_end(tmp_path):
     assert dog @ hound > 0.6 > 0.3 > dog @ rates  # vectors that mean something: the weights are those on disk
     assert "weights" not in dataset.provenance["encoders"]["text"]["encoder"]
     assert hateful_memes_loader.KAGGLE_HANDLE.endswith("/versions/1")
+
+
+@pytest.mark.parametrize("split", ["train", "dev", "test"])
+def test_annotations_that_are_no_regular_file_are_named_and_never_opened(tmp_path, split):
+    write_memes(tmp_path)
+    path = tmp_path / f"{split}.jsonl"
+    path.unlink()
+    path.symlink_to("moved/elsewhere.jsonl")
+    with pytest.raises(
+        InputError, match=rf"{split}\.jsonl: .*is a link to moved/elsewhere\.jsonl, which does not exist"
+    ):
+        [read_annotations(file) for file in find_annotations(tmp_path / "train.jsonl").values()]
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    with pytest.raises(InputError, match=rf"{split}\.jsonl: .*not a regular file"):
+        [read_annotations(file) for file in find_annotations(tmp_path).values()]
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(InputError, match=rf"{split}\.jsonl: .*not a regular file"):
+        [read_annotations(file) for file in find_annotations(tmp_path).values()]
+
+
+def test_names_that_no_file_can_have_are_bad_images_and_not_tracebacks(tmp_path):
+    long = "x" * 300
+    assert image_paths([f"{long}/a.png", "img/a.png"], tmp_path, tmp_path)[f"{long}/a.png"] == tmp_path / "a.png"
+    with pytest.raises(InputError, match="no such image folder"):
+        image_paths([f"{long}/a.png"], tmp_path, None)
+    with pytest.raises(InputError, match="no such image folder"):
+        image_paths(["img/a.png"], tmp_path, Path("~nobody-of-that-name/img"))
+    with pytest.raises(InputError, match="no such file"):
+        find_annotations(Path("~nobody-of-that-name") / f"{long}.jsonl")
+    _, bad = digest_images([tmp_path / long])
+    assert bad == {tmp_path / long: "File name too long"}

@@ -1,7 +1,10 @@
 """Every way of storing the same picture decodes to the same RGB; what is no whole picture is an error."""
 
 import io
+import os
 import struct
+import subprocess
+import sys
 import warnings
 import zlib
 from pathlib import Path
@@ -13,7 +16,18 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile
 from small_memes import picture
 
-from mmfusion.encoders.images import ImageBatches, Preprocessing, decode_rgb, digest_images, preprocess
+from mmfusion.encoders.images import (
+    FORMATS,
+    IMAGE_BYTES,
+    MOST_PIXELS,
+    MOST_SIDE,
+    ImageBatches,
+    Preprocessing,
+    crop_box,
+    decode_rgb,
+    digest_images,
+    preprocess,
+)
 
 SQUASH = Preprocessing("squash", 32, 36, (0.5,) * 3, (0.5,) * 3)
 PLAIN = picture(1)
@@ -153,7 +167,8 @@ def test_digest_names_what_is_wrong(tmp_path):
     names = ["zero.png", "text.png", "folder.png", "missing.png"]
     digests, bad = digest_images([good, *(tmp_path / name for name in names)])
     assert list(digests) == [good]
-    assert [bad[tmp_path / name] for name in names] == ["empty file", "not an image", "Is a directory", "no such file"]
+    unread = "not an image of a format that is read (PNG, JPEG, GIF, BMP, WEBP, TIFF)"
+    assert [bad[tmp_path / name] for name in names] == ["empty file", unread, "Is a directory", "no such file"]
 
 
 def test_squash_keeps_the_borders_and_crop_cuts_them(tmp_path):
@@ -188,3 +203,136 @@ def test_numbers_without_an_agreed_black_and_white_are_refused(tmp_path, numbers
     Image.fromarray(numbers).save(path)
     with pytest.raises(ValueError, match="no agreed black and white"):
         decode_rgb(path)
+
+
+def _refused(path: Path) -> str:
+    """The reason of a bad file, which digest, decoding and a batch have to agree on."""
+    _, bad = digest_images([path])
+    _, _, _, reasons = ImageBatches([[path]], [[True]], SQUASH)[0]
+    with pytest.raises((OSError, ValueError)):
+        decode_rgb(path)
+    assert reasons == {0: bad[path]}
+    return bad[path]
+
+
+def test_what_is_no_regular_file_is_never_opened(tmp_path):
+    os.mkfifo(tmp_path / "fifo.png")
+    (tmp_path / "endless.png").symlink_to("/dev/zero")
+    (tmp_path / "dangling.png").symlink_to("gone.png")
+    with (tmp_path / "huge.png").open("wb") as file:
+        file.truncate(IMAGE_BYTES + 1)  # sparse: takes no room
+    assert "not a regular file" in _refused(tmp_path / "fifo.png")
+    assert "not a regular file" in _refused(tmp_path / "endless.png")
+    assert "link to gone.png" in _refused(tmp_path / "dangling.png")
+    assert "256 MB, more than the 256 MB" in _refused(tmp_path / "huge.png")
+
+
+@pytest.mark.parametrize("size", [(8000, MOST_PIXELS // 8000 + 1), (1, MOST_SIDE + 1)])
+def test_too_many_pixels_are_a_bad_image_with_the_size_in_the_reason(tmp_path, size):
+    path = _saved(Image.new("1", size), tmp_path / "a.png")
+    assert path.stat().st_size < 20_000
+    assert f"{size[0]} x {size[1]} pixels; at most 40 million" in _refused(path)
+    assert digest_images([_saved(Image.new("1", (8000, MOST_PIXELS // 8000)), path)])[0]
+
+
+def test_formats_that_start_programs_are_not_read(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    PLAIN.save(path, "EPS")
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a program was started"))
+    assert _refused(path) == f"not an image of a format that is read ({', '.join(FORMATS)})"
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_format_that_is_named_is_read(tmp_path, kind):
+    PLAIN.save(tmp_path / "a", kind)
+    assert abs(_pixels(tmp_path / "a") - np.asarray(PLAIN)).mean() < 8  # JPEG, GIF and WEBP lose a little
+
+
+@pytest.mark.parametrize("mode", ["I;16", "RGBA", "LA", "P", "CMYK"])
+def test_strips_give_the_same_pixels_as_the_whole(tmp_path, monkeypatch, mode):
+    stored = Image.fromarray(np.asarray(PLAIN.convert("L")).astype(np.uint16) * 200) if mode == "I;16" else PLAIN
+    stored = stored if mode in ("I;16", "CMYK") else PLAIN.convert(mode)
+    if mode in ("RGBA", "LA"):
+        stored.putalpha(picture(3).convert("L"))
+    path = _saved(stored.convert("CMYK") if mode == "CMYK" else stored, tmp_path / "a.tiff")
+    whole = _pixels(path)
+    monkeypatch.setattr("mmfusion.encoders.images.STRIP_PIXELS", 130)  # three rows of 40
+    np.testing.assert_array_equal(_pixels(path), whole)
+
+
+def _peak(code: str) -> float:
+    """Megabytes by which a fresh process grows over its size after the imports, at its largest."""
+    program = f"""
+import resource
+import numpy as np
+from pathlib import Path
+from PIL import Image
+from mmfusion.encoders.images import Preprocessing, decode_rgb, preprocess
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+before = peak()
+{code}
+print(peak() - before)
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    return float(run.stdout)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peaks are counted in other units elsewhere")
+def test_a_narrow_picture_is_cropped_without_its_whole_being_resized(tmp_path):
+    path = _saved(Image.new("RGB", (1, 16_000), "red"), tmp_path / "a.png")
+    assert path.stat().st_size < 1000
+    how = "Preprocessing('crop', 224, 256, (0,) * 3, (1,) * 3)"
+    grown = _peak(f"assert preprocess(decode_rgb(Path({str(path)!r})), {how}).shape == (224, 224, 3)")
+    assert grown < 50  # 4700 before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peaks are counted in other units elsewhere")
+@pytest.mark.parametrize(("kind", "most"), [("16-bit", 8), ("RGBA", 10), ("RGB", 6)])
+def test_decoding_makes_no_copies_of_the_whole(tmp_path, kind, most):
+    path = tmp_path / "a.png"
+    if kind == "16-bit":
+        Image.fromarray(np.zeros((3000, 4000), np.uint16)).save(path)
+    else:
+        Image.new(kind, (4000, 3000)).save(path)
+    grown = _peak(f"decode_rgb(Path({str(path)!r}))")
+    assert grown * 2**20 / 12e6 < most  # bytes a pixel; 20, 16 and 12 before
+
+
+def _resized_whole(image: Image.Image, how: Preprocessing, one_call: bool) -> np.ndarray:
+    """The crop as torchvision takes it: all of the picture is resized, then cut; in Pillow's order, or width first."""
+    scale = how.resize / min(image.size)
+    width, height = (max(how.resize, int(side * scale)) for side in image.size)
+    left, top = round((width - how.size) / 2), round((height - how.size) / 2)
+    if not one_call:
+        image = image.resize((width, image.height), how.resample)
+    whole = image.resize((width, height), how.resample)
+    return np.asarray(whole.crop((left, top, left + how.size, top + how.size))).astype(int)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    width=st.integers(30, 700),
+    height=st.integers(30, 700),
+    size=st.sampled_from([32, 112, 224]),
+    resample=st.sampled_from([Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS]),
+    seed=st.integers(0, 9),
+)
+def test_crop_of_the_box_is_crop_of_the_whole(width, height, size, resample, seed):
+    how = Preprocessing("crop", size, round(size * 256 / 224), (0.5,) * 3, (0.5,) * 3, resample)
+    noise = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    smooth = picture(seed, (width, height))
+    # the box travels as four 32-bit floats: 1 to 3 % of a noise picture's values round the other way
+    assert abs(preprocess(noise, how) - _resized_whole(noise, how, one_call=False)).max() <= 2
+    assert abs(preprocess(smooth, how) - _resized_whole(smooth, how, one_call=True)).max() <= 2
+    if resample == Image.Resampling.BILINEAR:  # the others are clipped between their passes, in Pillow's own order
+        assert abs(preprocess(noise, how) - _resized_whole(noise, how, one_call=True)).max() <= 2
+
+
+@settings(max_examples=100, deadline=None)
+@given(width=st.integers(1, 5000), height=st.integers(1, 5000), mode=st.sampled_from(["crop", "squash"]))
+def test_the_box_lies_within_the_picture_and_in_its_middle(width, height, mode):
+    left, top, right, bottom = crop_box((width, height), Preprocessing(mode, 224, 256, (0,) * 3, (1,) * 3))
+    assert 0 <= left < right <= width and 0 <= top < bottom <= height
+    pixel = max(min(width, height) / 256, 1e-9)  # one of the resized picture
+    assert abs(left - (width - right)) <= 1.001 * pixel and abs(top - (height - bottom)) <= 1.001 * pixel

@@ -7,6 +7,9 @@ import os
 import pickle
 import subprocess
 import sys
+import tracemalloc
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -326,3 +329,103 @@ def test_identity_names_the_file_without_its_folder(tmp_path):
 def test_what_is_no_array_of_numbers_is_refused(value):
     with pytest.raises(InputError, match=r"^here: "):
         as_numbers(value, "here")
+
+
+def _npz(path: Path, members: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> Path:
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return path
+
+
+def _npy(shape: str, dtype: str = "<f8", content: bytes = b"") -> bytes:
+    header = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + content
+
+
+@pytest.mark.parametrize(
+    ("member", "reason"),
+    [
+        (_npy("(1152921504606846976,)"), "says that it has shape"),
+        (_npy("(100000, 100000, 100000, 100000)"), "says that it has shape"),
+        (_npy("(1073741824,)", "<U0"), "says that it has shape"),
+        (_npy("(3,)", content=b"12345678" * 2), "holds 16 bytes"),
+        (_npy("(-1,)", content=b"12345678"), "has shape"),
+        (_npy("(" * 3000), ""),
+        (b"no array", ""),
+        (b"", ""),
+    ],
+)
+def test_npz_whose_header_claims_more_than_it_brings_costs_no_memory(tmp_path, member, reason):
+    path = _npz(tmp_path / "a.npz", {"good.npy": _npy("(1,)", content=b"12345678"), "bad.npy": member})
+    tracemalloc.start()
+    with pytest.raises(InputError, match=rf"a\.npz: is not a readable .npz .*{reason}"):
+        load_npz(path)
+    assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    tracemalloc.stop()
+
+
+def test_npz_that_unpacks_to_a_thousandfold_is_refused(tmp_path, monkeypatch):
+    content = _npy("(1000000,)", content=bytes(8_000_000))
+    path = _npz(tmp_path / "a.npz", {"x.npy": content}, zipfile.ZIP_DEFLATED)
+    assert load_npz(path)["x"].sum() == 0
+    monkeypatch.setattr("mmfusion.data.pickles.UNPACKED_BYTES", 1_000_000)
+    with pytest.raises(InputError, match=r"a file of 8.0 kB says that it unpacks to 8.0 MB"):
+        load_npz(path)
+    with pytest.raises(InputError, match="compressed in another way"):
+        load_npz(_npz(tmp_path / "b.npz", {"x.npy": _npy("(1,)", content=bytes(8))}, zipfile.ZIP_BZIP2))
+
+
+@pytest.mark.parametrize("write", [np.savez, np.savez_compressed])
+def test_npz_of_every_kind_equals_numpys_reading(tmp_path, write):
+    arrays = {
+        "fortran": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+        "scalar": np.float32(3),
+        "none": np.zeros((0, 5)),
+        "text": np.array(["a", "bcd"]),
+        "bytes": np.array([b"a"]),
+        "big": np.arange(100_000),
+    }
+    write(tmp_path / "a.npz", **arrays)
+    read = load_npz(tmp_path / "a.npz")
+    assert list(read) == list(arrays)
+    for key, array in arrays.items():
+        np.testing.assert_array_equal(read[key], array)
+        assert read[key].dtype == np.asarray(array).dtype
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x80\x02Nr" + (0x3FFFFFFF).to_bytes(4, "little") + b".",
+        b"Np1073741823\n.",
+        b"\x80\x02]q\x00" + b"r" + (1 << 28).to_bytes(4, "little") + b".",
+    ],
+)
+def test_a_pickle_cannot_ask_for_room_that_it_does_not_fill(tmp_path, content):
+    assert "of its memo" in _refusal(tmp_path, content)  # 10 bytes took 17 GB
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_honest_memos_pass(tmp_path, protocol):
+    value = [{"a": (number, str(number), b"x" * 300, "y" * 300, 2**80)} for number in range(400)]
+    assert load_pickle(_write(tmp_path, pickle.dumps(value, protocol))) == value
+
+
+def test_arrays_of_nothing_cannot_grow(tmp_path):
+    whole = pickle.dumps(np.zeros(3, "S1"), 2)
+    for shape in (1 << 30, 1 << 60):
+        content = whole.replace(b"K\x03\x85", b"\x8a\x08" + shape.to_bytes(8, "little") + b"\x85")
+        assert content != whole
+        _refusal(tmp_path, content)
+        content = content.replace(b"S1", b"S0").replace(b"K\x01K\x01t", b"K\x00K\x01t")
+        _refusal(tmp_path, content)
+
+
+@pytest.mark.parametrize("read", [load_pickle, load_npz, file_identity])
+@pytest.mark.parametrize("kind", ["fifo", "endless", "dangling"])
+def test_what_is_no_regular_file_is_not_opened(tmp_path, read, kind):
+    path = tmp_path / "a.npz"
+    os.mkfifo(path) if kind == "fifo" else path.symlink_to("/dev/zero" if kind == "endless" else "gone")
+    with pytest.raises(InputError, match=r"a\.npz: cannot be read \((is a FIFO, a device|is a link to gone)"):
+        read(path)

@@ -13,6 +13,7 @@ hateful; the word is the data set's.
 
 import json
 import math
+import os
 import random
 import shutil
 from pathlib import Path
@@ -20,7 +21,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from mmfusion.errors import InputError
-from mmfusion.files import write_atomically, write_json, write_text
+from mmfusion.files import read_regular_file, write_atomically, write_json, write_text
 
 PLANTED_RANK = 4
 HADAMARD = ((1, 1, 1, 1), (1, -1, 1, -1), (1, 1, -1, -1), (1, -1, -1, 1))
@@ -50,6 +51,7 @@ OPENINGS = ("", "oh ", "well ", "my friends ")
 # memes for each of the 64 (picture, phrase) pairs
 COPIES = {"train": 12, "dev": 3, "test": 5}
 SIZE = (224, 168)  # width, height in pixels
+MANIFEST_BYTES = 100_000_000  # demo.json has 0.1 MB
 
 
 def hateful(picture: int, phrase: int) -> bool:
@@ -68,7 +70,7 @@ def draw_demo(folder: Path, seed: int = 0) -> Path:
     """
     recipe = {"seed": seed, "copies": COPIES, "size": list(SIZE), "planted_rank": PLANTED_RANK, "version": 1}
     manifest = folder / "demo.json"
-    if manifest.exists() and json.loads(manifest.read_text(encoding="utf-8")).get("recipe") == recipe:
+    if os.path.lexists(manifest) and _drawn_recipe(manifest) == recipe:
         return folder / "train.jsonl"
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file, and the demo is drawn into a folder of that name; move it away")
@@ -99,6 +101,15 @@ def draw_demo(folder: Path, seed: int = 0) -> Path:
     write_json(manifest, {"recipe": recipe, "pictures": list(PICTURES), "phrases": list(PHRASES), "memes": truth})
     (folder / "demo.lock").unlink(missing_ok=True)
     return folder / "train.jsonl"
+
+
+def _drawn_recipe(manifest: Path) -> object:
+    """The recipe in a manifest; None where it is damaged, and the demo is drawn again."""
+    content = read_regular_file(manifest, MANIFEST_BYTES, "remove the demo's folder")
+    try:
+        return json.loads(content)["recipe"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def draw_meme(picture: int, text: str, rng: random.Random) -> Image.Image:

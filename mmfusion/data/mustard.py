@@ -32,6 +32,7 @@ from mmfusion.encoders.cache import FeatureCache, text_digest
 from mmfusion.encoders.extract import encode_texts
 from mmfusion.encoders.frozen import EncoderConfig, find_text_encoder, text_identity
 from mmfusion.errors import InputError
+from mmfusion.files import DATA_BYTES, check_regular_file
 
 DEV_SHARE = 0.2
 TEST_SHOW = "FRIENDS"  # of the speaker-independent setting (Castro et al., their data_loader.py)
@@ -198,8 +199,7 @@ def _read_visual(path: Path, keys: list[str]) -> list[np.ndarray]:
         import h5py
     except ImportError as error:
         raise InputError(f"{path}: reading it needs h5py; pip install h5py, or leave the modality out") from error
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; extract the frames' features first, or leave the modality out")
+    check_regular_file(path, DATA_BYTES, "extract the frames' features first, or leave the modality out")
     frames = []
     try:
         with h5py.File(path, "r") as file:

@@ -9,6 +9,7 @@ import numpy as np
 
 from mmfusion.data.pickles import as_numbers, load_pickle
 from mmfusion.errors import InputError
+from mmfusion.files import ANNOTATION_BYTES, read_regular_file
 
 ANNOTATION_NAMES = ("sarcasm_data.json", "*sarcasm_data.json")
 FOLD_NAMES = ("split_indices.p", "mustard_folds.json", "*folds.json")
@@ -100,9 +101,7 @@ def read_folds(path: Path, keys: Sequence[str]) -> list[FoldPlaces]:
 
 def _read_json(path: Path) -> object:
     try:
-        return json.loads(path.read_bytes().decode("utf-8-sig"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
+        return json.loads(read_regular_file(path, ANNOTATION_BYTES).decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         reason = getattr(error, "msg", type(error).__name__)
         raise InputError(f"{path}: is not JSON ({reason}); fetch the file again") from error

@@ -5,22 +5,30 @@ them plain Python of this module: not even numpy's own functions are reached, wh
 """
 
 import hashlib
+import io
+import itertools
+import math
 import pickle
+import pickletools
 import re
 import zipfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from mmfusion.errors import InputError
+from mmfusion.files import DATA_BYTES, check_regular_file, in_units
 
 MAX_DEPTH = 50  # containers within containers; the released files need five
 PLAIN_DTYPE = re.compile(
     r"[<>|=]?([biufcSUO?])(\d{0,9})"
 )  # no structured, dated or void types: theirs is a richer state
 UNICODE_END = 0x110000
+HEADER_BYTES = 16_384  # of an array in an .npz; numpy itself reads headers of up to 10,000 characters
+# deflate makes zeros a thousand times smaller: a small file may say that it holds more memory than there is
+UNPACKED_BYTES, UNPACKED_RATIO = 400_000_000, 100
 
 
 def load_pickle(path: Path) -> object:
@@ -29,8 +37,11 @@ def load_pickle(path: Path) -> object:
     Python 2's pickles are read as latin-1. Raises InputError where the file cannot be read, is no whole pickle, or
     names anything else than arrays, scalars and plain containers; nothing of it has run then.
     """
+    check_regular_file(path, DATA_BYTES)
     try:
         with open(path, "rb") as file:
+            _check_memo(file)
+            file.seek(0)
             return _plain(_Unpickler(file, encoding="latin1").load(), {}, 0)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
@@ -42,21 +53,62 @@ def load_pickle(path: Path) -> object:
 
 
 def load_npz(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of an .npz, by key. Raises InputError where it cannot be read or holds pickled objects."""
+    """All arrays of an .npz, by key.
+
+    Raises InputError where it cannot be read, holds pickled objects, or an array says that it has more numbers than it
+    brings; no memory has been taken for them then.
+    """
+    check_regular_file(path, DATA_BYTES)
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
+        with open(path, "rb") as file:
+            if file.read(6) == b"\x93NUMPY":
                 raise InputError(f"{path}: is one array, not an .npz of several; fetch the file again")
-            return {key: archive[key] for key in archive.files}
+            with zipfile.ZipFile(file) as archive:
+                _check_members(archive, path.stat().st_size)
+                return {info.filename.removesuffix(".npy"): _read_member(archive, info) for info in archive.infolist()}
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
-    except (ValueError, EOFError, KeyError, TypeError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
-        reason = " ".join(str(error).split())[:120]
+    except InputError:
+        raise
+    except Exception as error:  # damaged bytes end in any of a dozen inside zipfile, zlib and numpy
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise InputError(f"{path}: is not a readable .npz of plain arrays ({reason}); fetch the file again") from error
+
+
+def _check_members(archive: zipfile.ZipFile, file_bytes: int) -> None:
+    """Raise ValueError where what the members unpack to, or what their headers claim, is more than they can hold."""
+    members = archive.infolist()
+    unpacked = sum(info.file_size for info in members)
+    if unpacked > max(UNPACKED_BYTES, UNPACKED_RATIO * file_bytes):
+        raise ValueError(f"a file of {in_units(file_bytes)} says that it unpacks to {in_units(unpacked)}")
+    for info in members:
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # numpy writes no others
+            raise ValueError(f"{info.filename!r} is compressed in another way than numpy's")
+        with archive.open(info) as file:
+            head = io.BytesIO(file.read(HEADER_BYTES))
+        version = np.lib.format.read_magic(head)
+        if version not in ((1, 0), (2, 0)):  # 3.0 is for structured arrays
+            raise ValueError(f"{info.filename!r} is an array of version {version}")
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read_header(head)
+        if dtype.hasobject:
+            raise ValueError(f"{info.filename!r} holds Python objects, not numbers")
+        if any(size < 0 for size in shape):
+            raise ValueError(f"{info.filename!r} has shape {shape}")
+        claimed = math.prod(shape) * max(dtype.itemsize, 1)  # as Python's integers, which do not overflow
+        if claimed > info.file_size - head.tell():
+            held = in_units(max(info.file_size - head.tell(), 0))
+            raise ValueError(f"{info.filename!r} says that it has shape {shape} of {dtype}, and holds {held}")
+
+
+def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
+    with archive.open(info) as file:
+        return np.lib.format.read_array(file, allow_pickle=False)
 
 
 def file_identity(path: Path) -> dict[str, object]:
     """Name (without folder) and SHA-256 of a file. Raises InputError where it cannot be read."""
+    check_regular_file(path, DATA_BYTES)
     try:
         with open(path, "rb") as file:
             return {"file": Path(path).name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
@@ -158,6 +210,8 @@ def _array(data: object, dtype: object, shape: object, order: object = "C") -> n
             array[place] = item
         return array.reshape(shape, order=order)
     data = _encode(data)
+    if plain.itemsize == 0 and math.prod(shape) > 1:  # many empty texts, which numpy stores as one character each
+        raise _Refused(f"holds an array of shape {shape} without content")
     if plain.itemsize == 0 or 0 in shape:
         return np.zeros(shape, plain)
     array = np.frombuffer(data, plain).reshape(shape, order=order)
@@ -214,6 +268,34 @@ for _module in ("numpy.core", "numpy._core"):  # numpy 1 and numpy 2
 for _module in ("builtins", "__builtin__"):  # Python 3 and Python 2
     for _name, _make in {"bytes": _bytes, "bytearray": _bytes, "set": _set, "frozenset": _set}.items():
         _ADMITTED[_module, _name] = _Maker(_make)
+
+
+def _check_memo(file: BinaryIO) -> None:
+    """Refuse a pickle that names a place in its memo far beyond what it has put there.
+
+    Python makes room for all places up to the one that is named: ten bytes could ask for 34 GB. Pickles number their
+    objects from 0, so a place is never above the count of opcodes. Whatever else is wrong, the unpickler says.
+    """
+    for count in itertools.count():
+        opcode = pickletools.code2op.get(file.read(1).decode("latin1"))
+        if opcode is None or opcode.name == "STOP":
+            return
+        if opcode.arg is None:
+            continue
+        if opcode.arg.n == pickletools.UP_TO_NEWLINE:
+            argument = file.readline()
+            place = int(argument) if opcode.name == "PUT" else 0
+            if opcode.name in ("GLOBAL", "INST"):  # module and name, a line each
+                file.readline()
+        elif opcode.arg.n > 0:
+            argument = file.read(opcode.arg.n)
+            place = int.from_bytes(argument, "little") if opcode.name in ("BINPUT", "LONG_BINPUT") else 0
+        else:  # a length, and so many bytes
+            width = {pickletools.TAKEN_FROM_ARGUMENT1: 1, pickletools.TAKEN_FROM_ARGUMENT8U: 8}.get(opcode.arg.n, 4)
+            file.seek(int.from_bytes(file.read(width), "little"), io.SEEK_CUR)
+            place = 0
+        if place > count:
+            raise _Refused(f"names place {place} of its memo after {count} steps")
 
 
 class _Unpickler(pickle.Unpickler):

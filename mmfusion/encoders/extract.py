@@ -171,35 +171,48 @@ def _bar(unit: str, batches: list[list], shown: bool) -> tqdm:
 @contextlib.contextmanager
 def _encoder_threads(processes: Processes) -> Iterator[tuple[Executor, int]]:
     """A pool in which each batch runs on one thread of its own (CPU), or one thread that feeds the GPU."""
-    if processes.device.startswith("cuda"):
-        with ThreadPoolExecutor(1) as pool:
-            yield pool, 1
-        return
+    on_gpu = processes.device.startswith("cuda")
+    threads = 1 if on_gpu else processes.cores
     before = torch.get_num_threads()
+    pool = ThreadPoolExecutor(threads, initializer=None if on_gpu else partial(torch.set_num_threads, 1))
     try:
-        with ThreadPoolExecutor(processes.cores, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield pool, processes.cores
+        yield pool, threads
+    except BaseException as error:
+        # who presses Ctrl-C does not wait for the batches that are being computed
+        pool.shutdown(wait=isinstance(error, Exception), cancel_futures=True)
+        raise
+    else:
+        pool.shutdown()
     finally:
-        torch.set_num_threads(before)
+        if not on_gpu:
+            torch.set_num_threads(before)
 
 
 def _run(jobs: Iterator[Job], cache: FeatureCache, processes: Processes, bar: tqdm) -> None:
-    """Run encoder calls a few at a time and hand their vectors to the cache, in order."""
+    """Run encoder calls a few at a time and hand their vectors to the cache, in order; what is encoded is kept."""
     waiting: deque[tuple[list[str], Future[Tensor]]] = deque()
 
     def take() -> None:
-        digests, future = waiting.popleft()
+        digests, future = waiting[0]
         cache.add(digests, future.result())
+        waiting.popleft()
         bar.update(len(digests))
 
     with bar, _encoder_threads(processes) as (pool, threads):
-        for digests, call in jobs:
-            if digests:
-                waiting.append((digests, pool.submit(call)))
-            if len(waiting) > threads:
+        try:
+            for digests, call in jobs:
+                if digests:
+                    waiting.append((digests, pool.submit(call)))
+                if len(waiting) > threads:
+                    take()
+            while waiting:
                 take()
-        while waiting:
-            take()
+        except KeyboardInterrupt:
+            for digests, future in waiting:
+                if future.done() and future.exception() is None:
+                    cache.add(digests, future.result())
+            cache.flush()
+            raise
         cache.flush()
 
 

@@ -9,6 +9,7 @@ mean over its tokens, or the first, [CLS].
 import contextlib
 import itertools
 import json
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -17,12 +18,14 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from mmfusion.encoders.images import Preprocessing
-from mmfusion.encoders.weights import RANDOM_SEED, EncoderSource, find_encoder, resnet50_file
+from mmfusion.encoders.weights import CONFIG_BYTES, RANDOM_SEED, EncoderSource, find_encoder, resnet50_file
 from mmfusion.errors import InputError
+from mmfusion.files import read_regular_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig  # imported late elsewhere: a warm cache needs no transformers
@@ -96,7 +99,8 @@ def find_text_encoder(config: EncoderConfig) -> EncoderSource:
 def image_identity(config: EncoderConfig, source: EncoderSource, device: str) -> dict[str, object]:
     """Everything that changes an image vector's value."""
     how = {"resize": config.image_resize, "size": config.filled().image_size, "filter": "Pillow, antialiased"}
-    return {"encoder": source.identity, "preprocessing": how, "compute": compute_dtype(device), "version": 1}
+    version = 2 if config.image_resize == "crop" else 1  # 2: the box alone is resized; at most 2 of 255 apart
+    return {"encoder": source.identity, "preprocessing": how, "compute": compute_dtype(device), "version": version}
 
 
 def text_identity(config: EncoderConfig, source: EncoderSource, device: str) -> dict[str, object]:
@@ -114,12 +118,35 @@ def image_preprocessing(config: EncoderConfig, source: EncoderSource) -> Preproc
         return Preprocessing(config.image_resize, config.image_size, resize, IMAGENET_MEAN, IMAGENET_STD)
     model_config = _model_config(source)  # not config.json itself, which may leave the size to the class's default
     size = getattr(getattr(model_config, "vision_config", model_config), "image_size", None) or config.image_size
-    size = size if isinstance(size, int) else size[0]
+    with _refuse(source, "its config.json cannot be used"):
+        size = int(size if isinstance(size, int) else size[0])
+        if not 1 <= size <= IMAGE_SIZES[1]:
+            raise ValueError(f"image_size {size}")
+    mean, std, resample = _own_preprocessing(source)
+    return Preprocessing(config.image_resize, size, round(size * 256 / 224), mean, std, resample)
+
+
+def _own_preprocessing(source: EncoderSource) -> tuple[tuple[float, ...], tuple[float, ...], int]:
+    """Mean, standard deviation and Pillow's filter from preprocessor_config.json, or ImageNet's where there is none.
+
+    Raises InputError where they are not what they should be.
+    """
     path = source.path / "preprocessor_config.json"
-    own = json.loads(path.read_bytes()) if path.is_file() else {}
-    mean, std = own.get("image_mean", IMAGENET_MEAN), own.get("image_std", IMAGENET_STD)
-    resample = own.get("resample", Preprocessing.resample)
-    return Preprocessing(config.image_resize, size, round(size * 256 / 224), tuple(mean), tuple(std), resample)
+    if not path.is_file():
+        return IMAGENET_MEAN, IMAGENET_STD, Preprocessing.resample
+    content = read_regular_file(path, CONFIG_BYTES, "fetch it again", source.flag)
+    with _refuse(source, "its preprocessor_config.json cannot be used"):
+        own = json.loads(content)
+        mean = tuple(map(float, own.get("image_mean", IMAGENET_MEAN)))
+        std = tuple(map(float, own.get("image_std", IMAGENET_STD)))
+        if (
+            len(mean) != 3
+            or len(std) != 3
+            or not all(0 < s < math.inf for s in std)
+            or not all(map(math.isfinite, mean))
+        ):
+            raise ValueError("image_mean and image_std are three numbers each, those of image_std above 0")
+        return mean, std, int(Image.Resampling(own.get("resample", Preprocessing.resample)))
 
 
 class ImageEncoder:
@@ -282,7 +309,9 @@ def _refuse(source: EncoderSource, what: str) -> Iterator[None]:
     """Whatever a library says of a folder that is not what it should be, as one line that names the flag."""
     try:
         yield
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # the model libraries have dozens of their own
         reason = " ".join(str(error).split())[:160]
         raise InputError(f"{source.flag} {source.name}: {what} ({reason})") from error
 

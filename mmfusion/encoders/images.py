@@ -1,9 +1,11 @@
 """Any image file that Pillow reads -> plain RGB, as a person sees it, or an error: never zeros, never half of it."""
 
 import contextlib
+import errno
 import hashlib
 import io
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +14,14 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+
+from mmfusion.files import reason_unreadable_path
+
+FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF")  # Pillow opens forty more, EPS by starting Ghostscript
+IMAGE_BYTES = 256_000_000  # a TIFF of 40 megapixels, RGBA at 8 bits and uncompressed, has 160 MB
+MOST_PIXELS = 40_000_000  # photographs end near 24 to 48 megapixels; each of 16 workers decodes one at a time
+MOST_SIDE = 32_767  # pixels; resized, a picture first becomes (its height, S): 4 GB for one of 1 x 4 million at S = 224
+STRIP_PIXELS = 1 << 20  # pictures are converted in strips, so that none stands in memory three times
 
 
 @dataclass(frozen=True)
@@ -39,36 +49,81 @@ def _bombs_are_errors() -> Iterator[None]:
         yield
 
 
+def _open(path: Path) -> Image.Image:
+    """The header of one file, checked for what would cost more memory or time than a picture is worth."""
+    reason = reason_unreadable_path(path, IMAGE_BYTES)
+    if reason is not None:
+        raise OSError(errno.EINVAL, reason)
+    return _check_size(Image.open(path, formats=FORMATS))
+
+
+def _check_size(image: Image.Image) -> Image.Image:
+    width, height = image.size
+    if width * height > MOST_PIXELS or max(width, height) > MOST_SIDE:
+        most = f"{MOST_PIXELS // 10**6} million pixels and sides of {MOST_SIDE} are read"
+        raise ValueError(f"{width} x {height} pixels; at most {most}")
+    return image
+
+
 def decode_rgb(path: Path) -> Image.Image:
     """Decode one file to 8-bit RGB: first frame, EXIF orientation applied, transparency composited on white.
 
-    Raises whatever Pillow raises on a file that is missing, truncated, no image, or a decompression bomb.
+    Bytes a pixel at the peak, the decoder's own included, measured at 30 megapixels: BMP, RGB PNG and baseline JPEG 4,
+    GIF 5, 16-bit PNG 6, turned JPEG 8, RGBA PNG and TIFF 9, progressive JPEG 10, WebP 16.
+    Raises whatever Pillow raises on a file that is missing, truncated, no image, or a decompression bomb, and OSError
+    or ValueError on what is no regular file, too large, or of another format.
     """
     ImageFile.LOAD_TRUNCATED_IMAGES = False  # some libraries switch it on for the whole process
-    with _bombs_are_errors(), Image.open(path) as image:
+    with _bombs_are_errors(), _open(path) as image:
         image.load()  # the whole file, so that a truncation shows here and not as a grey band
-        image = ImageOps.exif_transpose(image)
-        if image.mode == "F" or (image.mode == "I" and np.asarray(image).max(initial=0) > 65535):
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode == "RGB" and not image.has_transparency_data:
+            return image
+        if image.mode == "F" or (image.mode == "I" and image.getextrema()[1] > 65535):
             raise ValueError("its numbers have no agreed black and white")
-        if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion clips at 255 instead of scaling
-            grey = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
-            image = Image.fromarray(grey.astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            paper = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(paper, image)
-        return image.convert("RGB")
+        rgb = Image.new("RGB", image.size)
+        rows = max(1, STRIP_PIXELS // max(image.width, 1))
+        for top in range(0, image.height, rows):
+            strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+            rgb.paste(_to_rgb(strip), (0, top))
+        return rgb
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """A picture, or a strip of it, in any mode but F -> RGB."""
+    if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion clips at 255 instead of scaling
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        paper = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(paper, image)
+    return image.convert("RGB")
+
+
+def crop_box(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[float, float, float, float]:
+    """The part (left, top, right, bottom) of a picture of (width, height) that the encoder sees, in its pixels."""
+    if preprocessing.mode == "squash":
+        return 0.0, 0.0, float(size[0]), float(size[1])
+    shorter = min(size)
+    box = []
+    for side in size:  # of the resized picture, whose pixels are whole; torchvision rounds in the same way
+        resized = max(preprocessing.resize, int(side * (preprocessing.resize / shorter)))
+        start = round((resized - preprocessing.size) / 2)
+        box.append((start * side / resized, min((start + preprocessing.size) * side / resized, side)))
+    (left, right), (top, bottom) = box
+    return left, top, right, bottom
 
 
 def preprocess(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
-    """Resize an RGB picture (and crop it) to uint8 (S, S, 3)."""
+    """Resize an RGB picture, or the part of it that a crop keeps, to uint8 (S, S, 3)."""
+    size, resample = preprocessing.size, preprocessing.resample
     if preprocessing.mode == "squash":
-        return np.asarray(image.resize((preprocessing.size, preprocessing.size), preprocessing.resample))
-    scale = preprocessing.resize / min(image.size)
-    width, height = (max(preprocessing.resize, int(side * scale)) for side in image.size)
-    left, top = round((width - preprocessing.size) / 2), round((height - preprocessing.size) / 2)
-    resized = image.resize((width, height), preprocessing.resample)
-    return np.asarray(resized.crop((left, top, left + preprocessing.size, top + preprocessing.size)))
+        return np.asarray(image.resize((size, size), resample))
+    # the box alone: the whole of a picture of 1 x 16000, its shorter side at 256, would have 4.7 GB
+    left, top, right, bottom = crop_box(image.size, preprocessing)
+    # width first, as for a whole picture: in one call Pillow may choose the other order, worth 46 of 255 with Lanczos
+    columns = image.resize((size, image.height), resample, (left, 0, right, image.height))
+    return np.asarray(columns.resize((size, size), resample, (0, top, size, bottom)))
 
 
 def reason_unreadable(error: Exception) -> str:
@@ -77,9 +132,10 @@ def reason_unreadable(error: Exception) -> str:
         case FileNotFoundError():
             return "no such file"
         case UnidentifiedImageError():
-            return "not an image"
+            return f"not an image of a format that is read ({', '.join(FORMATS)})"
         case Image.DecompressionBombError() | Image.DecompressionBombWarning():
-            return f"more than {Image.MAX_IMAGE_PIXELS} pixels, a decompression bomb"
+            count = re.search(r"\d+", str(error))  # Pillow says the size in words of its own
+            return f"{count[0] if count else 'too many'} pixels, a decompression bomb"
         case OSError() if error.strerror:
             return error.strerror
     return " ".join(str(error).split())[:80] or type(error).__name__
@@ -88,10 +144,14 @@ def reason_unreadable(error: Exception) -> str:
 def _digest(path: Path) -> tuple[str | None, str | None]:
     """(SHA-256 of the bytes, None), or (None, reason) where the file is missing, empty or has no image header."""
     try:
+        reason = reason_unreadable_path(path, IMAGE_BYTES)
+        if reason is not None:
+            return None, reason
         content = path.read_bytes()
         if not content:
             return None, "empty file"
-        Image.open(io.BytesIO(content)).close()  # the header alone: what is no image at all shows in seconds
+        # the header alone: what is no image at all shows in seconds
+        _check_size(Image.open(io.BytesIO(content), formats=FORMATS)).close()
     except Exception as error:  # a hostile header may raise nearly anything inside Pillow
         return None, reason_unreadable(error)
     return hashlib.sha256(content).hexdigest(), None

@@ -8,6 +8,7 @@ import fnmatch
 import hashlib
 import http.client
 import json
+import os
 import queue
 import socket
 import threading
@@ -20,12 +21,14 @@ from pathlib import Path
 import torch
 
 from mmfusion.errors import InputError
+from mmfusion.files import WEIGHT_BYTES, check_regular_file, read_regular_file
 
 # published file names; the part after the dash begins the SHA-256 of the file
 RESNET50_FILES = {"IMAGENET1K_V1": "resnet50-0676ba61.pth", "IMAGENET1K_V2": "resnet50-11ad3fa6.pth"}
 RESNET50_URL = "https://download.pytorch.org/models/"
 WEIGHT_SUFFIXES = {".pth", ".pt", ".safetensors"}
 RANDOM_SEED = 0
+CONFIG_BYTES = 10_000_000  # config.json has a few kB
 
 WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")  # the first that matches is what transformers reads
 SETTING_PATTERNS = ("config.json", "preprocessor_config.json", "tokenizer*", "special_tokens*", "added_tokens.json")
@@ -63,15 +66,15 @@ def find_encoder(name: str, flag: str, image_weights: str | None = None) -> Enco
     """
     bare = name.removeprefix("random:")
     is_random = bare != name
-    path = Path(bare).expanduser()
+    path = Path(os.path.expanduser(bare))  # as it is where the home of ~NAME is not known
     if image_weights and bare == "resnet50":
         return EncoderSource(name, flag, None, _resnet50_identity(is_random, image_weights))
-    if path.is_file():
+    if not os.path.isdir(path) and os.path.lexists(path):
         if image_weights is None or is_random or path.suffix not in WEIGHT_SUFFIXES:
             raise InputError(f"{flag} {name}: is a file; give a folder in Hugging Face layout or a model's name")
-        identity = {"model": "torchvision resnet50", "weights_sha256": _sha256(path)}
+        identity = {"model": "torchvision resnet50", "weights_sha256": _sha256(path, flag)}
         return EncoderSource(name, flag, path, identity)
-    if path.is_dir():
+    if os.path.isdir(path):
         return EncoderSource(name, flag, path, _folder_identity(path, name, flag, is_random))
     if path.is_absolute() or bare[:1] in {".", "~"} or path.suffix in WEIGHT_SUFFIXES or bare.count("/") > 1:
         raise InputError(f"{flag} {name}: no such file or folder; give a path that exists, or a model's name")
@@ -84,7 +87,8 @@ def resnet50_file(source: EncoderSource) -> Path | None:
         return source.path
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     path = folder / str(source.identity["file"])
-    if path.exists():
+    if os.path.lexists(path):
+        check_regular_file(path, WEIGHT_BYTES, "remove it, it is fetched again", f"{source.flag} resnet50:")
         return path
     url = RESNET50_URL + path.name
     remedy = (
@@ -126,9 +130,13 @@ def reachable(url: str, seconds: float = 4.0) -> bool:
         return False
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+def _sha256(path: Path, flag: str) -> str:
+    check_regular_file(path, WEIGHT_BYTES, "fetch it again", flag)
+    try:
+        with path.open("rb") as handle:
+            return hashlib.file_digest(handle, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{flag} {path}: cannot be read ({error.strerror or error}); fetch it again") from error
 
 
 def _resnet50_identity(is_random: bool, image_weights: str) -> dict[str, object]:
@@ -147,6 +155,13 @@ def _random_identity(library: str) -> dict[str, object]:
 
 def _folder_identity(folder: Path, name: str, flag: str, is_random: bool) -> dict[str, object]:
     """Hash of everything in the folder that changes a value: settings, vocabulary and, unless random, weights."""
+    try:
+        content = list(folder.iterdir())
+    except OSError as error:
+        raise InputError(f"{flag} {name}: cannot be read ({error.strerror or error}); check the path") from error
+    for path in content:  # all of them: the model libraries look for a dozen names beyond those below
+        if not path.is_dir():
+            check_regular_file(path, WEIGHT_BYTES, "remove it, or fetch it again", flag)
     if not (folder / "config.json").is_file():
         raise InputError(f"{flag} {name}: holds no config.json; give a folder that save_pretrained() wrote")
     files = {path for pattern in SETTING_PATTERNS + VOCABULARY_PATTERNS for path in folder.glob(pattern)}
@@ -155,7 +170,7 @@ def _folder_identity(folder: Path, name: str, flag: str, is_random: bool) -> dic
         raise InputError(f"{flag} {name}: holds no weights ({' or '.join(WEIGHT_PATTERNS)}); give a complete folder")
     if not is_random:
         files |= set(weights)
-    lines = [f"{path.name} {_sha256(path)}" for path in sorted(files) if path.is_file()]
+    lines = [f"{path.name} {_sha256(path, flag)}" for path in sorted(files) if path.is_file()]
     identity: dict[str, object] = {"model": _model_type(folder, name, flag)}
     identity["files_sha256"] = hashlib.sha256("\n".join(lines).encode()).hexdigest()
     return identity | (_random_identity("transformers") if is_random else {})
@@ -163,8 +178,9 @@ def _folder_identity(folder: Path, name: str, flag: str, is_random: bool) -> dic
 
 def _model_type(folder: Path, name: str, flag: str) -> str:
     try:
-        return str(json.loads((folder / "config.json").read_bytes())["model_type"])
-    except (ValueError, KeyError, TypeError) as error:
+        content = read_regular_file(folder / "config.json", CONFIG_BYTES, "fetch it again", flag)
+        return str(json.loads(content)["model_type"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{flag} {name}: its config.json is not that of a Hugging Face model") from error
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mmfusion.encoders.frozen import ImageEncoder, TextEncoder
-from mmfusion.encoders.images import Preprocessing
+from mmfusion.encoders.images import Preprocessing, crop_box
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding  # imported late elsewhere
@@ -121,12 +121,8 @@ def _words(tokens: "BatchEncoding", text: str) -> list[tuple[int, int] | None]:
 
 def seen_box(size: tuple[int, int], preprocessing: Preprocessing) -> Box:
     """The part of a picture of (width, height) pixels that the encoder sees."""
-    if preprocessing.mode == "squash":
-        return 0.0, 0.0, 1.0, 1.0
-    scale = preprocessing.resize / min(size)
-    width, height = (max(preprocessing.resize, int(side * scale)) for side in size)
-    left, top = round((width - preprocessing.size) / 2), round((height - preprocessing.size) / 2)
-    return left / width, top / height, (left + preprocessing.size) / width, (top + preprocessing.size) / height
+    left, top, right, bottom = crop_box(size, preprocessing)
+    return left / size[0], top / size[1], right / size[0], bottom / size[1]
 
 
 def overlay(picture: Image.Image, cells: np.ndarray, box: Box) -> Image.Image:
