@@ -127,8 +127,8 @@ def measure_balance(grid: Grid, places: Sequence[int]) -> Balance:
             result = []
             for f, fold in enumerate(data.folds):
                 model = grid.model(p, s, f)
-                latents = model.encode({name: x[fold.test] for name, x in data.pool.features.items()})
-                result.append(variance_shares(model.fusion, [latents[name] for name in model.modalities]))
+                latents = model.latents({name: x[fold.test] for name, x in data.pool.features.items()})
+                result.append(variance_shares(model.fusion, latents))
             by_seed.append({subset: float(np.mean([shares[subset] for shares in result])) for subset in result[0]})
         by_setting.append(by_seed)
     shares = {

@@ -182,8 +182,7 @@ def _examine_seed(data: FoldedDataset, grid: Grid, p: int, s: int) -> dict[str, 
 @torch.no_grad()
 def geometry(model: FusionModel, features: dict, stds: dict, criterion: Criterion) -> dict[str, float]:
     """Gradient and interaction relative to the margin, and the raw spectral norm of the interaction."""
-    encoded = model.encode(features)
-    latents = [encoded[name] for name in model.modalities]
+    latents = model.latents(features)
     gradients, interactions, norms = [], [], []
     for m, name in enumerate(model.modalities):
         path = feature_path(model, features, name)

@@ -87,3 +87,14 @@ def test_reconstructions_are_made_only_when_asked_for():
     model = FusionModel(DIMS, latent_dim=4)
     assert model(features(), reconstruct=False).reconstructions == {}
     assert model(features()).reconstructions["image"].shape == (9, 7)
+
+
+def test_latents_come_in_the_order_that_the_head_takes_them():
+    torch.manual_seed(0)
+    model = FusionModel(UNSORTED)
+    raw = {name: torch.randn(4, d) for name, d in UNSORTED.items()}
+    latents, encoded = model.latents(raw), model.encode(raw)
+    assert model.modalities == ("audio", "text", "video")
+    for z, name in zip(latents, model.modalities, strict=True):
+        torch.testing.assert_close(z, encoded[name], atol=0, rtol=0)
+    torch.testing.assert_close(model.rescale(model.fusion(latents)), model(raw).prediction)

@@ -306,7 +306,7 @@ def test_noise_of_a_latent_moves_the_logit_by_the_length_of_its_gradient(memes, 
     model = memes.members(MAIN)[0]
     (fold,) = memes.data.folds
     stds = latent_stds(model, {name: x[fold.train] for name, x in memes.data.pool.features.items()})
-    latents = [model.encode(features)[name] for name in model.modalities]
+    latents = model.latents(features)
     gradient = model.fusion.modality_gradient(latents, 0)[:, 0]  # (n, L)
     expected = 0.5 * (gradient * stds["image"]).norm(dim=1)
     moved = [predictor.corrupted(MAIN, Condition("latents", "latent noise", "image", 0.5, k))[0] for k in range(800)]
@@ -445,8 +445,7 @@ def test_exact_score_of_a_moved_latent_is_what_its_worst_change_leaves(norm, out
         criterion = Criterion(output + torch.randn(40, 2), False, torch.tensor([1.0, 3.0]).double())
     stds = latent_stds(model, features)
     scores = latent_scores(model, features, criterion, stds, norm)
-    encoded = model.encode(features)
-    latents = [encoded[name] for name in model.modalities]
+    latents = model.latents(features)
     for m, name in enumerate(model.modalities):
         gradient = model.fusion.modality_gradient(latents, m)  # (n, O, L)
         steepest = {

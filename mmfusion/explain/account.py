@@ -172,8 +172,7 @@ def subset_name(subset: Subset, modalities: Sequence[str]) -> str:
 @torch.no_grad()
 def latents_of(member: FusionModel, features: Mapping[str, Tensor]) -> list[Tensor]:
     """float64 latents (N, L) of raw features (N, d_m), in the head's order."""
-    encoded = member.encode(features)
-    return [encoded[name].double() for name in member.modalities]
+    return [z.double() for z in member.latents(features)]
 
 
 @torch.no_grad()

@@ -233,8 +233,7 @@ class Explainer:
         """What is mapped (b,), as a function of one modality's vector (b, d); the others are held at `features`."""
         features = {**features, name: vector.to("cpu")}
         if self.choices.rank is not None:
-            encoded = self.ranks.member.encode(features)
-            latents = [encoded[key].double() for key in self.ranks.member.modalities]
+            latents = [z.double() for z in self.ranks.member.latents(features)]
             return self.ranks.terms(latents)[:, self.choices.rank - 1]
         outputs = [member(features, reconstruct=False).prediction for member in self.members]
         return torch.stack(outputs).mean(0)[:, self.choices.output]

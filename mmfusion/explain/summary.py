@@ -89,10 +89,7 @@ def summarise(
 
 def _by_definition(model: FusionModel, split: Split, output: int) -> tuple[np.ndarray, np.ndarray]:
     """Prediction and its EMAP (N,) of a model with any head."""
-    encoded = model.encode(split.features)
-    values = values_by_definition(
-        lambda latents: model.rescale(model.fusion(latents)), [encoded[name] for name in model.modalities]
-    )
+    values = values_by_definition(lambda latents: model.rescale(model.fusion(latents)), model.latents(split.features))
     return values[(0, 1)][:, output].double().numpy(), emap(values)[:, output].double().numpy()
 
 

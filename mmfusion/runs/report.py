@@ -45,8 +45,7 @@ def rank_report(ensemble: FusionEnsemble, features: Mapping[str, Tensor]) -> Ran
     columns: dict[str, list] = {"weight": [], "strength": [], "share": [], "spectrum": [], "bias": []}
     parts: dict[str, list[float]] = {}
     for member in ensemble.members:
-        encoded = member.encode(features)
-        latents = [encoded[name].double() for name in member.modalities]  # (N, L) each
+        latents = [z.double() for z in member.latents(features)]  # (N, L) each
         layer = deepcopy(member.fusion).double()
         logit = layer(latents).squeeze(-1)  # (N,)
         terms = layer.rank_terms(latents).squeeze(-1)  # (N, R)
