@@ -310,11 +310,6 @@ def contrast_table(contrasts: Sequence[Contrast]) -> str:
     return "\n".join(lines)
 
 
-def mean_std(values: np.ndarray, digits: int = 3) -> str:
-    """Mean +- standard deviation over seeds (S,)."""
-    return f"{values.mean():.{digits}f} +- {values.std(ddof=1):.{digits}f}"
-
-
 def main(experiment: Experiment) -> None:
     """Entry point of an experiment's file."""
     sys.exit(run(experiment, sys.argv[1:]))

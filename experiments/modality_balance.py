@@ -18,8 +18,9 @@ import torch
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
-from experiments.experiment import SCORE_EFFECT, Experiment, Outcome, Run, contrasts_on_test, main, mean_std
+from experiments.experiment import SCORE_EFFECT, Experiment, Outcome, Run, contrasts_on_test, main
 from mmfusion.data.folds import FoldedDataset
+from mmfusion.metrics.format import mean_std
 from mmfusion.metrics.scores import example_scores
 from mmfusion.metrics.statistics import Contrast, Verdict, combine
 from mmfusion.models.decomposition import contributions, imbalance, variance_shares

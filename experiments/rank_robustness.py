@@ -23,8 +23,9 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from experiments.experiment import SCORE_EFFECT, Experiment, Outcome, Run, contrasts_on_test, main, mean_std
+from experiments.experiment import SCORE_EFFECT, Experiment, Outcome, Run, contrasts_on_test, main
 from mmfusion.data.folds import FoldedDataset, only
+from mmfusion.metrics.format import mean_std
 from mmfusion.metrics.scores import example_scores
 from mmfusion.metrics.statistics import combine
 from mmfusion.models.fusion import FusionModel

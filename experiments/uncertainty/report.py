@@ -16,6 +16,7 @@ from experiments.uncertainty.predictors import (
     MethodPredictors,
 )
 from mmfusion.metrics.calibration import Detection
+from mmfusion.metrics.format import mean_std
 
 ROWS = ("with jWAE", "without")
 
@@ -159,8 +160,7 @@ def corruption_table(result: UncertaintyResult) -> list[str]:
 def _cell(value: float | np.ndarray | None, digits: int = 3) -> str:
     if value is None:
         return "-"
-    value = np.asarray(value)
-    return f"{value:.{digits}f}" if value.ndim == 0 else f"{value.mean():.{digits}f} +- {value.std(ddof=1):.{digits}f}"
+    return mean_std(value, digits)
 
 
 def numbers_of(result: UncertaintyResult) -> dict[str, object]:

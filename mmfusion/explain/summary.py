@@ -8,6 +8,7 @@ import torch
 
 from mmfusion.dataset import Split, Task
 from mmfusion.explain.account import exact_layer, latents_of, subset_name
+from mmfusion.metrics.format import mean_std
 from mmfusion.metrics.scores import Score, binary_scores, regression_scores
 from mmfusion.models.decomposition import (
     emap,
@@ -106,7 +107,7 @@ def summary_rows(summary: Summary) -> list[tuple[str, list[str], list[list[str]]
     if summary.scores:
         names = list(next(iter(summary.scores.values())))
         rows = [
-            [label, *(f"{s.mean:.3f}{_plus_minus(s.std)} [{s.low:.3f}, {s.high:.3f}]" for s in scores.values())]
+            [label, *(mean_std(s.members, interval=(s.low, s.high)) for s in scores.values())]
             for label, scores in summary.scores.items()
         ]
         caption = (
@@ -115,10 +116,10 @@ def summary_rows(summary: Summary) -> list[tuple[str, list[str], list[list[str]]
         )
         tables.append((caption, ["", *names], rows))
     total = sum(summary.shapley.values())
-    rows = [[name, _cell(x), f"{(x / total).mean():.0%}"] for name, x in summary.shapley.items()]
+    rows = [[name, mean_std(x), f"{(x / total).mean():.0%}"] for name, x in summary.shapley.items()]
     caption = f"Shapley values of the {summary.output} on {summary.split}: mean over examples of their absolute value"
     tables.append((caption, ["modality", "mean |value|", "share"], rows))
-    rows = [[name, _cell(summary.variance[name]), _cell(x)] for name, x in summary.relevance.items()]
+    rows = [[name, mean_std(summary.variance[name]), mean_std(x)] for name, x in summary.relevance.items()]
     together = "" if summary.output == "logit" else " (of all outputs together)"
     caption = (
         f"sets of modalities{together}: share of the prediction's variance, and relevance "
@@ -135,11 +136,3 @@ def print_summary(summary: Summary) -> None:
         print(f"\n{caption}")
         for cells in (head, *rows):
             print("  " + "  ".join(f"{cell:{width}}" for cell, width in zip(cells, widths, strict=True)).rstrip())
-
-
-def _cell(values: np.ndarray) -> str:
-    return f"{values.mean():.3f}" + _plus_minus(values.std(ddof=1) if len(values) > 1 else None)
-
-
-def _plus_minus(std: float | None) -> str:
-    return "" if std is None else f" +- {std:.3f}"

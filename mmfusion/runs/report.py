@@ -17,8 +17,9 @@ from torch import Tensor
 from mmfusion.files import write_atomically
 from mmfusion.dataset import Dataset
 from mmfusion.models.fusion import FusionEnsemble, FusionModel
+from mmfusion.metrics.format import counted, mean_std
 from mmfusion.metrics.scores import BINARY_SCORES, Score
-from mmfusion.models.decomposition import recentred_parts
+from mmfusion.models.decomposition import recentred_parts, variance_share
 from mmfusion.training.trainer import Trained
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def rank_report(ensemble: FusionEnsemble, features: Mapping[str, Tensor]) -> Ran
         layer = deepcopy(member.fusion).double()
         logit = layer(latents).squeeze(-1)  # (N,)
         terms = layer.rank_terms(latents).squeeze(-1)  # (N, R)
-        share = np.array([_covariance_share(terms[:, r], logit) for r in range(layer.rank)])
+        share = np.array([variance_share(terms[:, r], logit) for r in range(layer.rank)])
         order = np.argsort(-share)
         columns["weight"].append((layer.rank_weights * layer.rank_mask).numpy()[order])
         columns["strength"].append(layer.rank_strength().squeeze(-1).numpy()[order])
@@ -59,17 +60,12 @@ def rank_report(ensemble: FusionEnsemble, features: Mapping[str, Tensor]) -> Ran
             part = part.squeeze(-1)  # (N, 1) -> (N,)
             if subset:
                 name = " x ".join(member.modalities[m] for m in subset)
-                parts.setdefault(name, []).append(_covariance_share(part, logit))
+                parts.setdefault(name, []).append(variance_share(part, logit))
             else:
                 columns["bias"].append(part.mean().item())
     return RankReport(
         **{k: np.array(v) for k, v in columns.items()}, part_share={k: np.array(v) for k, v in parts.items()}
     )
-
-
-def _covariance_share(part: Tensor, whole: Tensor) -> float:
-    part, whole = part - part.mean(), whole - whole.mean()
-    return ((part * whole).sum() / whole.square().sum().clamp_min(1e-30)).item()
 
 
 # ---- printed tables ----------------------------------------------------------------------------------------------
@@ -91,7 +87,8 @@ def print_dataset(dataset: Dataset, folder: Path, device: torch.device) -> None:
 def print_scores(scores: Mapping[str, Mapping[str, Mapping[str, Score]]], dataset: Dataset) -> None:
     """Scores {row: {split: {score: Score}}} as a fixed-width table."""
     some = next(iter(next(iter(scores.values())).values()))["auroc"]
-    print(f"\nmean +- std over {len(some.members)} seed(s) [95 % bootstrap interval over examples, of the mean]")
+    of = f"mean +- std over {counted(len(some.members), 'seed')}" if len(some.members) > 1 else "1 seed"
+    print(f"\n{of} [95 % bootstrap interval over examples{', of the mean' if len(some.members) > 1 else ''}]")
     width = max(map(len, scores))
     for name in next(iter(scores.values())):
         n = len(dataset.splits[name])
@@ -101,13 +98,9 @@ def print_scores(scores: Mapping[str, Mapping[str, Mapping[str, Score]]], datase
         print(f"\n{name}, n = {n}{mark}")
         print(f"{'':{width}}" + "".join(f"  {score:^26}" for score in BINARY_SCORES))
         for label, by_split in scores.items():
-            cells = "".join(f"  {_cell(by_split[name][score]):26}" for score in BINARY_SCORES)
+            columns = (by_split[name][score] for score in BINARY_SCORES)
+            cells = "".join(f"  {mean_std(x.members, interval=(x.low, x.high)):26}" for x in columns)
             print(f"{label:{width}}{cells}".rstrip())
-
-
-def _cell(score: Score) -> str:
-    std = "    -" if score.std is None else f"{score.std:.3f}"
-    return f"{score.mean:.3f} +- {std} [{score.low:.3f}, {score.high:.3f}]"
 
 
 def print_ranks(ranks: RankReport, split: str) -> None:
@@ -116,16 +109,12 @@ def print_ranks(ranks: RankReport, split: str) -> None:
     print("rank        weight |w|          strength   share of variance   canonical spectrum")
     columns = (np.abs(ranks.weight), ranks.strength, ranks.share, ranks.spectrum)
     for r in range(ranks.weight.shape[1]):
-        print(f"{r + 1:4}  " + "  ".join(f"{_spread(column[:, r]):>16}" for column in columns))
+        print(f"{r + 1:4}  " + "  ".join(f"{mean_std(column[:, r]):>16}" for column in columns))
     print("\nwhere the logit's variance comes from (exact: the parts of each prediction sum to its logit)")
     for name, share in ranks.part_share.items():
         kind = "alone" if " x " not in name else "together"
-        print(f"{name + ' ' + kind:24} {_spread(share)}")
-    print(f"{'bias (logit, no variance)':24} {_spread(ranks.bias)}")
-
-
-def _spread(values: np.ndarray) -> str:
-    return f"{values.mean():.3f}" + (f" +- {values.std(ddof=1):.3f}" if len(values) > 1 else "")
+        print(f"{name + ' ' + kind:24} {mean_std(share)}")
+    print(f"{'bias (logit, no variance)':24} {mean_std(ranks.bias)}")
 
 
 # ---- report.png --------------------------------------------------------------------------------------------------
