@@ -1,7 +1,7 @@
 """What each modality and each set of modalities contributes on a whole split: one table for every member's average."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -39,6 +39,8 @@ class Summary:
     """(S,) per set of modalities, sums to 1: InTense's (`mmfusion.models.decomposition.relevance_scores`)"""
     variance: dict[str, np.ndarray]
     """(S,) per set of modalities, sums to 1: share of the prediction's variance"""
+    notes: list[str] = field(default_factory=list)
+    """what the reader of the scores must know"""
 
 
 @torch.no_grad()
@@ -50,6 +52,7 @@ def summarise(
     output: int,
     output_name: str,
     others: Mapping[str, Sequence[FusionModel]] | None = None,
+    notes: Sequence[str] = (),
 ) -> Summary:
     """EMAP, Shapley values, relevance and shares of variance of all members on a split, each about the split's means.
 
@@ -85,7 +88,7 @@ def summarise(
                 scores[label] = _scores(np.stack([full for full, _ in both]), target, task)
                 scores["its EMAP, " + label] = _scores(np.stack([projected for _, projected in both]), target, task)
     arrays = {key: {name: np.array(values) for name, values in column.items()} for key, column in columns.items()}
-    return Summary(name, len(split), output_name, scores, **arrays)
+    return Summary(name, len(split), output_name, scores, **arrays, notes=list(notes))
 
 
 def _by_definition(model: FusionModel, split: Split, output: int) -> tuple[np.ndarray, np.ndarray]:
@@ -130,7 +133,9 @@ def summary_rows(summary: Summary) -> list[tuple[str, list[str], list[list[str]]
 
 
 def print_summary(summary: Summary) -> None:
-    """The summary as fixed-width tables."""
+    """Notes, then the summary as fixed-width tables."""
+    for note in summary.notes:
+        print(f"note: {note}")
     for caption, head, rows in summary_rows(summary):
         widths = [max(len(cells[i]) for cells in (head, *rows)) for i in range(len(head))]
         print(f"\n{caption}")
