@@ -233,7 +233,7 @@ def _ranks(explanation: Explanation, row: int, largest: int) -> str:
     for i in ranks.neighbours[row, largest]:
         alt = _escape(f"{train.ids[i]}: {train.text(i)}")
         thumb = f'<span class="thumb t{i}" role="img" aria-label="{alt}"></span>' if train.pictures else ""
-        caption = f"{explanation.label(train.targets[i])} {_short(train.text(i), 90) or train.ids[i]}"
+        caption = f"{explanation.label(train.targets[i])}: {_short(train.text(i), 90) or train.ids[i]}"
         figures += f'<figure title="{alt}">{thumb}<figcaption>{_escape(caption)}</figcaption></figure>'
     return f"""<details><summary>{kind}s of seed {explanation.seed}; nearest in train by {kind} {largest + 1}
 ({ranks.terms[row, largest]:+.2f})</summary><div class="near">{figures}</div><div class="scroll"><table>

@@ -135,7 +135,7 @@ def draw(
     `trained` holds the history of a stack whose first members are those of `ensemble`; `probabilities` is
     {split: (S, N)}.
     """
-    figure = Figure(figsize=(15, 8.6), layout="constrained")
+    figure = Figure(figsize=(15, 9.8), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 3)
     members = len(ensemble.members)
@@ -151,8 +151,13 @@ def draw(
     _draw_roc(axes[1, 0], target, p, f"{shown}, n = {len(target)}{selected}")
     _draw_reliability(axes[1, 1], target, p, f"{shown}, n = {len(target)}{selected}")
     _draw_latents(axes[1, 2], ensemble.members[0], dataset.splits[dataset.selection].features, dataset.selection)
-    figure.suptitle(f"jWAE-LMF on {dataset.name}: {members} seeds, rank {ranks.weight.shape[1]}", fontsize=14)
+    figure.suptitle(f"jWAE-LMF on {dataset.name}: {counted(members, 'seed')}, rank {ranks.weight.shape[1]}", fontsize=14)
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
+
+
+def _legend_below(axis, columns: int) -> None:
+    """The legend under the axis: inside, some run's curve or point would lie beneath it."""
+    axis.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=3.6, ncols=columns)
 
 
 def _draw_losses(axis, trained: Trained, members: int) -> None:
@@ -166,7 +171,7 @@ def _draw_losses(axis, trained: Trained, members: int) -> None:
     axis.axhline(0, color="black", linewidth=0.5)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set(title="training loss terms, unweighted (band: all seeds)", xlabel="epoch")
-    axis.legend(frameon=False, loc="lower left", ncols=2)
+    _legend_below(axis, 4)
 
 
 def _draw_selection(axis, trained: Trained, members: int, selection: str) -> None:
@@ -178,11 +183,12 @@ def _draw_selection(axis, trained: Trained, members: int, selection: str) -> Non
     axis.axhline(0.5, color=GREY, linestyle=":", label="chance")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set(title=f"AUROC on {selection} (the split selected upon)", xlabel="epoch", ylabel="AUROC")
-    axis.legend(frameon=False, loc="lower right")
+    _legend_below(axis, 3)
 
 
 def _draw_ranks(axis, ranks: RankReport, selection: str) -> None:
     x = np.arange(ranks.weight.shape[1])
+    spread = "mean and std over seeds" if len(ranks.weight) > 1 else "1 seed"
     spectrum = ranks.spectrum / np.maximum(ranks.spectrum.sum(1, keepdims=True), 1e-30)
     for offset, values, color, label in (
         (-0.2, ranks.share, BLUE, "share of the logit's variance (raw ranks, sorted)"),
@@ -192,10 +198,8 @@ def _draw_ranks(axis, ranks: RankReport, selection: str) -> None:
         axis.bar(x + offset, values.mean(0), 0.38, yerr=error, color=color, label=label, capsize=3)
     axis.axhline(0, color="black", linewidth=0.6)
     axis.set_xticks(x, [str(r + 1) for r in x])
-    top = max(axis.get_ylim()[1], 0.01)
-    axis.set(title=f"rank factors on {selection} (mean and std over seeds)", xlabel="rank")
-    axis.set_ylim(top=1.3 * top)
-    axis.legend(frameon=False, loc="upper right")
+    axis.set(title=f"rank factors on {selection} ({spread})", xlabel="rank")
+    _legend_below(axis, 1)
 
 
 def _draw_roc(axis, target: np.ndarray, p: np.ndarray, where: str) -> None:
@@ -204,7 +208,7 @@ def _draw_roc(axis, target: np.ndarray, p: np.ndarray, where: str) -> None:
         axis.plot(false_positive, true_positive, color=BLUE, alpha=0.5, label="one seed" if s == 0 else None)
     axis.plot([0, 1], [0, 1], color=GREY, linestyle=":", label="chance")
     axis.set(title=f"ROC on {where}", xlabel="false positive rate", ylabel="true positive rate", aspect="equal")
-    axis.legend(frameon=False, loc="lower right")
+    _legend_below(axis, 2)
 
 
 def _draw_reliability(axis, target: np.ndarray, p: np.ndarray, where: str) -> None:
@@ -212,9 +216,9 @@ def _draw_reliability(axis, target: np.ndarray, p: np.ndarray, where: str) -> No
         observed, mean_predicted = calibration_curve(target, probabilities, n_bins=10, strategy="quantile")
         axis.plot(mean_predicted, observed, "o-", color=BLUE, alpha=0.5, markersize=4, label="one seed" if s == 0 else None)
     axis.plot([0, 1], [0, 1], color=GREY, linestyle=":", label="calibrated")
-    axis.set(title=f"reliability on {where}", xlabel="probability said (10 equal-mass bins)", ylabel="share positive")
+    axis.set(title=f"reliability on {where}", xlabel="predicted probability (10 equal-mass bins)", ylabel="share positive")
     axis.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
-    axis.legend(frameon=False, loc="upper left")
+    _legend_below(axis, 2)
 
 
 @torch.inference_mode()
@@ -235,4 +239,4 @@ def _draw_latents(axis, member: FusionModel, features: Mapping[str, Tensor], spl
         axis.plot(*circle, color="black", linestyle=style, linewidth=0.8, label=f"N(0, I) holds {share:.0%}")
     axis.set(title=f"latents on {split}, first seed: two main axes, prior", aspect="equal")
     axis.set(xlabel="first axis", ylabel="second axis")
-    axis.legend(frameon=False, loc="upper right")
+    _legend_below(axis, 2)
