@@ -3,6 +3,7 @@
 import csv
 import os
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -265,6 +266,41 @@ def test_summary_is_printed_without_a_page(here, capsys):
     for phrase in ("full model", "its EMAP", "concatenation + MLP", "Shapley", "relevance", "image x text", "on dev"):
         assert phrase in out
     assert not Path("explanations").exists()
+
+
+def test_notes_of_the_data_stand_above_the_summary_and_on_the_page(toy, capsys):
+    loaded = toy(task="binary", outputs=1)
+    loaded.datasets[0].notes.append("scores on dev are optimistic and say little")
+    assert run(["runs/toy", "--summary"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("note: scores on dev are optimistic and say little\nnote: dev is selected upon")
+    assert run(["runs/toy", "--split", "test"]) == 0
+    page = Page(Path("explanations/toy-test.html"))
+    assert "Note: scores on dev are optimistic" in page.text and "selected upon" not in page.text
+    assert run(["runs/toy", "--ids", "0-dev-3"]) == 0
+    assert "note: scores on dev are optimistic" in capsys.readouterr().out
+    assert "Note: scores on dev are optimistic" in Page(Path("explanations/toy-ids.html")).text
+
+
+def test_summary_warns_of_a_split_that_was_trained_on(toy, capsys, monkeypatch):
+    loaded = replace(toy(task="binary", outputs=1), trained_on_dev=True)
+    monkeypatch.setattr("mmfusion.explain.__main__.load_run", lambda folder, device: loaded)
+    for split in ("dev", "train"):
+        assert run(["runs/toy", "--summary", "--split", split]) == 0
+        assert capsys.readouterr().out.startswith(f"note: {split} is trained on: its scores are optimistic")
+
+
+def test_one_seed_has_no_spread_and_is_never_plural(toy, capsys, monkeypatch):
+    loaded = toy(task="binary", outputs=1)
+    ensembles = {row: torch.nn.Module() for row in loaded.ensembles}
+    for row, ensemble in loaded.ensembles.items():
+        ensembles[row].members = list(ensemble.members)[:1]
+    loaded = replace(loaded, ensembles=ensembles, seeds=[0])
+    monkeypatch.setattr("mmfusion.explain.__main__.load_run", lambda folder, device: loaded)
+    assert run(["runs/toy", "--ids", "0-dev-3", "--summary"]) == 0
+    words = capsys.readouterr().out + Page(Path("explanations/toy-ids.html")).text
+    assert "1 seed" in words and "1 seeds" not in words and "seed(s)" not in words
+    assert "+-" not in words and "over seeds" not in words and "nan" not in words
 
 
 @pytest.mark.parametrize("modalities", [("audio",), ("audio", "text"), ("audio", "text", "video", "words")])

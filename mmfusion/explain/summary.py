@@ -107,6 +107,8 @@ def _scores(prediction: np.ndarray, target: np.ndarray, task: Task) -> dict[str,
 def summary_rows(summary: Summary) -> list[tuple[str, list[str], list[list[str]]]]:
     """The summary as tables (caption, head, rows) of text."""
     tables = []
+    several = len(next(iter(summary.shapley.values()))) > 1
+    what = "mean +- std over seeds [95 % bootstrap interval]" if several else "1 seed [95 % bootstrap interval]"
     if summary.scores:
         names = list(next(iter(summary.scores.values())))
         rows = [
@@ -114,7 +116,7 @@ def summary_rows(summary: Summary) -> list[tuple[str, list[str], list[list[str]]
             for label, scores in summary.scores.items()
         ]
         caption = (
-            f"scores on {summary.split}, n = {summary.examples}: mean +- std over seeds [95 % bootstrap interval]; "
+            f"scores on {summary.split}, n = {summary.examples}: {what}; "
             "EMAP (Hessel & Lee, 2020) is the model without its interactions"
         )
         tables.append((caption, ["", *names], rows))
