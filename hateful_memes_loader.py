@@ -125,7 +125,7 @@ def load_hateful_memes(
         "skipped": [{"img": img, "reason": reason} for img, reason in sorted(images.bad.items())],
     }
     splits = {name: _split(memes, images.digests, caches) for name, memes in rows.items()}
-    return Dataset("hateful_memes", "binary", splits, selection, notes, provenance)
+    return Dataset("hateful_memes", "binary", splits, selection, notes, provenance, class_names=("benign", "hateful"))
 
 
 def download_hateful_memes() -> tuple[Path, Path]:

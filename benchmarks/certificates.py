@@ -132,9 +132,8 @@ def by_loop(model: FusionModel, latents: Sequence[Tensor]) -> list[Tensor]:
 
 @torch.no_grad()
 def encoded(model: FusionModel, features: dict[str, Tensor]) -> list[Tensor]:
-    """Latents of raw features, in the head's order."""
-    latents = model.encode(features)
-    return [latents[name] for name in model.modalities]
+    """Latents of raw features in head order, without gradients to the encoders."""
+    return model.latents(features)
 
 
 def check_equal(one: Sequence[Tensor], other: Sequence[Tensor]) -> None:

@@ -15,6 +15,8 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+from mmfusion.metrics.format import counted, mean_std
+
 SCRIPT = Path(__file__).parent.parent / "main_hateful_memes.py"
 # row: (lowest, highest) test AUROC, mean over the default seeds. A rank-1 table of logits, however good, ranks at most
 # about .8 of the planted table's pairs right (see demo_memes.py).
@@ -55,7 +57,7 @@ def main() -> int:
         low, high = PLANTED.get(row, (0.0, 1.0))
         verdict = "as planted" if low <= auroc["mean"] <= high else f"NOT in [{low}, {high}]"
         failed |= verdict != "as planted"
-        spread = f"{auroc['mean']:.3f} +- {auroc['std']:.3f} over {len(auroc['members'])} seeds"
+        spread = f"{mean_std(auroc['members'])} over {counted(len(auroc['members']), 'seed')}"
         print(f"{row:22} test AUROC {spread}  {verdict if row in PLANTED else ''}".rstrip())
     return int(failed and options.check)
 

@@ -26,6 +26,7 @@ from mmfusion.data.mustard import load_mustard
 from mmfusion.dataset import Split, take
 from mmfusion.distributed import Processes
 from mmfusion.encoders.frozen import EncoderConfig
+from mmfusion.metrics.format import mean_std
 from mmfusion.models.fusion import FusionModel
 from mmfusion.training.objective import objective, predict
 from mmfusion.training.recipe import ObjectiveConfig, TrainingConfig
@@ -106,7 +107,7 @@ def print_table(title: str, results: np.ndarray) -> None:
         difference = runs[:, 0] - results[0, :, 0]
         print(
             f"{weights['mmd']:5g} {weights['reconstruction']:9g} {weights['alignment']:8g} {weights['margin']:7g}   "
-            f"{runs[:, 0].mean():.3f} +- {runs[:, 0].std(ddof=1):.3f} "
+            f"{mean_std(runs[:, 0])} "
             f"{difference.mean():+8.3f} +- {difference.std(ddof=1):.3f}   "
             f"{runs[:, 1].mean():6.2f} {runs[:, 2].mean():8.2f}"
         )

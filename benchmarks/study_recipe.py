@@ -20,6 +20,7 @@ from mmfusion.cli import run_command
 from mmfusion.data.folds import FoldedDataset
 from mmfusion.data.registry import DataOptions, load_folded
 from mmfusion.dataset import Fold
+from mmfusion.metrics.format import mean_std
 from mmfusion.training.grid import JWAE, Recipe, Setting, predict_of, selection_score, train_grid
 
 # one thing at a time, from the recipe
@@ -79,7 +80,7 @@ def main(config: Config) -> None:
             values.append(np.mean(folds))
         label = ", ".join(f"{key} {value}" for key, value in change.items()) or "the recipe"
         seconds = time.perf_counter() - start
-        print(f"{label:36} {np.mean(values):.4f} +- {np.std(values, ddof=1):.4f}  ({seconds:.0f} s)", flush=True)
+        print(f"{label:36} {mean_std(values, 4)}  ({seconds:.0f} s)", flush=True)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from experiments.experiment import Experiment, Options, Outcome, Run, contrasts_on_test, main
 from lmf_module import LowRankMultimodalFusion
 from mmfusion.data.folds import FoldedDataset, only, targets, with_dev_in_training
+from mmfusion.metrics.format import mean_std
 from mmfusion.metrics.scores import Score, binary_scores, example_scores, regression_scores
 from mmfusion.metrics.statistics import Difference, combine
 from mmfusion.models.fusion import FusionEnsemble, FusionModel
@@ -219,10 +220,9 @@ def table(data: FoldedDataset, methods: dict[str, MethodResult], scores: dict[st
 def cell(values: np.ndarray, interval: list[float] | None) -> str:
     """values (S, F) as mean +- std over seeds of the mean over folds."""
     seeds = values.mean(1)
-    std = f"{seeds.std(ddof=1):.{DIGITS}f}" if len(seeds) > 1 else "-" * (DIGITS + 2)
     if interval is not None:
-        return f"{seeds.mean():.{DIGITS}f} +- {std} [{interval[0]:.{DIGITS}f}, {interval[1]:.{DIGITS}f}]"
-    return f"{seeds.mean():.{DIGITS}f} +- {std} ({values.mean(0).std(ddof=1):.{DIGITS}f})"
+        return mean_std(seeds, DIGITS, interval)
+    return f"{mean_std(seeds, DIGITS)} ({values.mean(0).std(ddof=1):.{DIGITS}f})"
 
 
 def answer_sentence(data: FoldedDataset, scores: dict[str, dict]) -> str:

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -319,11 +318,6 @@ def contrast_table(contrasts: Sequence[Contrast]) -> str:
             f"{needed:>12}  {c.verdict} (effect of interest {c.effect:g})"
         )
     return "\n".join(lines)
-
-
-def mean_std(values: np.ndarray, digits: int = 3) -> str:
-    """Mean +- standard deviation over seeds (S,)."""
-    return f"{values.mean():.{digits}f} +- {values.std(ddof=1):.{digits}f}"
 
 
 def main(experiment: Experiment) -> None:

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from experiments.experiment import SCORE_EFFECT, Experiment, Outcome, Run, contrasts_on_test, main, mean_std
+from experiments.experiment import SCORE_EFFECT, Experiment, Outcome, Run, contrasts_on_test, main
 from mmfusion.data.folds import FoldedDataset
+from mmfusion.metrics.format import mean_std
 from mmfusion.metrics.statistics import Contrast, Difference, Verdict, combine
 from mmfusion.training.grid import Grid, Setting
 

@@ -18,8 +18,9 @@ import torch
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
-from experiments.experiment import SCORE_EFFECT, Experiment, Outcome, Run, contrasts_on_test, main, mean_std
+from experiments.experiment import SCORE_EFFECT, Experiment, Outcome, Run, contrasts_on_test, main
 from mmfusion.data.folds import FoldedDataset
+from mmfusion.metrics.format import mean_std
 from mmfusion.metrics.scores import example_scores
 from mmfusion.metrics.statistics import Contrast, Difference, Verdict, combine
 from mmfusion.models.decomposition import contributions, imbalance, variance_shares
@@ -127,8 +128,8 @@ def measure_balance(grid: Grid, places: Sequence[int]) -> Balance:
             result = []
             for f, fold in enumerate(data.folds):
                 model = grid.model(p, s, f)
-                latents = model.encode({name: x[fold.test] for name, x in data.pool.features.items()})
-                result.append(variance_shares(model.fusion, [latents[name] for name in model.modalities]))
+                latents = model.latents({name: x[fold.test] for name, x in data.pool.features.items()})
+                result.append(variance_shares(model.fusion, latents))
             by_seed.append({subset: float(np.mean([shares[subset] for shares in result])) for subset in result[0]})
         by_setting.append(by_seed)
     shares = {

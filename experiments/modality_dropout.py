@@ -98,9 +98,8 @@ def missing_predictions(grid: Grid, name: str) -> dict[str, np.ndarray]:
     models = grid.members([0])
     outputs: dict[str, list[Tensor]] = {"zero latent": [], "mean latent": [], "dropped terms": []}
     for k, model in enumerate(models):
-        latents = model.encode(features)
         train = data.folds[k % len(data.folds)].train
-        z = [latents[other] for other in model.modalities]  # (N, L) each
+        z = model.latents(features)  # (N, L) each
         terms = model.fusion.subset_terms(z)
         kept = sum(term for subset, term in terms.items() if place not in subset)  # (N, O)
         for replacement, value in (

@@ -12,8 +12,9 @@ rank 8 has a lower training loss than ranks 2 to 4. All three must hold. The rec
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.experiment import SCORE_EFFECT, Experiment, Outcome, Run, contrasts_on_test, main, mean_std
+from experiments.experiment import SCORE_EFFECT, Experiment, Outcome, Run, contrasts_on_test, main
 from mmfusion.data.folds import FoldedDataset
+from mmfusion.metrics.format import mean_std
 from mmfusion.metrics.statistics import Difference, combine
 from mmfusion.training.grid import JWAE, PLAIN, Grid, Setting
 

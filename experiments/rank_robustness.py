@@ -23,8 +23,9 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from experiments.experiment import SCORE_EFFECT, Experiment, Outcome, Run, contrasts_on_test, main, mean_std
+from experiments.experiment import SCORE_EFFECT, Experiment, Outcome, Run, contrasts_on_test, main
 from mmfusion.data.folds import FoldedDataset, only
+from mmfusion.metrics.format import mean_std
 from mmfusion.metrics.scores import example_scores
 from mmfusion.metrics.statistics import Difference, combine
 from mmfusion.models.fusion import FusionModel
@@ -182,8 +183,7 @@ def _examine_seed(data: FoldedDataset, grid: Grid, p: int, s: int) -> dict[str, 
 @torch.no_grad()
 def geometry(model: FusionModel, features: dict, stds: dict, criterion: Criterion) -> dict[str, float]:
     """Gradient and interaction relative to the margin, and the raw spectral norm of the interaction."""
-    encoded = model.encode(features)
-    latents = [encoded[name] for name in model.modalities]
+    latents = model.latents(features)
     gradients, interactions, norms = [], [], []
     for m, name in enumerate(model.modalities):
         path = feature_path(model, features, name)

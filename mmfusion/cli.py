@@ -41,8 +41,8 @@ def run_command(
 ) -> int:
     """Parse and run; returns the exit code: 0, or 130 after Ctrl-C, 143 after SIGTERM.
 
-    Bad input, and a loss that explodes, exit with code 2. `begun` gives the settings of the run to resume: they are what
-    a flag that is left out then means.
+    Bad input, and a loss that explodes, exit with code 2. `begun` gives the settings of the run to resume, which stand
+    in for flags that are left out.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -46,6 +46,8 @@ class Dataset:
     """closed range of a regression target, where the dataset defines one: (-3, 3) for sentiment"""
     target_names: list[str] = field(default_factory=list)
     """names of the O outputs; empty for one output"""
+    class_names: tuple[str, str] = ("class 0", "class 1")
+    """what the labels 0 and 1 of a binary target mean, in words"""
 
     @property
     def input_dims(self) -> dict[str, int]:

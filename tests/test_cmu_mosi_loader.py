@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mmfusion.data.cmu_mosi import load_cmu_mosi
+from mmfusion.dataset import Dataset
 from mmfusion.errors import InputError
 
 COUNTS = {"train": 24, "valid": 8, "test": 10}
@@ -157,6 +158,7 @@ def test_mosei_takes_sentiment_from_seven_columns(tmp_path):
 def test_two_valued_labels_are_binary_and_their_ids_name_no_video(tmp_path, kind, name):
     dataset = load_cmu_mosi(_write(tmp_path, multibench(kind), f"{kind}.pkl"))
     assert (dataset.name, dataset.task, dataset.label_range) == (name, "binary", None)
+    assert dataset.class_names == Dataset.class_names  # not known to be sentiment
     assert dataset.splits["train"].target.tolist() == [0.0, 1.0] * 12
     assert dataset.splits["train"].ids[:2] == (["0", "1"] if kind == "humor" else ["1_0", "1_1"])
     assert "group" not in dataset.splits["train"].metadata
@@ -179,6 +181,7 @@ def test_binary_on_graded_labels_is_polarity_without_zeros(tmp_path):
     labels = content["test"]["regression_labels"]
     np.testing.assert_array_equal(dataset.splits["test"].target, labels[labels != 0] > 0)
     assert (dataset.task, dataset.label_range) == ("binary", None)
+    assert dataset.class_names == ("negative", "positive")
     zeros = int((labels == 0).sum())
     assert zeros > 0
     assert any(note.startswith(f"test: {zeros} of 10 utterances") for note in dataset.notes)

@@ -3,6 +3,7 @@
 import csv
 import os
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -19,8 +20,9 @@ from mmfusion.data.folds import fold_datasets
 from mmfusion.dataset import Dataset, Split
 from mmfusion.explain import account as explanation
 from mmfusion.explain.__main__ import run
-from mmfusion.explain.account import RankComponents, account_for, exact_layer, latents_of
-from mmfusion.explain.explainer import ensemble_losses
+from mmfusion.explain.account import Explanation, RankComponents, account_for, ensemble_losses, exact_layer, latents_of
+from mmfusion.explain.text import is_wrong, plain, sentence
+from mmfusion.explain.waterfall import waterfall
 from mmfusion.models.fusion import FusionEnsemble, FusionModel
 from mmfusion.runs.load import TrainedRun
 
@@ -117,7 +119,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.tags.append((tag, dict(attributes)))
-        if tag not in self.VOID and not tag.startswith(("rect", "line")):
+        if tag not in self.VOID:
             self.open.append(tag)
 
     def handle_startendtag(self, tag, attributes):
@@ -135,7 +137,14 @@ class Page(HTMLParser):
 
     @property
     def ids(self) -> list[str]:
-        return re.findall(r"<h2>(.*?)</h2>", self.source)
+        return [attributes["data-id"] for _, attributes in self.tags if "data-id" in attributes]
+
+    @property
+    def charts(self) -> list[list[str]]:
+        """Of each waterfall, "part +1.23" for every bar."""
+        tables = re.findall(r'<table class="waterfall">(.*?)</table>', self.source)
+        row = r'<th scope="row">(.*?)</th>.*?<td class="n">(.*?)</td>'
+        return [[f"{name} {value}" for name, value in re.findall(row, table)] for table in tables]
 
 
 def refused(capsys, arguments: list[str]) -> str:
@@ -155,7 +164,8 @@ def refused(capsys, arguments: list[str]) -> str:
 def test_one_meme_is_printed_and_drawn(here, capsys):
     assert run(["runs/trial", "--image", "img/00050.png", "--text", "my dogs love you"]) == 0
     out = capsys.readouterr().out
-    for phrase in ("probability of label 1", "over 2 seeds", "certified radius", "image x text", "image alone", "bias"):
+    assert re.match(r"(Hateful|Benign) with probability \S+ \([12] of 2 seeds agree\); unlabelled\. \S", out)
+    for phrase in ("probability of hateful", "over 2 seeds", "certified radius", "image x text", "image alone", "bias"):
         assert phrase in out
     for phrase in ("parts sum to the logit", "canonical component", "rank terms of seed 0", "dogs", "[special]"):
         assert phrase in out
@@ -172,7 +182,7 @@ def test_meme_of_the_corpus_is_said_of_what_its_cached_features_say(here, capsys
     row = next(csv.DictReader(Path("runs/trial/predictions_dev.csv").open()))
     text = trained_run.load_run(Path("runs/trial")).datasets[0].splits["dev"].metadata["transcript"][0]
     assert run(["runs/trial", "--image", row["id"], "--text", text, "--out", "one.png"]) == 0
-    said = float(re.search(r"probability of label 1: (\S+)", capsys.readouterr().out)[1])
+    said = float(re.search(r"probability of hateful (\S+)", capsys.readouterr().out)[1])
     assert said == pytest.approx(float(row["probability"]), abs=1e-3)
     assert not Path("explanations").exists() and Path("one.png").exists()
 
@@ -187,7 +197,7 @@ def test_one_named_example_is_printed_too(toy, capsys):
     assert run(["runs/toy", "--ids", "0-dev-3"]) == 0
     out = capsys.readouterr().out
     for phrase in (
-        "trait_0: ",
+        "Trait_0 ",
         "largest change",
         "audio x text x video",
         "trait_0 less its bias",
@@ -223,10 +233,9 @@ def test_page_needs_no_other_file_and_describes_its_pictures(here):
     assert all(x["src"].startswith("data:image/jpeg;base64,") and x["alt"] for x in images)
     links = [x for _, attributes in page.tags for k, x in attributes.items() if k in ("src", "href") and x]
     assert all(link.startswith("data:") for link in links)
-    assert not re.search(r"url\((?!data:)|<script|http", page.source)
+    assert not re.search(r"url\((?!data:)|<script [^>]|http|fetch|@import|import\(", page.source)
     assert "prefers-color-scheme: dark" in page.source
-    drawings = [attributes for tag, attributes in page.tags if tag == "svg"]
-    assert len(drawings) == 6 and all("image x text" in x["aria-label"] for x in drawings)
+    assert len(page.charts) == 6 and all(" ".join(chart).count("image x text") == 1 for chart in page.charts)
     assert "span" in {tag for tag, _ in page.tags}
 
 
@@ -234,8 +243,8 @@ def test_named_examples_of_any_split_come_in_the_order_given(here):
     assert run(["runs/trial", "--ids", "img/00050.png", "img/00001.png", "--out", "some/page.html"]) == 0
     page = Page(Path("some/page.html"))
     assert page.ids == ["img/00050.png", "img/00001.png"]
-    nearest = page.source.split("<article>")[2]
-    assert "<td>img/00001.png" not in nearest  # it is in train, and no neighbour of its own
+    nearest = re.findall("nearest in train: (.*?)<", page.source.split("<li ")[2])
+    assert nearest and "img/00001.png" not in " ".join(nearest)  # it is in train, and no neighbour of its own
 
 
 def test_unreadable_picture_is_said_in_its_place(here, monkeypatch):
@@ -259,20 +268,56 @@ def test_summary_is_printed_without_a_page(here, capsys):
     assert not Path("explanations").exists()
 
 
+def test_notes_of_the_data_stand_above_the_summary_and_on_the_page(toy, capsys):
+    loaded = toy(task="binary", outputs=1)
+    loaded.datasets[0].notes.append("scores on dev are optimistic and say little")
+    assert run(["runs/toy", "--summary"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("note: scores on dev are optimistic and say little\nnote: dev is selected upon")
+    assert run(["runs/toy", "--split", "test"]) == 0
+    page = Page(Path("explanations/toy-test.html"))
+    assert "Note: scores on dev are optimistic" in page.text and "selected upon" not in page.text
+    assert run(["runs/toy", "--ids", "0-dev-3"]) == 0
+    assert "note: scores on dev are optimistic" in capsys.readouterr().out
+    assert "Note: scores on dev are optimistic" in Page(Path("explanations/toy-ids.html")).text
+
+
+def test_summary_warns_of_a_split_that_was_trained_on(toy, capsys, monkeypatch):
+    loaded = replace(toy(task="binary", outputs=1), trained_on_dev=True)
+    monkeypatch.setattr("mmfusion.explain.__main__.load_run", lambda folder, device: loaded)
+    for split in ("dev", "train"):
+        assert run(["runs/toy", "--summary", "--split", split]) == 0
+        assert capsys.readouterr().out.startswith(f"note: {split} is trained on: its scores are optimistic")
+
+
+def test_one_seed_has_no_spread_and_is_never_plural(toy, capsys, monkeypatch):
+    loaded = toy(task="binary", outputs=1)
+    ensembles = {row: torch.nn.Module() for row in loaded.ensembles}
+    for row, ensemble in loaded.ensembles.items():
+        ensembles[row].members = list(ensemble.members)[:1]
+    loaded = replace(loaded, ensembles=ensembles, seeds=[0])
+    monkeypatch.setattr("mmfusion.explain.__main__.load_run", lambda folder, device: loaded)
+    assert run(["runs/toy", "--ids", "0-dev-3", "--summary"]) == 0
+    words = capsys.readouterr().out + Page(Path("explanations/toy-ids.html")).text
+    assert "1 seed" in words and "1 seeds" not in words and "seed(s)" not in words
+    assert "+-" not in words and "over seeds" not in words and "nan" not in words
+
+
 @pytest.mark.parametrize("modalities", [("audio",), ("audio", "text"), ("audio", "text", "video", "words")])
 def test_regression_of_any_number_of_modalities_is_explained_by_value(toy, modalities, capsys):
     toy(modalities=modalities)
     assert run(["runs/toy", "--split", "test", "--output", "1", "--summary"]) == 0
     page = Page(Path("explanations/toy-test-output-1.html"))
-    assert "trait_1:" in page.text and "the target is" in page.text and "probability" not in page.text
-    bars = next(attributes["aria-label"] for tag, attributes in page.tags if tag == "svg").split("; ")
+    assert "Trait_1 " in page.text and "the target is" in page.text and "probability" not in page.text
+    assert '<select name="order">' in page.source and '<select name="show">' not in page.source
+    bars = page.charts[0]
     assert len(bars) == 2 ** len(modalities) + 1
     values = [float(bar.rsplit(" ", 1)[1]) for bar in bars]
     assert sum(values[:-1]) == pytest.approx(values[-1], abs=0.01 * len(bars))
     assert "correlation" in capsys.readouterr().out
     # the bar of the bias has no length: a value is drawn from what the model says at the mean latents
-    widths = [float(attributes["width"]) for tag, attributes in page.tags if tag == "rect"][: len(bars)]
-    assert widths[0] == 0.7 < max(widths)
+    widths = [float(x) for x in re.findall(r'class="(?:raises|lowers|sum)" style="left:.*?%;width:(.*?)%', page.source)]
+    assert widths[0] == 0 < max(widths[: len(bars)])
 
 
 def test_maps_of_a_run_without_encoders_are_refused(toy, capsys):
@@ -281,12 +326,125 @@ def test_maps_of_a_run_without_encoders_are_refused(toy, capsys):
     assert not Path("explanations").exists()
 
 
-def test_texts_are_escaped(toy):
+def test_texts_ids_and_names_are_escaped_and_control_characters_replaced(toy):
+    run_of = toy(task="binary", outputs=1)
+    split = run_of.datasets[0].splits["test"]
+    split.ids[0] = '"><script>alert(1)</script>\x1b[2J\u202e'
+    run_of.datasets[0].notes.append("<i>a note</i> with \x07")
+    assert run(["runs/toy", "--split", "test"]) == 0
+    page = Page(Path("explanations/toy-test.html"))
+    assert "<b>" not in page.source and "<i>a" not in page.source and page.source.count("<script") == 1
+    assert "<b>words</b> & more of 0-test-0" in page.text and "<i>a note</i>" in page.text
+    assert page.ids[0].startswith('"><script>')
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", page.source)
+
+
+def test_page_says_first_in_words_what_was_predicted_then_shows_it_then_the_numbers(here):
+    assert run(["runs/trial", "--split", "dev", "--worst", "5"]) == 0
+    page = Page(here / "explanations/trial-dev-worst-5.html")
+    for card in page.source.split("<li ")[1:]:
+        places = [card.index(x) for x in ("<h2>", "with probability", "<img", "cross-entropy", 'class="waterfall"')]
+        assert places == sorted(places)
+    wrong = [attributes["data-wrong"] == "1" for _, attributes in page.tags if "data-wrong" in attributes]
+    rows = {row["id"]: row for row in csv.DictReader(Path("runs/trial/predictions_dev.csv").open())}
+    decided = [(float(rows[key]["probability"]) >= 0.5) != (rows[key]["label"] == "1") for key in page.ids]
+    assert wrong == decided and any(wrong)
+    assert page.text.count("; wrong: labelled") == sum(wrong) and "label 1" not in page.text
+    losses = [float(attributes["data-loss"]) for _, attributes in page.tags if "data-loss" in attributes]
+    assert losses == sorted(losses, reverse=True)
+    assert "dev is selected upon" in page.text
+
+
+def test_form_is_hidden_where_no_script_shows_it(toy):
     toy(task="binary", outputs=1)
     assert run(["runs/toy", "--split", "test"]) == 0
     page = Page(Path("explanations/toy-test.html"))
-    assert "<b>" not in page.source
-    assert "<b>words</b> & more of 0-test-0" in page.text
+    assert next(attributes for tag, attributes in page.tags if tag == "form").keys() == {"id", "hidden"}
+    assert [tag for tag, _ in page.tags].count("li") == 9 and ("ol", {"id": "examples"}) in page.tags
+    options = [attributes["value"] for tag, attributes in page.tags if tag == "option"]
+    assert options == ["given", "loss", "value", "id", "all", "first", "only"]
+
+
+# ---- the sentence
+
+
+def explained(
+    prediction: list[list[float]],
+    target: float | None,
+    parts: dict[str, list[list[float]]] | None = None,
+    task: str = "binary",
+    **fields: object,
+) -> Explanation:
+    """One example (S, 1) with the given parts."""
+    values = np.array(prediction)
+    taken = {name: np.array(part) for name, part in (parts or {"bias": 0 * values, "text alone": values}).items()}
+    account = explanation.Account(("text",), values, taken, 0.0, {}, {}, {})
+    examples = explanation.Examples(["a"], {}, [target], {})
+    seeds = list(range(len(values)))
+    names = {"class_names": ("benign", "hateful")} if task == "binary" else {}
+    shape = {"run": "r", "row": "LMF", "output": "logit" if task == "binary" else "value", "mapped": "", "maps": [None]}
+    other = {"seed": 0, "examples": examples, "train": examples, "account": account, "ranks": None}
+    return Explanation(task=task, seeds=seeds, **shape, **other, **names, **fields)
+
+
+def test_sentence_of_a_right_a_wrong_and_an_unlabelled_prediction():
+    logits = [[3.0], [2.0]]
+    parts = {"bias": [[0.5], [0.5]], "image alone": [[-0.5], [-0.5]], "image x text": [[3.0], [2.0]]}
+    start = "Hateful with probability 0.92 (2 of 2 seeds agree); "
+    end = ". Image and text together push most: +2.5 in a logit of +2.5."
+    for target, verdict in ((1.0, "right: labelled hateful"), (0.0, "wrong: labelled benign"), (None, "unlabelled")):
+        assert sentence(explained(logits, target, parts), 0) == start + verdict + end
+    assert is_wrong(explained(logits, 0.0), 0) and not is_wrong(explained(logits, None), 0)
+
+
+def test_sentence_of_a_negative_prediction_names_its_own_class_and_what_pushes_down():
+    parts = {"bias": [[1.0]], "image alone": [[2.0]], "text alone": [[-7.0]]}
+    assert sentence(explained([[-4.0]], 1.0, parts), 0) == (
+        "Benign with probability 0.98 (1 seed); wrong: labelled hateful. "
+        "Text alone pushes most: -7.0 in a logit of -4.0."
+    )
+    assert "above 0.99 (1 seed)" in sentence(explained([[9.0]], 1.0), 0)
+
+
+def test_sentence_counts_the_seeds_that_agree_with_the_mean_probability():
+    # the mean probability is above 1/2 although the mean logit is below 0: no part can be named for it
+    assert sentence(explained([[3.0], [3.0], [-20.0]], 0.0), 0) == (
+        "Hateful with probability 0.64 (2 of 3 seeds agree); wrong: labelled benign. "
+        "The seeds disagree: their mean logit is -4.7."
+    )
+
+
+def test_sentence_names_the_bias_where_no_part_pushes_towards_the_decision():
+    parts = {"bias": [[2.0]], "text alone": [[-1.5]]}
+    assert sentence(explained([[0.5]], 1.0, parts), 0).endswith(
+        "No part of the example pushes that way: the bias does, +2.0 in a logit of +0.50."
+    )
+
+
+def test_sentence_of_a_regression_speaks_of_value_target_and_error():
+    parts = {"bias": [[3.0], [3.0]], "audio x text x video": [[-1.5], [-0.5]], "text alone": [[0.25], [0.25]]}
+    whole = explained([[1.75], [2.75]], 2.0, parts, "regression")
+    assert sentence(whole, 0) == (
+        "Value 2.25 (2 seeds, 1.75 to 2.75); the target is 2.00, the error +0.25. "
+        "Audio, text and video together push most: -1.0 from 3.00 at the mean of train."
+    )
+    assert sentence(explained([[1.0]], None, task="regression"), 0).startswith("Value 1.00 (1 seed); unlabelled. ")
+    assert whole.loss(0) == pytest.approx(0.0625)
+
+
+def test_control_characters_are_replaced_and_white_space_is_a_space():
+    assert plain("a\x1b[31m\nb\t\u202ec\ud800 \u200d") == "a\ufffd[31m b \ufffdc\ufffd \u200d"
+
+
+def test_waterfall_bars_join_and_end_at_the_prediction():
+    parts = {"bias": [[1.0], [2.0]], "text alone": [[-3.0], [-3.0]], "image alone": [[0.5], [0.0]]}
+    bars = waterfall(explained([[-1.5], [-1.0]], None, parts), 0)
+    np.testing.assert_allclose(bars.starts, [0, 1.5, -1.5, 0])
+    np.testing.assert_allclose(bars.ends, [1.5, -1.5, -1.25, -1.25])
+    np.testing.assert_allclose(bars.spread, np.std([[1, 2], [-3, -3], [0.5, 0], [-1.5, -1]], axis=1, ddof=1))
+    assert bars.limits == (pytest.approx(-1.25 - 0.125**0.5), pytest.approx(1.5 + 0.5**0.5))
+    regression = waterfall(explained([[-1.5], [-1.0]], None, parts, "regression"), 0)
+    assert regression.origin == regression.starts[0] == regression.starts[-1] == 1.5
 
 
 def test_fold_chooses_models_and_splits(toy, capsys):

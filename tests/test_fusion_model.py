@@ -193,3 +193,14 @@ def test_saving_leaves_config_and_weights_alone(saved):
 def test_unknown_fusion_is_an_error():
     with pytest.raises(ValueError, match="fusion is one of lmf, concatenation, tensor"):
         FusionModel(DIMS, fusion="sum")
+
+
+def test_latents_come_in_the_order_that_the_head_takes_them():
+    torch.manual_seed(0)
+    model = FusionModel(UNSORTED)
+    raw = {name: torch.randn(4, d) for name, d in UNSORTED.items()}
+    latents, encoded = model.latents(raw), model.encode(raw)
+    assert model.modalities == ("audio", "text", "video")
+    for z, name in zip(latents, model.modalities, strict=True):
+        torch.testing.assert_close(z, encoded[name], atol=0, rtol=0)
+    torch.testing.assert_close(model.rescale(model.fusion(latents)), model(raw).prediction)

@@ -50,6 +50,7 @@ def test_phase_1_gives_vectors_targets_and_ids(tmp_path, load):
     dataset = load(write_memes(tmp_path))
     assert list(dataset.splits) == ["train", "dev", "test"]
     assert (dataset.name, dataset.task, dataset.selection) == ("hateful_memes", "binary", "dev")
+    assert dataset.class_names == ("benign", "hateful")
     assert dataset.input_dims == {"image": 2048, "text": 32}
     train, test = dataset.splits["train"], dataset.splits["test"]
     assert [len(split) for split in dataset.splits.values()] == [22, 8, 5]

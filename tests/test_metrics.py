@@ -8,6 +8,7 @@ from scipy.special import expit
 from scipy.stats import pearsonr
 from sklearn.metrics import accuracy_score, f1_score, log_loss, mean_absolute_error, roc_auc_score
 
+from mmfusion.metrics.format import counted, mean_std
 from mmfusion.metrics.scores import (
     binary_scores,
     bootstrap_counts,
@@ -293,3 +294,15 @@ def test_example_losses_average_to_the_loss_and_stay_finite_at_any_logit():
 def test_example_scores_refuse_what_the_task_does_not_allow(function, predictions, target, task, message):
     with pytest.raises(ValueError, match=message):
         function(predictions, target, task)
+
+
+def test_mean_has_its_spread_over_seeds_and_one_seed_has_none():
+    assert mean_std([0.9, 1.0, 1.1]) == "1.000 +- 0.100"
+    assert mean_std(np.array([0.5])) == "0.500"
+    assert mean_std([0.9, 1.1], 2, (0.8, 1.25)) == "1.00 +- 0.14 [0.80, 1.25]"
+    assert mean_std([0.5], interval=(0.25, 0.75)) == "0.500 [0.250, 0.750]"
+    assert mean_std(np.float64(2)) == "2.000"
+
+
+def test_one_of_a_thing_is_singular():
+    assert [counted(n, "seed") for n in (0, 1, 2)] == ["0 seeds", "1 seed", "2 seeds"]

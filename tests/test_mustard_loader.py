@@ -74,6 +74,7 @@ def test_five_folds_as_released(tmp_path, load):
     assert [dataset.name for dataset in datasets] == [f"mustard_fold_{number}" for number in range(1, 6)]
     for dataset, (training, test) in zip(datasets, _fold_rows(), strict=True):
         assert (dataset.task, dataset.selection, list(dataset.splits)) == ("binary", "dev", ["train", "dev", "test"])
+        assert dataset.class_names == ("not sarcastic", "sarcastic")
         assert dataset.splits["test"].ids == [f"1_{row}" for row in test]
         both = dataset.splits["train"].ids + dataset.splits["dev"].ids
         assert sorted(both) == sorted(f"1_{row}" for row in training)

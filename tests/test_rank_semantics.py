@@ -146,8 +146,7 @@ def test_components_and_the_rest_sum_to_the_prediction(outputs):
         parts = parts_of(model, features, rows)
         scale = model.rescale.std.numpy()
         with torch.no_grad():
-            encoded = model.encode(features)
-            latents = [encoded[name] for name in model.modalities]
+            latents = model.latents(features)
             layer = deepcopy(model.fusion)
             if len(modalities) == 2:  # what is constant or linear in one latent is the rest
                 means = [z[rows.train].mean(0) for z in latents]

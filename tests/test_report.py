@@ -3,9 +3,15 @@
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
+from mmfusion.dataset import Dataset, Split
+from mmfusion.models.decomposition import variance_shares
 from mmfusion.models.fusion import FusionEnsemble
+from mmfusion.runs import report as run_report
 from mmfusion.runs.report import rank_report
+from mmfusion.training.trainer import Trained
 
 
 @pytest.fixture
@@ -57,3 +63,30 @@ def test_spectrum_is_the_std_of_the_interactions_canonical_components(ensemble, 
         b = member.fusion.bilinear_map().detach().double().squeeze(0).numpy()
         expected = np.linalg.svd(roots[0].T @ b @ roots[1], compute_uv=False)[:3]
         np.testing.assert_allclose(report.spectrum[s], expected, rtol=1e-4)
+
+
+def test_shares_of_the_report_are_those_of_the_decomposition(ensemble, features):
+    report = rank_report(ensemble, features)
+    for s, member in enumerate(ensemble.members):
+        shares = variance_shares(member.fusion, [z.detach() for z in member.latents(features)])
+        ours = [report.part_share[name][s] for name in ("image", "text", "image x text")]
+        np.testing.assert_allclose(list(shares.values()), ours, rtol=1e-10)
+
+
+def test_legends_of_the_figure_lie_outside_the_axes(ensemble, features, tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(run_report, "FigureCanvasAgg", lambda figure: figures.append(FigureCanvasAgg(figure)))
+    terms = {name: [0.5, 0.6] for name in ("bce", "reconstruction", "mmd", "alignment")}
+    history = [{"epoch": epoch, "loss": terms, "score": [0.6, 0.7]} for epoch in range(3)]
+    trained = Trained([], [1, 2], [0.6, 0.7], history)
+    split = Split(features, torch.arange(300) % 2.0, [str(i) for i in range(300)])
+    dataset = Dataset("toy", "binary", dict.fromkeys(("train", "dev", "test"), split), "dev")
+    probabilities = dict.fromkeys(dataset.splits, ensemble.predict_proba(features))
+    ranks = rank_report(ensemble, features)
+    run_report.draw(tmp_path / "report.png", dataset, ensemble, trained, probabilities, ranks)
+    figures[0].draw()
+    assert isinstance(figures[0].figure, Figure) and len(figures[0].figure.axes) == 6
+    boxes = [axis.get_window_extent() for axis in figures[0].figure.axes]
+    for axis in figures[0].figure.axes:
+        legend = axis.get_legend().get_window_extent()
+        assert not any(legend.overlaps(box) for box in boxes)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_hex
 from PIL import Image
 from safetensors.torch import load_file
 from small_memes import write_bert, write_memes, write_rows
@@ -24,6 +25,7 @@ from experiments.robustness import measure as robustness
 from experiments.robustness.corrupted_inputs import encode_corrupted
 from experiments.robustness.corruption_curves import CorruptionResult, Curve, _curve, curve_area
 from experiments.robustness.corruption_grid import KERNEL_MACHINE, LATE_FUSION, Condition, Predictor, conditions
+from experiments.robustness.figure import MODALITIES
 from experiments.robustness.measure import OVER_LATE_FUSION, lead_over_constant
 from hateful_memes_loader import load_hateful_memes
 from lmf_module import LowRankMultimodalFusion
@@ -308,7 +310,7 @@ def test_noise_of_a_latent_moves_the_logit_by_the_length_of_its_gradient(memes, 
     model = memes.members(MAIN)[0]
     (fold,) = memes.data.folds
     stds = latent_stds(model, {name: x[fold.train] for name, x in memes.data.pool.features.items()})
-    latents = [model.encode(features)[name] for name in model.modalities]
+    latents = model.latents(features)
     gradient = model.fusion.modality_gradient(latents, 0)[:, 0]  # (n, L)
     expected = 0.5 * (gradient * stds["image"]).norm(dim=1)
     moved = [predictor.corrupted(MAIN, Condition("latents", "latent noise", "image", 0.5, k))[0] for k in range(800)]
@@ -447,8 +449,7 @@ def test_exact_score_of_a_moved_latent_is_what_its_worst_change_leaves(norm, out
         criterion = Criterion(output + torch.randn(40, 2), False, torch.tensor([1.0, 3.0]).double())
     stds = latent_stds(model, features)
     scores = latent_scores(model, features, criterion, stds, norm)
-    encoded = model.encode(features)
-    latents = [encoded[name] for name in model.modalities]
+    latents = model.latents(features)
     for m, name in enumerate(model.modalities):
         gradient = model.fusion.modality_gradient(latents, m)  # (n, O, L)
         steepest = {
@@ -622,3 +623,8 @@ def test_pictures_that_are_gone_are_named(mosi, capsys):
         assert "img" in refused(capsys, "runs/memes --groups input --pixels 1")
     finally:
         Path("memes/gone").rename("memes/img")
+
+
+def test_colour_of_a_modality_is_that_of_no_row():
+    rows = {to_hex(f"C{k}") for k in range(10)}
+    assert rows.isdisjoint(to_hex(color) for color in MODALITIES) and len(set(MODALITIES)) == len(MODALITIES)

@@ -224,6 +224,23 @@ def test_overconfident_row_without_prior_loses_in_nll_and_temperature_undoes_it(
     assert outcome.verdict != "supported"  # all four must hold
 
 
+@pytest.mark.parametrize("other", ["jWAE-LMF, no prior", "LMF without jWAE"])
+def test_rows_are_called_what_they_are_in_the_run_and_legends_leave_the_curves_free(other):
+    outcome = measured(FakeRun(prior_free_row=other))
+    assert list(outcome.numbers["clean"]) == ["jWAE-LMF, rank 4", other]
+    for who in ("one member", "ensemble"):
+        assert f"{who}, {other}, scaled " in outcome.table and f"{who}, jWAE-LMF, rank 4, scaled " in outcome.table
+    assert ("none of the jWAE" in " ".join(outcome.notes)) == (other == "LMF without jWAE")
+    figure = Figure(figsize=outcome.size, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    outcome.draw(figure)
+    canvas.draw()
+    labels = {text.get_text() for axis in figure.axes for text in axis.get_legend().get_texts()}
+    assert f"ensemble, {other}" in labels and not any("with jWAE" in label for label in labels)
+    for axis in figure.axes:
+        assert not axis.get_legend().get_window_extent().overlaps(axis.get_window_extent())
+
+
 def test_undisturbed_copies_are_detected_by_no_disagreement():
     class Undisturbed(FakePredictor):
         def corrupted(self, row, condition):
@@ -234,7 +251,7 @@ def test_undisturbed_copies_are_detected_by_no_disagreement():
     for condition in outcome.numbers["corrupted"]:
         for scores in condition["detected"].values():
             assert {score["auroc"] for score in scores.values()} == {0.5}
-    strong = measured(run).numbers["corrupted"][1]["detected"]["with jWAE"]["mutual information"]
+    strong = measured(run).numbers["corrupted"][1]["detected"]["jWAE-LMF, rank 4"]["mutual information"]
     assert strong["low"] > 0.5
 
 
@@ -255,7 +272,7 @@ def test_dev_that_is_not_like_test_is_said():
     assert not any("dev is not like test" in note for note in alike.notes)
     assert any("dev is not like test" in note for note in shifted.notes)
     level = f"coverage at {0.9:g}"
-    coverage = [x.numbers["clean"]["with jWAE"]["ensemble"]["raw"][level] for x in (alike, shifted)]
+    coverage = [x.numbers["clean"]["jWAE-LMF, rank 4"]["ensemble"]["raw"][level] for x in (alike, shifted)]
     assert coverage[0] == pytest.approx(0.9, abs=0.1) and coverage[1] < 0.7
 
 

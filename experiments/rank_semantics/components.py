@@ -37,8 +37,7 @@ class Parts(NamedTuple):
 @torch.inference_mode()
 def parts_of(model: FusionModel, features: dict[str, Tensor], rows: Fold) -> Parts:
     """Take the predictions of a member with an LMF head of two or more modalities apart, in float64."""
-    encoded = model.encode(features)
-    latents = [encoded[name].double() for name in model.modalities]  # (N, L) each
+    latents = [z.double() for z in model.latents(features)]  # (N, L) each
     training = [z[rows.train] for z in latents]
     layer, scale = deepcopy(model.fusion).double(), model.rescale.std.double()
     raw = layer.rank_terms(latents).mT  # (N, O, R)
@@ -86,8 +85,7 @@ def other_terms(model: FusionModel, features: dict[str, Tensor], rows: Fold, see
         largest change of the function on the examples trained on, in its standard deviations, and the mean matched
         |correlation| of the terms there. A refit takes the first output alone.
     """
-    encoded = model.encode({name: x[rows.train] for name, x in features.items()})
-    latents = [encoded[name].double() for name in model.modalities]
+    latents = [z.double() for z in model.latents({name: x[rows.train] for name, x in features.items()})]
     layer, generator = deepcopy(model.fusion).double(), torch.Generator().manual_seed(seed)
     if len(latents) > 2:
         after, before = refit_perturbed(layer, latents, generator)

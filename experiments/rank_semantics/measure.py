@@ -28,7 +28,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.experiment import SCORE_EFFECT, Experiment, Outcome, Run, contrasts_on_test, mean_std
+from experiments.experiment import SCORE_EFFECT, Experiment, Outcome, Run, contrasts_on_test
 from experiments.rank_semantics.components import (
     Parts,
     ablation,
@@ -41,6 +41,7 @@ from experiments.rank_semantics.components import (
 from experiments.rank_semantics.lexicon import Probe, probe, probes_of
 from experiments.rank_semantics.planted_factors import Recovery, planted_recoveries
 from mmfusion.data.folds import FoldedDataset
+from mmfusion.metrics.format import mean_std
 from mmfusion.metrics.statistics import LEVEL, Contrast, Difference, Verdict, combine, holm
 from mmfusion.models.identifiability import EXACT
 from mmfusion.training.grid import JWAE, Setting

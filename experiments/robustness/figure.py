@@ -1,5 +1,7 @@
 """The figure of experiments.robustness: curves of every row, and the main row's worst case."""
 
+import itertools
+
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -7,6 +9,9 @@ from experiments.robustness.corruption_curves import CorruptionResult
 from experiments.robustness.worst_cases import WorstCases
 from mmfusion.robustness.worst_case import SIZES
 from mmfusion.runs.load import TrainedRun
+
+# rows have matplotlib's own colours C0, C1, ...; a modality has one that none of these is
+MODALITIES = ("#00441b", "#b8860b", "#4b0055", "#555555")
 
 
 def panels(result: CorruptionResult) -> list[tuple[str, list[tuple[str, str]]]]:
@@ -44,16 +49,18 @@ def draw(figure: Figure, run: TrainedRun, result: CorruptionResult, worst: Worst
         axis.set_ylabel(run.data.score_name)
     last, shown = axes[len(chosen)], [key for key in worst.certified if key[0] == run.main_row and key[2] == "l2"]
     places = range(len(SIZES) + 1)  # the clean score of the members that were attacked comes first
-    for k, key in enumerate(shown):
+    for key, color in zip(shown, itertools.cycle(MODALITIES)):
         clean = worst.clean[run.main_row][: worst.seeds].mean()
         low, high = ([clean, *of[key].mean(-1)] for of in (worst.certified, worst.attacked))
-        last.fill_between(places, low, high, color=f"C{k}", alpha=0.25, linewidth=0)
-        last.plot(places, high, "o-", color=f"C{k}", markersize=3, label=f"{key[1]}: attacked")
-        last.plot(places, low, "s--", color=f"C{k}", markersize=3, label=f"{key[1]}: certified")
+        last.fill_between(places, low, high, color=color, alpha=0.15, linewidth=0)
+        last.plot(places, high, "o-", color=color, markersize=3, label=f"{key[1]}: attacked")
+        last.plot(places, low, "s--", color=color, markersize=3, label=f"{key[1]}: certified")
     last.set_xticks(places, ["clean", *(f"{size:g}" for size in SIZES)])
-    last.set(title="worst change of one modality (l2)", xlabel="size rho", ylabel=run.data.score_name)
-    if shown:
-        last.legend(frameon=False, fontsize=8, title=f"{run.main_row}, first {worst.seeds} seed(s)", title_fontsize=8)
+    last.set(xlabel="size rho", ylabel=run.data.score_name)
+    seeds = "1 seed" if worst.seeds == 1 else f"first {worst.seeds} seeds"
+    last.set_title(f"worst change of one modality (l2)\n{run.main_row}, {seeds}", fontsize=10)
+    if shown:  # below: an attacked and a certified curve leave no corner free
+        last.legend(frameon=False, fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=5.0)
     for axis in axes[len(chosen) + 1 :]:
         axis.axis("off")
     handles, labels = axes[0].get_legend_handles_labels()

@@ -39,6 +39,7 @@ from experiments.robustness.worst_cases import WorstCases, measure_worst_cases, 
 from mmfusion.cli import pick_device, run_command
 from mmfusion.errors import InputError
 from mmfusion.files import write_safetensors, write_text
+from mmfusion.metrics.format import mean_std
 from mmfusion.metrics.scores import example_scores
 from mmfusion.metrics.statistics import Difference, combine
 from mmfusion.robustness.worst_case import SIZES
@@ -210,14 +211,14 @@ def table(run: TrainedRun, result: CorruptionResult, worst: WorstCases, pixels: 
         + "".join(f"  {group + ': area':>15} {'drop':>7} {'effective':>9}" for group in groups),
     ]
     for row, clean in result.clean.items():
-        cells = f"  {_spread(clean.mean(1)):>15}"
+        cells = f"  {mean_std(clean.mean(1)):>15}"
         for group in groups:
             summary = group_summary(result, group, row)
             if summary is None:
                 cells += f"  {'-':>15} {'-':>7} {'-':>9}"
                 continue
             effective = f"{summary['effective'].mean():+.3f}" if "effective" in summary else "-"
-            cells += f"  {_spread(summary['area']):>15} {summary['drop'].mean():7.3f} {effective:>9}"
+            cells += f"  {mean_std(summary['area']):>15} {summary['drop'].mean():7.3f} {effective:>9}"
         lines.append(f"{row:{width}}{cells}")
     lines += ["", *worst_table(worst, width)]
     if worst.checks:
@@ -229,11 +230,6 @@ def table(run: TrainedRun, result: CorruptionResult, worst: WorstCases, pixels: 
         flipped = sum(attack.flipped for attack in pixels)
         lines.append(f"  {flipped} of {len(pixels)} change their sign")
     return "\n".join(lines)
-
-
-def _spread(values: np.ndarray) -> str:
-    std = f"{values.std(ddof=1):.3f}" if len(values) > 1 else "-----"
-    return f"{values.mean():.3f} +- {std}"
 
 
 def answer(run: TrainedRun, result: CorruptionResult, worst: WorstCases) -> str:

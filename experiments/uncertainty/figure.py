@@ -7,10 +7,13 @@ from scipy.special import expit
 from scipy.stats import norm
 
 from experiments.uncertainty.predictors import ENSEMBLE, MEMBER, RAW, SCALED
-from experiments.uncertainty.report import ROWS, UncertaintyResult
+from experiments.uncertainty.report import UncertaintyResult
 from mmfusion.metrics import calibration
 
-COLORS = {"with jWAE": "C0", "without": "C1"}
+
+def colors_of(result: UncertaintyResult) -> dict[str, str]:
+    """The main row's colour and the prior-free row's."""
+    return dict(zip(result.rows, ("C0", "C1"), strict=False))
 
 
 def draw(figure: Figure, result: UncertaintyResult) -> None:
@@ -22,9 +25,16 @@ def draw(figure: Figure, result: UncertaintyResult) -> None:
     draw_detection(lower_right, result)
 
 
+def legend_below(axis: Axes, columns: int) -> None:
+    """The legend under the axis: a row's name is long, and inside it would lie on the curves."""
+    axis.legend(
+        frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=4.8, ncols=columns
+    )
+
+
 def draw_reliability(axis: Axes, result: UncertaintyResult) -> None:
     """Share of positives against probability, bins of equal mass; the members' examples in one pool."""
-    row, outputs, target = result.rows[ROWS[0]], result.outputs[ROWS[0]], result.targets.test
+    row, outputs, target = result.rows[result.main], result.outputs[result.main], result.targets.test
     axis.plot([0, 1], [0, 1], color="black", linewidth=0.8)
     axis.fill_between(
         *consistency_band(expit(row.ensemble.logits(outputs))), color="0.9", label="ensemble, raw: 95 % if right"
@@ -47,13 +57,13 @@ def draw_reliability(axis: Axes, result: UncertaintyResult) -> None:
                 label=f"{who}, {scaling}",
             )
     axis.set(
-        title="reliability, with jWAE, clean (15 bins of equal mass)",
+        title=f"reliability of {result.main}, clean (15 bins of equal mass)",
         xlabel="mean probability of the positive class",
         ylabel="share of positives",
         xlim=(0, 1),
         ylim=(0, 1),
     )
-    axis.legend(frameon=False, fontsize=9, loc="upper left")
+    legend_below(axis, 3)
 
 
 def consistency_band(p: np.ndarray, draws: int = 500, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -78,16 +88,16 @@ def draw_central_intervals(axis: Axes, result: UncertaintyResult) -> None:
                 z.append(np.abs(target - mean) / np.sqrt(variance))
             inside = [np.mean(np.stack(z) <= norm.ppf((1 + level) / 2)) for level in levels]
             surplus += [inside - levels]
-            axis.plot(levels, surplus[-1], style, color=COLORS[name], label=f"{who}, {name}")
+            axis.plot(levels, surplus[-1], style, color=colors_of(result)[name], label=f"{who}, {name}")
     highest = max(0.02, np.abs(surplus).max())
     axis.set(
         title="central Gaussian intervals, clean",
         xlabel="level of the interval",
         ylabel="share of targets inside - level",
         xlim=(0, 1),
-        ylim=(-1.2 * highest, 1.7 * highest),  # room for the legend
+        ylim=(-1.2 * highest, 1.2 * highest),
     )
-    axis.legend(frameon=False, fontsize=9, loc="upper left", ncols=2)
+    legend_below(axis, 2)
 
 
 def draw_risk(axis: Axes, result: UncertaintyResult) -> None:
@@ -97,7 +107,7 @@ def draw_risk(axis: Axes, result: UncertaintyResult) -> None:
     coverage = np.arange(1, size + 1) / size
     shown = slice(max(0, size // 20 - 1), None)  # the risk of a handful of examples is noise
     for name, row in result.rows.items():
-        outputs, color = result.outputs[name], COLORS[name]
+        outputs, color = result.outputs[name], colors_of(result)[name]
         curves = [("ensemble", "-", 1.8, calibration.risk_coverage(*row.ensemble.ranking(outputs)))]
         if binary:
             alone = [calibration.risk_coverage(*m.ranking(outputs[[s]])) for s, m in enumerate(row.members)]
@@ -112,9 +122,9 @@ def draw_risk(axis: Axes, result: UncertaintyResult) -> None:
         xlabel="coverage: share of examples kept, most certain first",
         ylabel="error rate" if binary else "MAE / std of target",
         xlim=(0, 1),
-        ylim=(0, 1.4 * highest),  # room for the legend
+        ylim=(0, 1.1 * highest),
     )
-    axis.legend(frameon=False, fontsize=9, loc="upper left", ncols=2)
+    legend_below(axis, 2)
 
 
 def draw_levels(axis: Axes, result: UncertaintyResult) -> None:
@@ -128,15 +138,15 @@ def draw_levels(axis: Axes, result: UncertaintyResult) -> None:
                 at = [x[name][ENSEMBLE][scaling]["NLL"] for (*_, here), x in result.corrupted.items() if here == level]
                 values.append(np.mean(at))
             text = f"{name}, {scaling}" if len(row.ensemble.scalings) > 1 else name
-            axis.plot([0, *levels], values, style, color=COLORS[name], markersize=5, label=text)
+            axis.plot([0, *levels], values, style, color=colors_of(result)[name], markersize=5, label=text)
             everything += values
     low, high = min(everything), max(everything)
-    axis.set_ylim(low - 0.1 * (high - low) - 1e-3, high + 0.35 * (high - low) + 1e-3)
+    axis.set_ylim(low - 0.1 * (high - low) - 1e-3, high + 0.1 * (high - low) + 1e-3)
     axis.set_xticks([0, *levels], ["clean", *(f"{level:g}" for level in levels)])
     axis.set(
         title="NLL of the ensemble under corruption, mean over kinds", xlabel="level of corruption", ylabel="NLL, nats"
     )
-    axis.legend(frameon=False, fontsize=9, loc="upper left", ncols=2)
+    legend_below(axis, 2)
 
 
 def draw_detection(axis: Axes, result: UncertaintyResult) -> None:
@@ -148,7 +158,7 @@ def draw_detection(axis: Axes, result: UncertaintyResult) -> None:
         return
     level = levels[len(levels) // 2]
     curves = [key for key in result.detected if key[2] == level]
-    score = next(iter(result.detected[curves[0]][ROWS[0]]))
+    score = next(iter(result.detected[curves[0]][result.main]))
     height = 0.8 / len(result.rows)
     for i, name in enumerate(result.rows):
         aurocs = [result.detected[key][name][score] for key in curves]
@@ -156,9 +166,11 @@ def draw_detection(axis: Axes, result: UncertaintyResult) -> None:
         errors = np.abs(np.array([[d.low for d in aurocs], [d.high for d in aurocs]]) - middle)
         place = np.arange(len(curves)) + (i - (len(result.rows) - 1) / 2) * height
         # bars begin at a coin's AUROC
-        axis.barh(place, middle - 0.5, height, left=0.5, xerr=errors, color=COLORS[name], label=name, ecolor="0.3")
+        axis.barh(
+            place, middle - 0.5, height, left=0.5, xerr=errors, color=colors_of(result)[name], label=name, ecolor="0.3"
+        )
     axis.axvline(0.5, color="black", linewidth=0.8)
     axis.set_yticks(range(len(curves)), [curve for _, curve, _ in curves], fontsize=8)
-    axis.set_ylim(len(curves) + 1.5, -0.7)  # the first above; room for the legend below
+    axis.set_ylim(len(curves) - 0.3, -0.7)  # the first above
     axis.set(title=f"corruption detected by the {score}, level {level:g}", xlabel="AUROC, 95 % interval over examples")
-    axis.legend(frameon=False, fontsize=9, loc="lower right", ncols=2)
+    legend_below(axis, 2)

@@ -3,13 +3,14 @@
     python -m experiments.baselines --dataset mustard --data sarcasm_data.json --hold-out-dev --name sarcasm
     python -m experiments.uncertainty runs/sarcasm
 
-For one member (mean and spread over seeds) and the ensemble (mean of the members' probabilities), trained with the
-jWAE and without, on clean test examples and under every corruption. All that is fitted is fitted on the dev part of an
-example's own fold, and never on corrupted examples: one temperature (of the ensemble on its mean probability's
-log-odds), the conformal quantile, and for a regression the residual variance. Conventions: a classifier's confidence is
-max(p, 1 - p) and its risk the error rate; a regression's uncertainty is the members' standard deviation, its risk the
-absolute error, and its predictive distribution a Gaussian about the members' mean whose variance is the members' plus
-the residual variance. Regressions are measured in units of the target's standard deviation, mean over outputs.
+For one member (mean and spread over seeds) and the ensemble (mean of the members' probabilities), of the run's main row
+and of its row without the prior (or, where the run has that one, without any term of the jWAE), on clean test examples
+and under every corruption. All that is fitted is fitted on the dev part of an example's own fold, and never on
+corrupted examples: one temperature (of the ensemble on its mean probability's log-odds), the conformal quantile, and
+for a regression the residual variance. Conventions: a classifier's confidence is max(p, 1 - p) and its risk the error
+rate; a regression's uncertainty is the members' standard deviation, its risk the absolute error, and its predictive
+distribution a Gaussian about the members' mean whose variance is the members' plus the residual variance. Regressions
+are measured in units of the target's standard deviation, mean over outputs.
 
 The rule, written before any result: four differences decide, those of the ensembles' NLL (as they are, no temperature)
 and AURC, on clean examples and in the mean over the corrupted conditions, each without the prior less with it. Each is
@@ -42,7 +43,7 @@ from experiments.uncertainty.predictors import (
     MethodPredictors,
     held_out_targets,
 )
-from experiments.uncertainty.report import ROWS, UncertaintyResult, averaged, numbers_of, table
+from experiments.uncertainty.report import UncertaintyResult, averaged, numbers_of, table
 from mmfusion.cli import pick_device
 from mmfusion.data.folds import FoldedDataset
 from mmfusion.errors import InputError
@@ -67,18 +68,18 @@ DECIDING = ("NLL, clean", "NLL, corrupted", "AURC, clean", "AURC, corrupted")
 def measure(run: TrainedRun, predictor: Predictor, chosen: Sequence[Condition], alpha: float) -> Outcome:
     """Judge both rows clean and under the chosen conditions; contrasts are paired over seeds and test examples."""
     data = run.data
-    labels = dict(zip(ROWS, (row for row in (run.main_row, run.prior_free_row) if row is not None), strict=False))
+    rows = [row for row in (run.main_row, run.prior_free_row) if row is not None]
     targets = held_out_targets(data, sorted({alpha, *ALPHAS}, reverse=True))
-    dev = {name: targets.in_units(predictor.clean(label, "dev")) for name, label in labels.items()}
+    dev = {row: targets.in_units(predictor.clean(row, "dev")) for row in rows}
     result = UncertaintyResult(
         targets,
         {name: MethodPredictors(x, targets) for name, x in dev.items()},
-        {name: targets.in_units(predictor.clean(label)) for name, label in labels.items()},
+        {row: targets.in_units(predictor.clean(row)) for row in rows},
     )
     for name, row in result.rows.items():
         result.clean[name] = row.measures(result.outputs[name], floor=True)
         result.parts[name] = {f"{part}, clean": row.by_seed(result.outputs[name], of) for part, of in PARTS.items()}
-    measure_corrupted(result, predictor, labels, chosen, _groups(data, "test"))
+    measure_corrupted(result, predictor, chosen, _groups(data, "test"))
     contrasts = contrasts_on_test(data, *differences(result))
     deciding = [c.verdict for c in contrasts if c.decides]
     verdict = combine(deciding, "all") if len(deciding) == len(DECIDING) else "too few data"
@@ -87,16 +88,15 @@ def measure(run: TrainedRun, predictor: Predictor, chosen: Sequence[Condition], 
         figure.suptitle(f"{data.name}: uncertainty of {len(run.seeds)} members and their ensemble, test")
         draw(figure, result)
 
-    notes = notes_of(run, labels, result, dev[ROWS[0]])
+    notes = notes_of(run, result, dev[run.main_row])
     return Outcome(
-        table(result), contrasts, verdict, answer(contrasts, result), numbers_of(result), draw_all, (13.5, 9.0), notes
+        table(result), contrasts, verdict, answer(contrasts, result), numbers_of(result), draw_all, (13.5, 10.4), notes
     )
 
 
 def measure_corrupted(
     result: UncertaintyResult,
     predictor: Predictor,
-    labels: dict[str, str],
     chosen: Sequence[Condition],
     groups: Sequence[str] | None,
 ) -> None:
@@ -107,7 +107,7 @@ def measure_corrupted(
     for key, same in tqdm(draws.items(), desc="corruptions", unit="condition", mininterval=0.5):
         result.corrupted[key], result.detected[key] = {}, {}
         for name, row in result.rows.items():
-            drawn = [result.targets.in_units(predictor.corrupted(labels[name], condition)) for condition in same]
+            drawn = [result.targets.in_units(predictor.corrupted(name, condition)) for condition in same]
             result.corrupted[key][name] = averaged([row.measures(x) for x in drawn])
             for part, of in PARTS.items():
                 here = np.mean([row.by_seed(x, of) for x in drawn], axis=0) / len(draws)
@@ -126,9 +126,9 @@ def measure_corrupted(
 
 def differences(result: UncertaintyResult) -> tuple[dict[str, Difference], dict[str, float]]:
     """Contrasts by name, each (S, n) with its claim, and their smallest effects of interest."""
-    named, first = {}, result.rows[ROWS[0]]
+    named, first = {}, result.rows[result.main]
     if len(result.rows) > 1:
-        ours, other = (result.parts[name] for name in ROWS)
+        ours, other = result.parts.values()
         named |= {
             name: Difference(
                 other[name] - ours[name], f"the ensemble has a lower {name.split(',')[0]} with the prior, {where}"
@@ -137,17 +137,17 @@ def differences(result: UncertaintyResult) -> tuple[dict[str, Difference], dict[
             if name in ours
             for where in [name.split(", ")[1]]
         }
-        alone = [result.rows[name].member_losses(result.outputs[name]) for name in ROWS]
+        alone = [result.rows[name].member_losses(result.outputs[name]) for name in result.rows]
         named["member's NLL, clean"] = Difference(
             alone[1] - alone[0], "a member has a lower NLL with the prior, clean", False
         )
         if SCALED in first.ensemble.scalings:
             scaled = [
-                result.rows[name].by_seed(result.outputs[name], lambda p, x: p.losses(x, SCALED)) for name in ROWS
+                row.by_seed(result.outputs[name], lambda p, x: p.losses(x, SCALED)) for name, row in result.rows.items()
             ]
             claim = "the ensemble has a lower NLL with the prior, clean, after temperature scaling"
             named["NLL after scaling, clean"] = Difference(scaled[1] - scaled[0], claim, False)
-    outputs = result.outputs[ROWS[0]]
+    outputs = result.outputs[result.main]
     gain = first.member_losses(outputs) - first.ensemble.losses(outputs)
     named["ensemble over member, NLL"] = Difference(gain, "the ensemble has a lower NLL than its members, clean", False)
     return named, {name: AURC_EFFECT if name.startswith("AURC") else NLL_EFFECT for name in named}
@@ -158,21 +158,21 @@ def differences(result: UncertaintyResult) -> tuple[dict[str, Difference], dict[
 
 def answer(contrasts: Sequence[Contrast], result: UncertaintyResult) -> str:
     """The deciding estimates in one sentence."""
-    own = result.clean[ROWS[0]][ENSEMBLE][RAW]
-    text = f"Ensemble with jWAE: NLL {own['NLL']:.3f}, AURC {own['AURC']:.3f}"
+    own = result.clean[result.main][ENSEMBLE][RAW]
+    text = f"Ensemble of {result.main}: NLL {own['NLL']:.3f}, AURC {own['AURC']:.3f}"
     gains = [f"{c.name} {c.estimate:+.3f} [{c.low:+.3f}, {c.high:+.3f}]" for c in contrasts if c.decides]
     return f"{text}. " + (
         f"Lower with the prior by: {'; '.join(gains)}." if gains else "There is no row without prior."
     )
 
 
-def notes_of(run: TrainedRun, labels: dict[str, str], result: UncertaintyResult, dev: np.ndarray) -> list[str]:
+def notes_of(run: TrainedRun, result: UncertaintyResult, dev: np.ndarray) -> list[str]:
     """What the reader of the numbers must know."""
     notes = []
-    if len(labels) == 1:
+    if run.prior_free_row is None:
         notes.append("the run has no row without the prior: the claim is not judged")
-    elif "without" in labels["without"]:
-        notes.append(f"\"{labels['without']}\" has none of the jWAE's terms: its effect is not the prior's alone")
+    elif "without" in run.prior_free_row:
+        notes.append(f"\"{run.prior_free_row}\" has none of the jWAE's terms: its effect is not the prior's alone")
     if not result.corrupted:
         notes.append("no corruption was looked at, so the claim is not judged")
     if "hold_out_dev" not in run.settings:
@@ -185,9 +185,9 @@ def notes_of(run: TrainedRun, labels: dict[str, str], result: UncertaintyResult,
                 folds = f"{len(ends)} of {len(fitted)} folds" if len(fitted) > 1 else "the one fold"
                 notes.append(f"temperature of the ensemble {name} is at its bound in {folds}: {', '.join(ends)}")
     other = result.clean[list(result.rows)[-1]][ENSEMBLE][RAW]["AURC"]
-    if len(labels) > 1 and other < AURC_EFFECT:
+    if run.prior_free_row is not None and other < AURC_EFFECT:
         notes.append(f"AURC without the prior is {other:.4f}: no prior could lower it by the effect of interest")
-    first = [next(iter(by_row[ROWS[0]].values())) for by_row in result.detected.values()]
+    first = [next(iter(by_row[result.main].values())) for by_row in result.detected.values()]
     if less := sum(d.high < 0.5 for d in first):
         notes.append(
             f"in {less} of {len(first)} conditions the members disagree less on corrupted examples than on clean"
@@ -200,7 +200,7 @@ def notes_of(run: TrainedRun, labels: dict[str, str], result: UncertaintyResult,
 def shift_note(data: FoldedDataset, result: UncertaintyResult, dev: np.ndarray) -> list[str]:
     """A note where the ensemble's loss on dev and on test differ by more than their 95 % intervals allow."""
     parts, sentences = [], []
-    for part, outputs in (("dev", dev), ("test", result.outputs[ROWS[0]])):
+    for part, outputs in (("dev", dev), ("test", result.outputs[result.main])):
         target = getattr(result.targets, part)
         if result.targets.task == "binary":
             losses = example_losses(calibration.ensemble_logits(outputs)[None], target, "binary")
@@ -212,7 +212,7 @@ def shift_note(data: FoldedDataset, result: UncertaintyResult, dev: np.ndarray) 
     (dev_mean, dev_error), (test_mean, test_error) = parts
     if abs(test_mean - dev_mean) <= norm.ppf(0.975) * np.hypot(dev_error, test_error):
         return []
-    loss = f"{data.loss_name} of the ensemble with jWAE, 95 %"
+    loss = f"{data.loss_name} of the ensemble of {result.main}, 95 %"
     return [
         f"dev is not like test ({loss}: {', '.join(sentences)}): what is fitted on dev need not hold, nor the coverage"
     ]

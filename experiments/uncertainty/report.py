@@ -16,13 +16,12 @@ from experiments.uncertainty.predictors import (
     MethodPredictors,
 )
 from mmfusion.metrics.calibration import Detection
-
-ROWS = ("with jWAE", "without")
+from mmfusion.metrics.format import mean_std
 
 
 @dataclass
 class UncertaintyResult:
-    """What table, figure and results.json show; rows are called "with jWAE" and, where there is one, "without"."""
+    """What table, figure and results.json show; rows are called as in the run, the main one first."""
 
     targets: HeldOutTargets
     rows: dict[str, MethodPredictors]
@@ -36,6 +35,16 @@ class UncertaintyResult:
     """{(group, curve, level): {row: {score: AUROC of clean against corrupted}}}"""
     parts: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     """{row: {"NLL, clean" and the like: (S, n)}}; "corrupted" is the mean over all conditions"""
+
+    @property
+    def main(self) -> str:
+        """The row whose uncertainty is asked about."""
+        return next(iter(self.rows))
+
+    @property
+    def label_width(self) -> int:
+        """Of a table's first column, the longest line in mind: "one member, ROW, scaled"."""
+        return max(30, max(map(len, self.rows)) + len(MEMBER) + 12)
 
 
 def averaged(nested: Sequence[dict]) -> dict:
@@ -66,17 +75,18 @@ def measures_table(result: UncertaintyResult, by_row: dict[str, dict], title: st
     binary = result.targets.task == "binary"
     names = ["NLL", *(["Brier"] if binary else ["MAE"]), "AURC", "excess AURC"]
     eces = [f"ECE, equal {kind}" for kind in ("width", "mass")] if binary else []
-    floors = f"{eces[0]}, floor" in by_row[ROWS[0]][ENSEMBLE][RAW] if eces else False
+    floors = f"{eces[0]}, floor" in by_row[result.main][ENSEMBLE][RAW] if eces else False
     if floors:
         title += " (in brackets, ECE of a predictor whose probabilities are right: mean, 95 % quantile)"
     width = 30 if floors else 17
-    lines = [title, f"{'':30}" + "".join(f"{x:>17}" for x in names) + "".join(f"{x:>{width}}" for x in eces)]
+    wide = result.label_width
+    lines = [title, f"{'':{wide}}" + "".join(f"{x:>17}" for x in names) + "".join(f"{x:>{width}}" for x in eces)]
     for who in (MEMBER, ENSEMBLE):
-        for scaling in result.rows[ROWS[0]].ensemble.scalings:
+        for scaling in result.rows[result.main].ensemble.scalings:
             for row, measures in by_row.items():
                 values = measures[who][scaling]
                 text = f"{who}, {row}" + (", scaled" if scaling == SCALED else "")
-                line = f"{text:30}" + "".join(f"{_cell(values.get(name)):>17}" for name in names)
+                line = f"{text:{wide}}" + "".join(f"{_cell(values.get(name)):>17}" for name in names)
                 for name in eces:
                     line += f"{_cell(values[name]):>17}"
                     if floors:
@@ -108,13 +118,14 @@ def conformal_table(result: UncertaintyResult) -> list[str]:
     else:
         names = {"coverage": "coverage", "width": "width"}
         lines = ["split-conformal intervals, calibrated on dev, means over outputs"]
-    lines.append(f"{'':38}" + "".join(f"{title:>17}" for title in names.values()))
+    wide = result.label_width + 8
+    lines.append(f"{'':{wide}}" + "".join(f"{title:>17}" for title in names.values()))
     for alpha in result.targets.alphas:
         for who in (MEMBER, ENSEMBLE):
             for row, measures in result.clean.items():
                 values = measures[who][RAW]
                 cells = "".join(f"{_cell(values[f'{name} at {1 - alpha:g}']):>17}" for name in names)
-                lines.append(f"{f'{1 - alpha:g} wanted: {who}, {row}':38}{cells}")
+                lines.append(f"{f'{1 - alpha:g} wanted: {who}, {row}':{wide}}{cells}")
     return lines
 
 
@@ -122,11 +133,12 @@ def detection_table(result: UncertaintyResult) -> list[str]:
     """Every score's AUROC of clean against corrupted, mean over kinds of corruption."""
     levels = sorted({level for _, _, level in result.detected})
     lines = ["AUROC of clean against corrupted examples, mean over kinds"]
-    lines.append(f"{'':38}" + "".join(f"{f'level {level:g}':>14}" for level in levels))
-    for score in next(iter(result.detected.values()))[ROWS[0]]:
+    wide = result.label_width + 8
+    lines.append(f"{'':{wide}}" + "".join(f"{f'level {level:g}':>14}" for level in levels))
+    for score in next(iter(result.detected.values()))[result.main]:
         for row in result.rows:
             by_level = [np.mean([d[row][score].auroc for k, d in result.detected.items() if k[2] == x]) for x in levels]
-            lines.append(f"{f'{score}, {row}':38}" + "".join(f"{value:14.3f}" for value in by_level))
+            lines.append(f"{f'{score}, {row}':{wide}}" + "".join(f"{value:14.3f}" for value in by_level))
     return lines
 
 
@@ -138,7 +150,7 @@ def corruption_table(result: UncertaintyResult) -> list[str]:
         columns["NLL, scaled"] = (SCALED, "NLL")
         columns["ECE"] = (RAW, "ECE, equal width")
     rows = list(result.rows)
-    score = next(iter(next(iter(result.detected.values()))[ROWS[0]]))
+    score = next(iter(next(iter(result.detected.values()))[result.main]))
     lines = [f"ensemble under corruption, mean over draws: {' / '.join(rows)}"]
     lines.append(f"(last: AUROC of clean against corrupted by the {score}, 95 % interval over examples)")
     width = max(len(curve) for _, curve, _ in result.corrupted) + 6
@@ -159,8 +171,7 @@ def corruption_table(result: UncertaintyResult) -> list[str]:
 def _cell(value: float | np.ndarray | None, digits: int = 3) -> str:
     if value is None:
         return "-"
-    value = np.asarray(value)
-    return f"{value:.{digits}f}" if value.ndim == 0 else f"{value.mean():.{digits}f} +- {value.std(ddof=1):.{digits}f}"
+    return mean_std(value, digits)
 
 
 def numbers_of(result: UncertaintyResult) -> dict[str, object]:

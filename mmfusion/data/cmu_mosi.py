@@ -93,7 +93,9 @@ def load_cmu_mosi(
         "rows": {split: len(rows) for split, rows in splits.items()},
     }
     label_range = SENTIMENT_RANGE if task == "regression" else None
-    return Dataset(name or _name(path, graded), task, splits, "dev", notes, provenance, label_range)
+    # two-valued labels of a released file may be humour or sarcasm: only graded ones are known to be sentiment
+    words = ("negative", "positive") if graded else Dataset.class_names
+    return Dataset(name or _name(path, graded), task, splits, "dev", notes, provenance, label_range, class_names=words)
 
 
 def _read_tables(path: Path) -> dict[str, Table]:

@@ -153,7 +153,8 @@ def _corpus(
     if again:
         notes.append(f"{again} of {len(test)} test utterances occur with the same words in train or dev")
     provenance = provenance | {"protocol": protocol, "fold": number, "rows": [len(train), len(dev), len(test)]}
-    return Dataset(name, "binary", {"train": train, "dev": dev, "test": test}, "dev", notes, provenance)
+    splits, names = {"train": train, "dev": dev, "test": test}, ("not sarcastic", "sarcastic")
+    return Dataset(name, "binary", splits, "dev", notes, provenance, class_names=names)
 
 
 def _read_extra(

@@ -20,6 +20,7 @@ from mmfusion.explain.page import explanation_page
 from mmfusion.explain.summary import print_summary
 from mmfusion.explain.text import print_explanation
 from mmfusion.files import write_text
+from mmfusion.metrics.format import counted
 from mmfusion.runs.load import load_run
 
 
@@ -74,10 +75,18 @@ def main(config: Config) -> None:
                 what += f"-{flag}-{getattr(config, flag)}"
         explanation = explainer.explain_places(places)
         out = config.out or default_path(run.folder, what, "html")
-        write_text(out, explanation_page(explanation, f"{run.folder}: {what}", summary))
+        write_text(out, explanation_page(explanation, page_title(config, name, len(places)), summary))
         if len(places) == 1:
             print_explanation(explanation)
-        print(f"{len(places)} example{'s' * (len(places) > 1)} explained in {out}")
+        print(f"{counted(len(places), 'example')} explained in {out}")
+
+
+def page_title(config: Config, split: str, count: int) -> str:
+    """Which run, and which of its examples."""
+    examples = counted(count, "example")
+    if config.ids:
+        return f"{config.run}: {examples}, as chosen"
+    return f"{config.run}: {examples} of {split}" + (", largest loss first" if config.worst is not None else "")
 
 
 def check(config: Config) -> None:

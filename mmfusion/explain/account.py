@@ -14,15 +14,16 @@ with u_k and v_k of variance 1 on train and s_k the standard deviation of the co
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.special import expit, logsumexp
 from torch import Tensor
 
 from lmf_module import LowRankMultimodalFusion
-from mmfusion.dataset import Task
+from mmfusion.dataset import Dataset, Task
 from mmfusion.explain.saliency import Box, RegionMap
 from mmfusion.models.decomposition import Subset, recentred_parts
 from mmfusion.models.fusion import FusionModel
@@ -125,10 +126,34 @@ class Explanation:
     account: Account
     ranks: RankAccount
     maps: list[Maps | None]
+    class_names: tuple[str, str] = Dataset.class_names
+    notes: list[str] = field(default_factory=list)
+    """what the reader of a score or a prediction must know of the data"""
 
     def probability(self, row: int) -> np.ndarray:
         """(S,) of label 1, one per member."""
-        return 1 / (1 + np.exp(-self.account.prediction[:, row]))
+        return expit(self.account.prediction[:, row])
+
+    def loss(self, row: int) -> float | None:
+        """Loss of the mean over members (`ensemble_losses`); None where the example is unlabelled."""
+        target = self.examples.targets[row]
+        if target is None:
+            return None
+        return float(ensemble_losses(self.account.prediction[:, [row]], np.array([target]), self.task)[0])
+
+    def label(self, target: float | None) -> str:
+        """A target in words: its class, or a regression's value; empty where there is none."""
+        if target is None:
+            return ""
+        return self.class_names[int(target)] if self.task == "binary" else f"{target:.2f}"
+
+
+def ensemble_losses(prediction: np.ndarray, target: np.ndarray, task: Task) -> np.ndarray:
+    """(N,) loss of the mean over members of predictions (S, N): -log of the mean probability, or squared error."""
+    if task == "regression":
+        return np.square(prediction.mean(0) - target)
+    margin = prediction * (2 * target - 1)
+    return -(logsumexp(-np.logaddexp(0, -margin), axis=0) - np.log(len(prediction)))  # no probability underflows
 
 
 @torch.no_grad()
@@ -172,8 +197,7 @@ def subset_name(subset: Subset, modalities: Sequence[str]) -> str:
 @torch.no_grad()
 def latents_of(member: FusionModel, features: Mapping[str, Tensor]) -> list[Tensor]:
     """float64 latents (N, L) of raw features (N, d_m), in the head's order."""
-    encoded = member.encode(features)
-    return [encoded[name].double() for name in member.modalities]
+    return [z.double() for z in member.latents(features)]
 
 
 @torch.no_grad()

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.special import logsumexp
 from torch import Tensor
 
-from mmfusion.dataset import Dataset, Split, Task, take
+from mmfusion.dataset import Dataset, Split, take
 from mmfusion.encoders.frozen import (
     ImageEncoder,
     TextEncoder,
@@ -21,7 +20,7 @@ from mmfusion.encoders.frozen import (
 )
 from mmfusion.encoders.images import decode_rgb, preprocess, reason_unreadable
 from mmfusion.errors import InputError
-from mmfusion.explain.account import Examples, Explanation, Maps, RankComponents, account_for
+from mmfusion.explain.account import Examples, Explanation, Maps, RankComponents, account_for, ensemble_losses
 from mmfusion.explain.saliency import Box, RegionMap, region_map, seen_box, word_map
 from mmfusion.explain.summary import Summary, summarise
 from mmfusion.models.fusion import FusionModel
@@ -159,7 +158,16 @@ class Explainer:
             self.choices.output,
             self.output,
             others if baselines else None,
+            self.notes(name),
         )
+
+    def notes(self, split: str | None = None) -> list[str]:
+        """What the data set's own notes say, and whether the models have seen the labels of `split`."""
+        notes = list(self.dataset.notes)
+        if split in ("train", self.dataset.selection):
+            seen = "trained on" if split == "train" or self.run.trained_on_dev else "selected upon"
+            notes.append(f"{split} is {seen}: its scores are optimistic")
+        return notes
 
     def explain(
         self, features: Mapping[str, Tensor], examples: Examples, own_rows: Sequence[int | None], maps: bool
@@ -190,6 +198,8 @@ class Explainer:
             account=account,
             ranks=ranks,
             maps=mappings,
+            class_names=self.dataset.class_names,
+            notes=self.notes(),
         )
 
     def examples(self, split: str, rows: Sequence[int]) -> Examples:
@@ -233,8 +243,7 @@ class Explainer:
         """What is mapped (b,), as a function of one modality's vector (b, d); the others are held at `features`."""
         features = {**features, name: vector.to("cpu")}
         if self.choices.rank is not None:
-            encoded = self.ranks.member.encode(features)
-            latents = [encoded[key].double() for key in self.ranks.member.modalities]
+            latents = [z.double() for z in self.ranks.member.latents(features)]
             return self.ranks.terms(latents)[:, self.choices.rank - 1]
         outputs = [member(features, reconstruct=False).prediction for member in self.members]
         return torch.stack(outputs).mean(0)[:, self.choices.output]
@@ -274,14 +283,6 @@ class Explainer:
 def _is_same(vector: Tensor, known: Tensor) -> bool:
     """True where two encodings are of one input: batching alone changes the last digits."""
     return bool((vector - known).norm() <= 1e-2 * known.norm())
-
-
-def ensemble_losses(prediction: np.ndarray, target: np.ndarray, task: Task) -> np.ndarray:
-    """(N,) loss of the mean over members of predictions (S, N): -log of the mean probability, or squared error."""
-    if task == "regression":
-        return np.square(prediction.mean(0) - target)
-    margin = prediction * (2 * target - 1)
-    return -(logsumexp(-np.logaddexp(0, -margin), axis=0) - np.log(len(prediction)))  # no probability underflows
 
 
 def output_name(dataset: Dataset, output: int) -> str:

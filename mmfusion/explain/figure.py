@@ -14,7 +14,8 @@ from PIL import Image
 from mmfusion.encoders.images import decode_rgb
 from mmfusion.explain.account import Explanation
 from mmfusion.explain.saliency import overlay
-from mmfusion.explain.text import headline, reach
+from mmfusion.explain.text import headline, plain, reach, sentence
+from mmfusion.explain.waterfall import waterfall
 from mmfusion.files import write_atomically
 
 RAISES, LOWERS, GREY, DARK = "#d9741a", "#1f6fb4", "#8a8a8a", "#444444"
@@ -30,30 +31,35 @@ def draw_explanation(path: Path, explanation: Explanation, row: int = 0) -> None
 
 
 def _figure(explanation: Explanation, row: int) -> Figure:
-    account = explanation.account
-    figure = Figure(figsize=(16, 10), layout="constrained")
+    figure = Figure(figsize=(16, 10.6), layout="constrained")
     FigureCanvasAgg(figure)
-    upper, lower = figure.subfigures(2, 1, height_ratios=[2.9, 1])
-    left, middle, right = upper.subfigures(1, 3, width_ratios=[1, 1.05, 1.1])
+    upper, lower = figure.subfigures(2, 1, height_ratios=[3.5, 1])
+    pictures = bool(explanation.examples.pictures)
+    left, middle, right = upper.subfigures(1, 3, width_ratios=[1 if pictures else 0.5, 1.05, 1.1])
 
-    picture, words = left.subplots(2, 1, height_ratios=[1.5, 1])
-    _draw_picture(picture, explanation, row)
-    _draw_words(words, explanation, row)
-    parts = {name: values[:, row] for name, values in account.parts.items()}
-    _draw_waterfall(middle.subplots(), parts, account.prediction[:, row], explanation)
+    if pictures:
+        picture, words = left.subplots(2, 1, height_ratios=[1.5, 1])
+        _draw_picture(picture, explanation, row)
+        _draw_words(words, explanation, row)
+    else:
+        _draw_words(left.subplots(), explanation, row)
+    _draw_waterfall(middle.subplots(), explanation, row)
     _draw_ranks(right.subplots(), explanation, row)
     _draw_neighbours(lower, explanation, row)
-    name = _short(explanation.examples.ids[row], 100)
-    figure.suptitle(f"{name}\n{headline(explanation, row)}\n{reach(explanation, row)}", fontsize=12, linespacing=1.4)
+    lines = [textwrap.fill(part, 110) for part in sentence(explanation, row).split(". ", 1)]
+    figure.suptitle(".\n".join(lines), fontsize=16, fontweight="bold")
+    name = plain(_short(explanation.examples.ids[row], 100))
+    figure.supxlabel(
+        f"{name}, by {explanation.row} of {explanation.run}: {headline(explanation, row)}\n{reach(explanation, row)}",
+        fontsize=10,
+        linespacing=1.4,
+    )
     return figure
 
 
 def _draw_picture(axis: Axes, explanation: Explanation, row: int) -> None:
     key, maps = explanation.examples.ids[row], explanation.maps[row]
     axis.axis("off")
-    if key not in explanation.examples.pictures:
-        axis.text(0.5, 0.5, "this dataset has no pictures", ha="center", color=GREY)
-        return
     picture = decode_rgb(explanation.examples.pictures[key])
     picture.thumbnail((640, 640))
     if maps is None or maps.regions is None:
@@ -72,7 +78,9 @@ def _draw_words(axis: Axes, explanation: Explanation, row: int) -> None:
     maps = explanation.maps[row]
     if maps is None or not any(maps.words.values()):
         axis.axis("off")
-        text = "\n".join(textwrap.wrap(explanation.examples.text(row), 60)[:8])
+        text = "\n".join(
+            textwrap.wrap(plain(explanation.examples.text(row)), 60 if explanation.examples.pictures else 32)[:12]
+        )
         axis.text(0.5, 0.95, text, ha="center", va="top", fontsize=11)
         return
     words = [pair for several in maps.words.values() for pair in several]
@@ -82,42 +90,37 @@ def _draw_words(axis: Axes, explanation: Explanation, row: int) -> None:
     y = np.arange(len(words))[::-1]
     values = np.array([value for _, value in words])
     axis.barh(y, values, color=np.where(values > 0, RAISES, LOWERS))
-    axis.set_yticks(y, [_short(word, 18) for word, _ in words], fontsize=10)
+    axis.set_yticks(y, [plain(_short(word, 18)) for word, _ in words], fontsize=10)
     axis.axvline(0, color="black", lw=0.8)
     axis.set_title(f"words: gradient x input of {explanation.mapped}", fontsize=10)
 
 
-def _draw_waterfall(axis: Axes, parts: dict[str, np.ndarray], prediction: np.ndarray, explanation: Explanation) -> None:
+def _draw_waterfall(axis: Axes, explanation: Explanation, row: int) -> None:
     """Mean over members of each part, one after another; whiskers: standard deviation over members."""
-    means = np.array([values.mean() for values in parts.values()])
-    ends = np.append(np.cumsum(means), means.sum())
-    # a value is shown from what the model says at the mean latents: beside it the parts would be slivers
-    origin = means[0] if explanation.task == "regression" else 0.0
-    starts = np.append(ends[:-1] - means, origin)
-    starts[0] = origin if explanation.task == "regression" else starts[0]
-    rows = np.arange(len(ends))
-    several = len(prediction) > 1
-    spread = np.array([values.std(ddof=1) if several else 0.0 for values in (*parts.values(), prediction)])
-    colours = [*np.where(means > 0, RAISES, LOWERS), DARK]
-    axis.barh(rows, ends - starts, left=starts, color=colours, height=0.55)
-    if several:
-        axis.errorbar(ends, rows, xerr=spread, fmt="none", ecolor="black", capsize=3, lw=0.9)
+    bars, count = waterfall(explanation, row), len(explanation.seeds)
+    rows = np.arange(len(bars.ends))
+    colours = [*np.where(bars.values[:-1] > 0, RAISES, LOWERS), DARK]
+    axis.barh(rows, bars.ends - bars.starts, left=bars.starts, color=colours, height=0.55)
+    if count > 1:
+        axis.errorbar(bars.ends, rows, xerr=bars.spread, fmt="none", ecolor="black", capsize=3, lw=0.9)
     for i in rows[:-2]:  # from the end of each part to the beginning of the next
-        axis.plot([ends[i], ends[i]], [i, i + 1], color=GREY, lw=0.8, ls=":")
-    low = min(origin, *starts, *(ends - spread))
-    high = max(origin, *starts, *(ends + spread), low + 1e-6)
-    for i, value in enumerate([*means, means.sum()]):
+        axis.plot([bars.ends[i], bars.ends[i]], [i, i + 1], color=GREY, lw=0.8, ls=":")
+    low, high = bars.limits
+    for i, value in enumerate(bars.values):
         axis.text(high + 0.22 * (high - low), i, f"{value:+.2f}", va="center", ha="right", fontsize=11)
     axis.set_xlim(low - 0.04 * (high - low), high + 0.24 * (high - low))
-    axis.set_yticks(rows, [*parts, explanation.output], fontsize=11)
-    axis.axvline(origin, color="black", lw=0.8)
+    axis.set_yticks(rows, [name.replace(" x ", " x\n") for name in bars.names], fontsize=11)
+    axis.axvline(bars.origin, color="black", lw=0.8)
     axis.invert_yaxis()
-    mean = f"mean of {len(prediction)} seeds (whisker: their standard deviation)" if several else "one seed"
+    mean = f"mean and std of {count} seeds" if count > 1 else "1 seed"
     axis.set_title(
-        f"the exact account, {mean}:\nthe parts, about the mean of train, sum to the {explanation.output}", fontsize=10
+        f"what each part adds to the {explanation.output}, {mean}\n(bias: what is predicted for the mean of train)",
+        fontsize=10,
     )
     if explanation.task == "binary":
-        axis.set_xlabel("logit; above 0 the model says label 1")
+        axis.set_xlabel("logit: {1} above 0, {0} below".format(*explanation.class_names))
+    else:
+        axis.set_xlabel(f"{explanation.output}, from the bias on")
 
 
 def _draw_ranks(axis: Axes, explanation: Explanation, row: int) -> None:
@@ -167,10 +170,12 @@ def _draw_neighbours(figure: SubFigure, explanation: Explanation, row: int) -> N
                 picture.thumbnail((220, 220), Image.Resampling.BILINEAR)
                 axis.imshow(np.asarray(picture))
             axis.set_anchor("N")
-            target = train.targets[place]
-            label = "" if target is None else f"label {target:g}" if explanation.task == "binary" else f"{target:.2g}"
-            lines = textwrap.wrap(_short(train.text(place), 60), 48 // each + 4)[:3]
-            axis.set_xlabel("\n".join([label, *lines]), fontsize=7)
+            lines = textwrap.wrap(plain(_short(train.text(place), 60)), 48 // each + 4)[:3]
+            words = "\n".join([explanation.label(train.targets[place]), *lines])
+            if train.pictures:
+                axis.set_xlabel(words, fontsize=7)
+            else:
+                axis.text(0.5, 0.95, words, ha="center", va="top", fontsize=9)
 
 
 def _short(text: str, most: int) -> str:

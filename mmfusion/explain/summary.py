@@ -1,13 +1,14 @@
 """What each modality and each set of modalities contributes on a whole split: one table for every member's average."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from mmfusion.dataset import Split, Task
 from mmfusion.explain.account import exact_layer, latents_of, subset_name
+from mmfusion.metrics.format import mean_std
 from mmfusion.metrics.scores import Score, binary_scores, regression_scores
 from mmfusion.models.decomposition import (
     emap,
@@ -38,6 +39,8 @@ class Summary:
     """(S,) per set of modalities, sums to 1: InTense's (`mmfusion.models.decomposition.relevance_scores`)"""
     variance: dict[str, np.ndarray]
     """(S,) per set of modalities, sums to 1: share of the prediction's variance"""
+    notes: list[str] = field(default_factory=list)
+    """what the reader of the scores must know"""
 
 
 @torch.no_grad()
@@ -49,6 +52,7 @@ def summarise(
     output: int,
     output_name: str,
     others: Mapping[str, Sequence[FusionModel]] | None = None,
+    notes: Sequence[str] = (),
 ) -> Summary:
     """EMAP, Shapley values, relevance and shares of variance of all members on a split, each about the split's means.
 
@@ -84,15 +88,12 @@ def summarise(
                 scores[label] = _scores(np.stack([full for full, _ in both]), target, task)
                 scores["its EMAP, " + label] = _scores(np.stack([projected for _, projected in both]), target, task)
     arrays = {key: {name: np.array(values) for name, values in column.items()} for key, column in columns.items()}
-    return Summary(name, len(split), output_name, scores, **arrays)
+    return Summary(name, len(split), output_name, scores, **arrays, notes=list(notes))
 
 
 def _by_definition(model: FusionModel, split: Split, output: int) -> tuple[np.ndarray, np.ndarray]:
     """Prediction and its EMAP (N,) of a model with any head."""
-    encoded = model.encode(split.features)
-    values = values_by_definition(
-        lambda latents: model.rescale(model.fusion(latents)), [encoded[name] for name in model.modalities]
-    )
+    values = values_by_definition(lambda latents: model.rescale(model.fusion(latents)), model.latents(split.features))
     return values[(0, 1)][:, output].double().numpy(), emap(values)[:, output].double().numpy()
 
 
@@ -106,22 +107,24 @@ def _scores(prediction: np.ndarray, target: np.ndarray, task: Task) -> dict[str,
 def summary_rows(summary: Summary) -> list[tuple[str, list[str], list[list[str]]]]:
     """The summary as tables (caption, head, rows) of text."""
     tables = []
+    several = len(next(iter(summary.shapley.values()))) > 1
+    what = "mean +- std over seeds [95 % bootstrap interval]" if several else "1 seed [95 % bootstrap interval]"
     if summary.scores:
         names = list(next(iter(summary.scores.values())))
         rows = [
-            [label, *(f"{s.mean:.3f}{_plus_minus(s.std)} [{s.low:.3f}, {s.high:.3f}]" for s in scores.values())]
+            [label, *(mean_std(s.members, interval=(s.low, s.high)) for s in scores.values())]
             for label, scores in summary.scores.items()
         ]
         caption = (
-            f"scores on {summary.split}, n = {summary.examples}: mean +- std over seeds [95 % bootstrap interval]; "
+            f"scores on {summary.split}, n = {summary.examples}: {what}; "
             "EMAP (Hessel & Lee, 2020) is the model without its interactions"
         )
         tables.append((caption, ["", *names], rows))
     total = sum(summary.shapley.values())
-    rows = [[name, _cell(x), f"{(x / total).mean():.0%}"] for name, x in summary.shapley.items()]
+    rows = [[name, mean_std(x), f"{(x / total).mean():.0%}"] for name, x in summary.shapley.items()]
     caption = f"Shapley values of the {summary.output} on {summary.split}: mean over examples of their absolute value"
     tables.append((caption, ["modality", "mean |value|", "share"], rows))
-    rows = [[name, _cell(summary.variance[name]), _cell(x)] for name, x in summary.relevance.items()]
+    rows = [[name, mean_std(summary.variance[name]), mean_std(x)] for name, x in summary.relevance.items()]
     together = "" if summary.output == "logit" else " (of all outputs together)"
     caption = (
         f"sets of modalities{together}: share of the prediction's variance, and relevance "
@@ -132,17 +135,11 @@ def summary_rows(summary: Summary) -> list[tuple[str, list[str], list[list[str]]
 
 
 def print_summary(summary: Summary) -> None:
-    """The summary as fixed-width tables."""
+    """Notes, then the summary as fixed-width tables."""
+    for note in summary.notes:
+        print(f"note: {note}")
     for caption, head, rows in summary_rows(summary):
         widths = [max(len(cells[i]) for cells in (head, *rows)) for i in range(len(head))]
         print(f"\n{caption}")
         for cells in (head, *rows):
             print("  " + "  ".join(f"{cell:{width}}" for cell, width in zip(cells, widths, strict=True)).rstrip())
-
-
-def _cell(values: np.ndarray) -> str:
-    return f"{values.mean():.3f}" + _plus_minus(values.std(ddof=1) if len(values) > 1 else None)
-
-
-def _plus_minus(std: float | None) -> str:
-    return "" if std is None else f" +- {std:.3f}"

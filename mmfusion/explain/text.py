@@ -1,22 +1,99 @@
-"""One explained prediction in words and numbers, for the shell."""
+"""One explained prediction in words and numbers: the sentence that all forms of it begin with, and the shell's text."""
+
+import unicodedata
 
 import numpy as np
 
 from mmfusion.explain.account import TOLERANCE, Explanation
+from mmfusion.metrics.format import counted, mean_std
+
+TURNS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # turn the direction of all that follows
+
+
+def sentence(explanation: Explanation, row: int) -> str:
+    """What the model predicts, how sure it is, whether that is right, and which part of the example decides.
+
+    "Hateful with probability 0.93 (5 of 5 seeds agree); wrong: labelled benign. Image and text together push most:
+    +2.1 in a logit of +2.6." The first line of the printed text, the title of the figure, the heading on the page.
+    """
+    if explanation.task == "binary":
+        return f"{_decision(explanation, row)}. {_largest_part(explanation, row)}"
+    value, target = explanation.account.prediction[:, row], explanation.examples.targets[row]
+    seeds = counted(len(value), "seed") + (f", {value.min():.2f} to {value.max():.2f}" if len(value) > 1 else "")
+    error = "unlabelled" if target is None else f"the target is {target:.2f}, the error {value.mean() - target:+.2f}"
+    name = explanation.output[:1].upper() + explanation.output[1:]
+    return f"{name} {value.mean():.2f} ({seeds}); {error}. {_largest_part(explanation, row)}"
+
+
+def is_wrong(explanation: Explanation, row: int) -> bool:
+    """True where the decision of a classification, that of the mean probability, is not the label."""
+    target = explanation.examples.targets[row]
+    if explanation.task != "binary" or target is None:
+        return False
+    return (explanation.probability(row).mean() >= 0.5) != (target == 1)
+
+
+def _decision(explanation: Explanation, row: int) -> str:
+    """Class, probability, agreement of the seeds, and the label."""
+    p, target = explanation.probability(row), explanation.examples.targets[row]
+    positive = bool(p.mean() >= 0.5)
+    agreeing = int(((p >= 0.5) == positive).sum())
+    seeds = "1 seed" if len(p) == 1 else f"{agreeing} of {len(p)} seeds agree"
+    name = explanation.class_names[positive]
+    chosen = p.mean() if positive else 1 - p.mean()
+    probability = f"{chosen:.2f}" if chosen < 0.995 else "above 0.99"
+    verdict = "unlabelled"
+    if target is not None:
+        verdict = ("wrong" if is_wrong(explanation, row) else "right") + f": labelled {explanation.label(target)}"
+    return f"{name[:1].upper()}{name[1:]} with probability {probability} ({seeds}); {verdict}"
+
+
+def _largest_part(explanation: Explanation, row: int) -> str:
+    """The part that pushes the mean prediction furthest towards where it ends: from 0, or from a regression's bias."""
+    parts = {name: part[:, row].mean() for name, part in explanation.account.parts.items()}
+    bias = parts.pop("bias")
+    binary = explanation.task == "binary"
+    total = sum(parts.values()) + (bias if binary else 0.0)
+    positive = bool(total >= 0)
+    if binary and positive != (explanation.probability(row).mean() >= 0.5):
+        return f"The seeds disagree: their mean logit is {_signed(total)}."  # one far-off seed outweighs the others
+    name = max(parts, key=lambda part: parts[part] if positive else -parts[part])
+    whole = f"in a logit of {_signed(total)}" if binary else f"from {bias:.2f} at the mean of train"
+    if binary and (parts[name] > 0) != positive:
+        return f"No part of the example pushes that way: the bias does, {_signed(bias)} {whole}."
+    *others, last = name.removesuffix(" alone").split(" x ")
+    subject = f"{', '.join(others)} and {last} together push" if others else f"{last} alone pushes"
+    return f"{subject[:1].upper()}{subject[1:]} most: {_signed(parts[name])} {whole}."
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.1f}" if abs(value) >= 1 else f"{value:+.2f}"
+
+
+def plain(text: str) -> str:
+    """The text with every control character replaced: it may come from a stranger, and a terminal would obey it."""
+    return "".join(
+        " "  # line ends and tabs too
+        if letter.isspace()
+        else "\N{REPLACEMENT CHARACTER}"
+        if letter in TURNS or unicodedata.category(letter) in ("Cc", "Cs")  # C0 and C1; halves of a surrogate pair
+        else letter
+        for letter in text
+    )
 
 
 def headline(explanation: Explanation, row: int) -> str:
-    """The prediction with its spread over seeds, the label where there is one."""
-    target = explanation.examples.targets[row]
-    seeds = f"{len(explanation.seeds)} seed" + "s" * (len(explanation.seeds) > 1)
+    """The prediction with its spread over seeds, and the loss where there is a label."""
+    count = len(explanation.seeds)
     if explanation.task == "binary":
-        value, name = explanation.probability(row), "probability of label 1"
-        label = "" if target is None else f"; the label is {target:g}"
+        value, name = explanation.probability(row), f"probability of {explanation.class_names[1]}"
+        cost = "cross-entropy"
     else:
         value, name = explanation.account.prediction[:, row], explanation.output
-        label = "" if target is None else f"; the target is {target:.3g}"
-    spread = f" +- {value.std(ddof=1):.2g}" if len(value) > 1 else ""
-    return f"{name}: {value.mean():.3g}{spread} over {seeds} ({value.min():.2g} to {value.max():.2g}){label}"
+        cost = "squared error"
+    seeds = f"over {count} seeds ({value.min():.2f} to {value.max():.2f})" if count > 1 else "of 1 seed"
+    loss = explanation.loss(row)
+    return f"{name} {mean_std(value)} {seeds}" + ("" if loss is None else f"; {cost} {loss:.3f}")
 
 
 def reach(explanation: Explanation, row: int) -> str:
@@ -28,20 +105,27 @@ def reach(explanation: Explanation, row: int) -> str:
     for name in account.modalities:
         if explanation.task == "binary":
             radius = account.radius[name][:, row] / account.latent_std[name]
-            cells.append(f"{name} {radius.min():.2f} (seeds' mean {radius.mean():.2f})")
+            mean = f" (seeds' mean {radius.mean():.2f})" if len(radius) > 1 else ""
+            cells.append(f"{name} {radius.min():.2f}{mean}")
         else:
             cells.append(f"{name} {(account.slope[name][:, row] * account.latent_std[name]).mean():.2g}")
     if explanation.task == "binary":
-        return "certified l2 radius of one latent in standard deviations, least over seeds: " + ", ".join(cells)
-    return f"largest change of the {explanation.output} as one latent moves by its std: " + ", ".join(cells)
+        who = "no seed changes its" if len(explanation.seeds) > 1 else "the seed does not change its"
+        return f"certified: {who} decision before one latent alone moves by, in standard deviations: {', '.join(cells)}"
+    return (
+        f"certified: as one latent alone moves by its standard deviation, the {explanation.output} changes by at most "
+        "(mean over seeds): " + ", ".join(cells)
+    )
 
 
 def print_explanation(explanation: Explanation, row: int = 0) -> None:
     """One explained example as text."""
-    account, ranks = explanation.account, explanation.ranks
-    count = len(explanation.seeds)
-    print(f"{explanation.run}: {explanation.row}, {count} seed(s)")
-    print(f"{explanation.examples.ids[row]}  {explanation.examples.text(row)!r}\n\n{headline(explanation, row)}")
+    account = explanation.account
+    print(f"{sentence(explanation, row)}\n{headline(explanation, row)}\n")
+    print(f"{plain(explanation.examples.ids[row])}  {explanation.examples.text(row)!r}")
+    print(f"{explanation.run}: {explanation.row}, {counted(len(explanation.seeds), 'seed')}")
+    for note in explanation.notes:
+        print(f"note: {plain(note)}")
 
     binary = explanation.task == "binary"
     print(f"\n{'certified radius (l2)' if binary else 'largest change (l2)':24}", end="")
@@ -53,11 +137,12 @@ def print_explanation(explanation: Explanation, row: int = 0) -> None:
     for name in account.modalities:
         if binary:
             radius = account.radius[name][:, row] / account.latent_std[name]
-            print(f"  {name:20}  least over seeds {radius.min():.3f}; {_cell(radius)}")
+            print(f"  {name:20}  {_cell(radius)}{f'; least over seeds {radius.min():.3f}' if len(radius) > 1 else ''}")
         else:
             print(f"  {name:20}  {_cell(account.slope[name][:, row] * account.latent_std[name])}")
 
-    print(f"\nthe {explanation.output}, taken apart exactly about the mean of train (mean +- std over seeds)")
+    spread = " (mean +- std over seeds)" if len(explanation.seeds) > 1 else ""
+    print(f"\nthe {explanation.output}, taken apart exactly about the mean of train{spread}")
     for name, part in account.parts.items():
         print(f"  {name:20}  {_cell(part[:, row])}")
     print(f"  {'sum':20}  {_cell(sum(part[:, row] for part in account.parts.values()))}")
@@ -66,6 +151,13 @@ def print_explanation(explanation: Explanation, row: int = 0) -> None:
         f"(allowed: {TOLERANCE:.0e})"
     )
 
+    _print_ranks(explanation, row)
+    _print_maps(explanation, row)
+
+
+def _print_ranks(explanation: Explanation, row: int) -> None:
+    """Rank terms of one seed, and the training examples nearest by each."""
+    account, ranks = explanation.account, explanation.ranks
     print(f"\nrank terms of seed {explanation.seed}")
     kind = "canonical component" if ranks.canonical else "rank"
     names = "".join(f"{name:>12}" for name in account.modalities)
@@ -89,10 +181,9 @@ def print_explanation(explanation: Explanation, row: int = 0) -> None:
     print(f"\ntraining examples nearest in the coordinates of each {kind}")
     for k in range(ranks.terms.shape[1]):
         for place in ranks.neighbours[row, k]:
-            target = explanation.train.targets[place]
-            label = "" if target is None else f"label {target:g}" if binary else f"{target:.3g}"
-            print(f"  {k + 1:<3} {explanation.train.ids[place]:24} {label:10} {explanation.train.text(place)[:60]!r}")
-    _print_maps(explanation, row)
+            label = explanation.label(explanation.train.targets[place])
+            key = plain(explanation.train.ids[place])
+            print(f"  {k + 1:<3} {key:24} {label:10} {explanation.train.text(place)[:60]!r}")
 
 
 def _print_maps(explanation: Explanation, row: int) -> None:
@@ -101,14 +192,14 @@ def _print_maps(explanation: Explanation, row: int) -> None:
         return
     for name, words in maps.words.items():
         print(f"\nwords of {name} that feed {explanation.mapped} (gradient x input)")
-        print("  " + "  ".join(f"{word} {value:+.3f}" for word, value in words))
+        print("  " + "  ".join(f"{plain(word)} {value:+.3f}" for word, value in words))
     if maps.regions is not None:
         print(f"\nregions of the picture that feed {explanation.mapped} (gradient x (input - mean of train))")
         for line in maps.regions.cells:
             print("  " + "".join(f"{value:9.3f}" for value in line))
     for note in maps.notes:
-        print(f"\n{note}")
+        print(f"\n{plain(note)}")
 
 
 def _cell(values: np.ndarray) -> str:
-    return f"{values.mean():8.3f}" + (f" +- {values.std(ddof=1):.3f}" if len(values) > 1 else "")
+    return mean_std(values).rjust(17 if len(values) > 1 else 8)  # the means of a column stand below each other

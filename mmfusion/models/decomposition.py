@@ -108,6 +108,16 @@ def shapley_values(values: Mapping[Subset, Tensor]) -> Tensor:
     return torch.stack(shares, dim=-1)
 
 
+def variance_share(part: Tensor, whole: Tensor) -> float:
+    """sum_o cov(part_o, whole_o) / sum_o var(whole_o) over examples; part and whole (n,) or (n, O).
+
+    The shares of parts that sum to the whole sum to 1; one is negative where its part works against the whole, and 0
+    where the whole is constant.
+    """
+    part, whole = part - part.mean(0), whole - whole.mean(0)
+    return ((part * whole).sum() / whole.square().sum().clamp_min(1e-30)).item()
+
+
 @torch.no_grad()
 def variance_shares(layer: LowRankMultimodalFusion, latents: Sequence[Tensor]) -> dict[tuple[int, ...], float]:
     """Share of each subset of modalities in the variance of the layer's outputs, about the mean latents.
@@ -127,10 +137,8 @@ def variance_shares(layer: LowRankMultimodalFusion, latents: Sequence[Tensor]) -
     Raises ValueError for latents that do not fit the layer.
     """
     parts = recentred_parts(deepcopy(layer).double(), [z.double() for z in latents])  # (n, O) each
-    parts = {subset: part - part.mean(0) for subset, part in parts.items() if subset}
     whole = sum(parts.values())
-    total = whole.square().sum().clamp_min(1e-30)
-    return {subset: ((part * whole).sum() / total).item() for subset, part in parts.items()}
+    return {subset: variance_share(part, whole) for subset, part in parts.items() if subset}
 
 
 def contributions(shares: Mapping[tuple[int, ...], np.ndarray | float], modalities: int) -> np.ndarray:

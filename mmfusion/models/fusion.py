@@ -113,6 +113,11 @@ class FusionModel(nn.Module):
         """Latents (..., L) of raw features (..., d_m)."""
         return self.jwae.encode({name: module(features[name]) for name, module in self.standardise.items()})
 
+    def latents(self, features: Mapping[str, Tensor]) -> list[Tensor]:
+        """Latents (..., L) of raw features (..., d_m) in the order of `modalities`, as the head takes them."""
+        encoded = self.encode(features)
+        return [encoded[name] for name in self.modalities]
+
     def forward(
         self, features: Mapping[str, Tensor], reconstruct: bool = True, present: Mapping[str, Tensor] | None = None
     ) -> FusionOutput:

@@ -276,8 +276,7 @@ def _double(layer: LowRankMultimodalFusion) -> LowRankMultimodalFusion:
 
 
 def _latents(model: FusionModel, features: Features) -> tuple[list[Tensor], Tensor]:
-    encoded = model.encode(features)
-    latents = [encoded[name] for name in model.modalities]
+    latents = model.latents(features)
     return latents, model.rescale(model.fusion(latents))
 
 

@@ -17,8 +17,9 @@ from torch import Tensor
 from mmfusion.files import write_atomically
 from mmfusion.dataset import Dataset
 from mmfusion.models.fusion import FusionEnsemble, FusionModel
+from mmfusion.metrics.format import counted, mean_std
 from mmfusion.metrics.scores import BINARY_SCORES, Score
-from mmfusion.models.decomposition import recentred_parts
+from mmfusion.models.decomposition import recentred_parts, variance_share
 from mmfusion.training.trainer import Trained
 
 @dataclass(frozen=True)
@@ -45,12 +46,11 @@ def rank_report(ensemble: FusionEnsemble, features: Mapping[str, Tensor]) -> Ran
     columns: dict[str, list] = {"weight": [], "strength": [], "share": [], "spectrum": [], "bias": []}
     parts: dict[str, list[float]] = {}
     for member in ensemble.members:
-        encoded = member.encode(features)
-        latents = [encoded[name].double() for name in member.modalities]  # (N, L) each
+        latents = [z.double() for z in member.latents(features)]  # (N, L) each
         layer = deepcopy(member.fusion).double()
         logit = layer(latents).squeeze(-1)  # (N,)
         terms = layer.rank_terms(latents).squeeze(-1)  # (N, R)
-        share = np.array([_covariance_share(terms[:, r], logit) for r in range(layer.rank)])
+        share = np.array([variance_share(terms[:, r], logit) for r in range(layer.rank)])
         order = np.argsort(-share)
         columns["weight"].append((layer.rank_weights * layer.rank_mask).numpy()[order])
         columns["strength"].append(layer.rank_strength().squeeze(-1).numpy()[order])
@@ -60,17 +60,12 @@ def rank_report(ensemble: FusionEnsemble, features: Mapping[str, Tensor]) -> Ran
             part = part.squeeze(-1)  # (N, 1) -> (N,)
             if subset:
                 name = " x ".join(member.modalities[m] for m in subset)
-                parts.setdefault(name, []).append(_covariance_share(part, logit))
+                parts.setdefault(name, []).append(variance_share(part, logit))
             else:
                 columns["bias"].append(part.mean().item())
     return RankReport(
         **{k: np.array(v) for k, v in columns.items()}, part_share={k: np.array(v) for k, v in parts.items()}
     )
-
-
-def _covariance_share(part: Tensor, whole: Tensor) -> float:
-    part, whole = part - part.mean(), whole - whole.mean()
-    return ((part * whole).sum() / whole.square().sum().clamp_min(1e-30)).item()
 
 
 # ---- printed tables ----------------------------------------------------------------------------------------------
@@ -92,7 +87,8 @@ def print_dataset(dataset: Dataset, folder: Path, device: torch.device) -> None:
 def print_scores(scores: Mapping[str, Mapping[str, Mapping[str, Score]]], dataset: Dataset) -> None:
     """Scores {row: {split: {score: Score}}} as a fixed-width table."""
     some = next(iter(next(iter(scores.values())).values()))["auroc"]
-    print(f"\nmean +- std over {len(some.members)} seed(s) [95 % bootstrap interval over examples, of the mean]")
+    of = f"mean +- std over {counted(len(some.members), 'seed')}" if len(some.members) > 1 else "1 seed"
+    print(f"\n{of} [95 % bootstrap interval over examples{', of the mean' if len(some.members) > 1 else ''}]")
     width = max(map(len, scores))
     for name in next(iter(scores.values())):
         n = len(dataset.splits[name])
@@ -102,13 +98,9 @@ def print_scores(scores: Mapping[str, Mapping[str, Mapping[str, Score]]], datase
         print(f"\n{name}, n = {n}{mark}")
         print(f"{'':{width}}" + "".join(f"  {score:^26}" for score in BINARY_SCORES))
         for label, by_split in scores.items():
-            cells = "".join(f"  {_cell(by_split[name][score]):26}" for score in BINARY_SCORES)
+            columns = (by_split[name][score] for score in BINARY_SCORES)
+            cells = "".join(f"  {mean_std(x.members, interval=(x.low, x.high)):26}" for x in columns)
             print(f"{label:{width}}{cells}".rstrip())
-
-
-def _cell(score: Score) -> str:
-    std = "    -" if score.std is None else f"{score.std:.3f}"
-    return f"{score.mean:.3f} +- {std} [{score.low:.3f}, {score.high:.3f}]"
 
 
 def print_ranks(ranks: RankReport, split: str) -> None:
@@ -117,16 +109,12 @@ def print_ranks(ranks: RankReport, split: str) -> None:
     print("rank        weight |w|          strength   share of variance   canonical spectrum")
     columns = (np.abs(ranks.weight), ranks.strength, ranks.share, ranks.spectrum)
     for r in range(ranks.weight.shape[1]):
-        print(f"{r + 1:4}  " + "  ".join(f"{_spread(column[:, r]):>16}" for column in columns))
+        print(f"{r + 1:4}  " + "  ".join(f"{mean_std(column[:, r]):>16}" for column in columns))
     print("\nwhere the logit's variance comes from (exact: the parts of each prediction sum to its logit)")
     for name, share in ranks.part_share.items():
         kind = "alone" if " x " not in name else "together"
-        print(f"{name + ' ' + kind:24} {_spread(share)}")
-    print(f"{'bias (logit, no variance)':24} {_spread(ranks.bias)}")
-
-
-def _spread(values: np.ndarray) -> str:
-    return f"{values.mean():.3f}" + (f" +- {values.std(ddof=1):.3f}" if len(values) > 1 else "")
+        print(f"{name + ' ' + kind:24} {mean_std(share)}")
+    print(f"{'bias (logit, no variance)':24} {mean_std(ranks.bias)}")
 
 
 # ---- report.png --------------------------------------------------------------------------------------------------
@@ -147,7 +135,7 @@ def draw(
     `trained` holds the history of a stack whose first members are those of `ensemble`; `probabilities` is
     {split: (S, N)}.
     """
-    figure = Figure(figsize=(15, 8.6), layout="constrained")
+    figure = Figure(figsize=(15, 9.8), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 3)
     members = len(ensemble.members)
@@ -163,8 +151,13 @@ def draw(
     _draw_roc(axes[1, 0], target, p, f"{shown}, n = {len(target)}{selected}")
     _draw_reliability(axes[1, 1], target, p, f"{shown}, n = {len(target)}{selected}")
     _draw_latents(axes[1, 2], ensemble.members[0], dataset.splits[dataset.selection].features, dataset.selection)
-    figure.suptitle(f"jWAE-LMF on {dataset.name}: {members} seeds, rank {ranks.weight.shape[1]}", fontsize=14)
+    figure.suptitle(f"jWAE-LMF on {dataset.name}: {counted(members, 'seed')}, rank {ranks.weight.shape[1]}", fontsize=14)
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
+
+
+def _legend_below(axis, columns: int) -> None:
+    """The legend under the axis: inside, some run's curve or point would lie beneath it."""
+    axis.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=3.6, ncols=columns)
 
 
 def _draw_losses(axis, trained: Trained, members: int) -> None:
@@ -178,7 +171,7 @@ def _draw_losses(axis, trained: Trained, members: int) -> None:
     axis.axhline(0, color="black", linewidth=0.5)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set(title="training loss terms, unweighted (band: all seeds)", xlabel="epoch")
-    axis.legend(frameon=False, loc="lower left", ncols=2)
+    _legend_below(axis, 4)
 
 
 def _draw_selection(axis, trained: Trained, members: int, selection: str) -> None:
@@ -190,11 +183,12 @@ def _draw_selection(axis, trained: Trained, members: int, selection: str) -> Non
     axis.axhline(0.5, color=GREY, linestyle=":", label="chance")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set(title=f"AUROC on {selection} (the split selected upon)", xlabel="epoch", ylabel="AUROC")
-    axis.legend(frameon=False, loc="lower right")
+    _legend_below(axis, 3)
 
 
 def _draw_ranks(axis, ranks: RankReport, selection: str) -> None:
     x = np.arange(ranks.weight.shape[1])
+    spread = "mean and std over seeds" if len(ranks.weight) > 1 else "1 seed"
     spectrum = ranks.spectrum / np.maximum(ranks.spectrum.sum(1, keepdims=True), 1e-30)
     for offset, values, color, label in (
         (-0.2, ranks.share, BLUE, "share of the logit's variance (raw ranks, sorted)"),
@@ -204,10 +198,8 @@ def _draw_ranks(axis, ranks: RankReport, selection: str) -> None:
         axis.bar(x + offset, values.mean(0), 0.38, yerr=error, color=color, label=label, capsize=3)
     axis.axhline(0, color="black", linewidth=0.6)
     axis.set_xticks(x, [str(r + 1) for r in x])
-    top = max(axis.get_ylim()[1], 0.01)
-    axis.set(title=f"rank factors on {selection} (mean and std over seeds)", xlabel="rank")
-    axis.set_ylim(top=1.3 * top)
-    axis.legend(frameon=False, loc="upper right")
+    axis.set(title=f"rank factors on {selection} ({spread})", xlabel="rank")
+    _legend_below(axis, 1)
 
 
 def _draw_roc(axis, target: np.ndarray, p: np.ndarray, where: str) -> None:
@@ -216,7 +208,7 @@ def _draw_roc(axis, target: np.ndarray, p: np.ndarray, where: str) -> None:
         axis.plot(false_positive, true_positive, color=BLUE, alpha=0.5, label="one seed" if s == 0 else None)
     axis.plot([0, 1], [0, 1], color=GREY, linestyle=":", label="chance")
     axis.set(title=f"ROC on {where}", xlabel="false positive rate", ylabel="true positive rate", aspect="equal")
-    axis.legend(frameon=False, loc="lower right")
+    _legend_below(axis, 2)
 
 
 def _draw_reliability(axis, target: np.ndarray, p: np.ndarray, where: str) -> None:
@@ -224,9 +216,9 @@ def _draw_reliability(axis, target: np.ndarray, p: np.ndarray, where: str) -> No
         observed, mean_predicted = calibration_curve(target, probabilities, n_bins=10, strategy="quantile")
         axis.plot(mean_predicted, observed, "o-", color=BLUE, alpha=0.5, markersize=4, label="one seed" if s == 0 else None)
     axis.plot([0, 1], [0, 1], color=GREY, linestyle=":", label="calibrated")
-    axis.set(title=f"reliability on {where}", xlabel="probability said (10 equal-mass bins)", ylabel="share positive")
+    axis.set(title=f"reliability on {where}", xlabel="predicted probability (10 equal-mass bins)", ylabel="share positive")
     axis.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
-    axis.legend(frameon=False, loc="upper left")
+    _legend_below(axis, 2)
 
 
 @torch.inference_mode()
@@ -247,4 +239,4 @@ def _draw_latents(axis, member: FusionModel, features: Mapping[str, Tensor], spl
         axis.plot(*circle, color="black", linestyle=style, linewidth=0.8, label=f"N(0, I) holds {share:.0%}")
     axis.set(title=f"latents on {split}, first seed: two main axes, prior", aspect="equal")
     axis.set(xlabel="first axis", ylabel="second axis")
-    axis.legend(frameon=False, loc="upper right")
+    _legend_below(axis, 2)
