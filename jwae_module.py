@@ -1,16 +1,14 @@
 """Joint Wasserstein autoencoder (Mahajan, Botschen, Gurevych, Roth, 2019): an autoencoder per modality, one prior.
 
-The latents of every modality are pulled to N(0, I) by an MMD penalty (`mmd_penalty`), kept informative by
-`reconstruction_error`, and tied to each other, where the rows of the modalities are pairs, by `info_nce` or
-`margin_ranking`. B batch, L latent width, d_m width of modality m.
+The latents of every modality are pulled to N(0, I) by an MMD penalty (`mmd_penalty`) and kept informative by
+`reconstruction_error`; what ties them to each other is in `mmfusion.losses.contrastive`. B batch, L latent width, d_m
+width of modality m.
 
 No forward pass here draws random numbers, works in place or branches on values, so that all of it runs under
 `torch.func` (vmap, functional_call) and `torch.compile(fullgraph=True)`: hence no batch norm and no dropout.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import combinations
-from typing import Literal
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +18,6 @@ from torch import Tensor, nn
 # d MMD^2 / d log(std) between 0.02 and 0.3 in size, and towards std 1: 0.25 sees collapse and shape, 0.5 has the most
 # power near the prior, 4 and 32 still see latents of std 3 and 10. (A single bandwidth v = L leaves 7e-15 at std 10.)
 GAUSSIAN_SCALES = (0.25, 0.5, 4.0, 32.0)
-# Tolstikhin et al. (2018), their published code: C = 2 L * scale
-IMQ_SCALES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 
 
 class JWAE(nn.Module):
@@ -71,21 +67,15 @@ class JWAE(nn.Module):
         return latents, self.decode(latents)
 
 
-def mmd_penalty(
-    z: Tensor,
-    *,
-    estimator: Literal["closed_form", "sampled"] = "closed_form",
-    scales: Sequence[float] | None = None,
-    prior: Tensor | None = None,
-) -> Tensor:
-    """Unbiased estimate of the squared maximum mean discrepancy between the rows of z and N(0, I).
+def mmd_penalty(z: Tensor, *, scales: Sequence[float] = GAUSSIAN_SCALES) -> Tensor:
+    """Unbiased estimate of the squared maximum mean discrepancy between the rows of z and N(0, I), without draws of it.
 
-    "closed_form" (Rustamov, 2019): Gaussian kernels exp(-|a - b|^2 / (2 v)), v = scale * L, integrated over the prior:
+    Gaussian kernels exp(-|a - b|^2 / (2 v)), v = scale * L, integrated over the prior (Rustamov, 2019); mean over v:
 
         mean_{i != j} k(z_i, z_j) - 2 (v / (v + 1))^(L/2) mean_i exp(-|z_i|^2 / (2 (v + 1))) + (v / (v + 2))^(L/2)
 
-    "sampled" (Tolstikhin et al., 2018): inverse multiquadratics C / (C + |a - b|^2), C = 2 L * scale, against `prior`.
-    Both are averaged over the scales. Being unbiased they are 0 on average under the prior, hence at times negative.
+    Being unbiased it is 0 on average under the prior, hence at times negative. Its noise is half that of the same
+    estimate from as many draws of the prior.
 
     What it cannot see: in a wide space isotropic kernels hardly notice the shape of single coordinates. With B = 128,
     independent exponential coordinates lie 15 null standard deviations away at L = 2, 6 at L = 16, but 0.6 at L = 128;
@@ -94,31 +84,30 @@ def mmd_penalty(
 
     Args:
         z: latents (B, L), B >= 2.
-        estimator: see above.
-        scales: bandwidths; `GAUSSIAN_SCALES` or `IMQ_SCALES` if None.
-        prior: for "sampled" alone, (N, L) draws of N(0, I), N >= 2, independent of z; fresh ones at every step.
+        scales: bandwidths, in units of L.
 
     Returns:
         A scalar, in float32 for half-precision latents.
 
     Raises:
-        ValueError: z is not (B, L) with B >= 2, a scale is not positive, `prior` does not fit z or the estimator, or an
-            unknown estimator.
+        ValueError: z is not (B, L) with B >= 2, or a scale is not positive.
     """
     if z.ndim != 2 or len(z) < 2:
         raise ValueError(f"latents must be (B, L) with B of at least 2, got {tuple(z.shape)}")
-    if scales is not None and (not scales or min(scales) <= 0):
+    if not scales or min(scales) <= 0:
         raise ValueError(f"scales must be one or more positive numbers, got {tuple(scales)}")
-    if estimator == "closed_form":
-        if prior is not None:
-            raise ValueError("the closed form takes no prior samples")
-        return _closed_form(_upcast(z), scales or GAUSSIAN_SCALES)
-    if estimator != "sampled":
-        raise ValueError(f"estimator must be 'closed_form' or 'sampled', got {estimator!r}")
-    if prior is None or prior.ndim != 2 or len(prior) < 2 or prior.shape[1] != z.shape[1]:
-        found = None if prior is None else tuple(prior.shape)
-        raise ValueError(f"the sampled estimator needs prior samples (N, {z.shape[1]}), N of at least 2, got {found}")
-    return _sampled_imq(_upcast(z), _upcast(prior), scales or IMQ_SCALES)
+    z, width = upcast(z), z.shape[1]
+    norms = z.square().sum(-1)  # (B,)
+    # |z_i - z_j|^2 (B, B); rounding may leave a 0 negative, which no kernel minds
+    distances = norms[:, None] + norms - 2 * products(z, z)
+    total = z.new_zeros(())
+    for scale in scales:
+        v = scale * width
+        k_zz = off_diagonal_mean(torch.exp(-distances / (2 * v)), 1.0)  # U-statistic: the diagonal would bias it by 1/B
+        k_zp = (v / (v + 1)) ** (width / 2) * torch.exp(-norms / (2 * (v + 1))).mean()
+        k_pp = (v / (v + 2)) ** (width / 2)
+        total = total + k_zz - 2 * k_zp + k_pp
+    return total / len(scales)
 
 
 def reconstruction_error(features: Mapping[str, Tensor], reconstructions: Mapping[str, Tensor]) -> Tensor:
@@ -137,57 +126,8 @@ def reconstruction_error(features: Mapping[str, Tensor], reconstructions: Mappin
     shapes = [{name: tuple(x.shape) for name, x in group.items()} for group in (features, reconstructions)]
     if shapes[0] != shapes[1]:
         raise ValueError(f"features {shapes[0]} and reconstructions {shapes[1]} differ")
-    errors = [F.mse_loss(_upcast(reconstructions[name]), _upcast(x)) for name, x in features.items()]
+    errors = [F.mse_loss(upcast(reconstructions[name]), upcast(x)) for name, x in features.items()]
     return torch.stack(errors).mean()
-
-
-def info_nce(latents: Mapping[str, Tensor], temperature: float = 0.07) -> Tensor:
-    """Symmetric InfoNCE on cosine similarities: each row must pick its partner among the B rows of the other modality.
-
-    Args:
-        latents: (B, L) by modality; row i of every modality belongs to example i.
-        temperature: divides the similarities; 0.07 is where CLIP (Radford et al., 2021) starts.
-
-    Returns:
-        A scalar, the mean over both directions and all pairs of modalities; log B when nothing is aligned, 0 for one
-        modality.
-
-    Raises:
-        ValueError: latents that are not (B, L) alike.
-    """
-    losses = []
-    for similarities, _ in _pair_similarities(latents):
-        logits = similarities / temperature  # (B, B)
-        partner = torch.arange(len(logits), device=logits.device)
-        losses += [F.cross_entropy(logits, partner), F.cross_entropy(logits.T, partner)]
-    return _mean(losses, latents)
-
-
-def margin_ranking(latents: Mapping[str, Tensor], margin: float = 0.2) -> Tensor:
-    """Bidirectional hinge ranking loss, the pair alignment of the jWAE paper.
-
-        mean_{i != j} 1/2 { [margin - s_ii + s_ij]_+ + [margin - s_ii + s_ji]_+ },  s the cosine similarity
-
-    The published code of Mahajan et al. (2019) takes the same hinges with margin 0.2, but sums them over the batch
-    (optionally the hardest negative alone); the mean keeps the weight of the term independent of the batch size.
-
-    Args:
-        latents: (B, L) by modality; row i of every modality belongs to example i.
-        margin: by how much the partner must be more similar than any other row.
-
-    Returns:
-        A scalar, the mean over all pairs of modalities; 0 for one modality, or for B < 2.
-
-    Raises:
-        ValueError: latents that are not (B, L) alike.
-    """
-    losses = []
-    for similarities, matched in _pair_similarities(latents):
-        hinges = _positive_part(margin - matched[:, None] + similarities) + _positive_part(
-            margin - matched + similarities
-        )
-        losses.append(_off_diagonal_mean(hinges, 2 * max(margin, 0.0)) / 2)  # a row is no rival of itself
-    return _mean(losses, latents)
 
 
 def _mlp(d_in: int, d_hidden: int, d_out: int) -> nn.Sequential:
@@ -200,28 +140,18 @@ def _check(tensors: Mapping[str, Tensor], widths: Mapping[str, int], what: str) 
         raise ValueError(f"expected {what} of widths {dict(widths)}, got shapes {found}")
 
 
-def _upcast(x: Tensor) -> Tensor:
+def upcast(x: Tensor) -> Tensor:
     """float32 in place of half precision; float32 and float64 as they are."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def _products(a: Tensor, b: Tensor) -> Tensor:
+def products(a: Tensor, b: Tensor) -> Tensor:
     """a b^T, (A, B), in the dtype of its arguments: autocast would round it to half precision."""
     with torch.autocast(a.device.type, enabled=False):
         return a @ b.T
 
 
-def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    """|a_i - b_j|^2 of rows (A, L) and (B, L) -> (A, B); rounding may leave a 0 negative, which no kernel minds."""
-    return a.square().sum(-1)[:, None] + b.square().sum(-1) - 2 * _products(a, b)
-
-
-def _positive_part(x: Tensor) -> Tensor:
-    """max(x, 0), without the boolean mask of relu's gradient: compiled, storing it costs more than all else here."""
-    return (x + x.abs()) / 2
-
-
-def _off_diagonal_mean(matrix: Tensor, diagonal: float) -> Tensor:
+def off_diagonal_mean(matrix: Tensor, diagonal: float) -> Tensor:
     """Mean of a (B, B) matrix without its diagonal, every entry of which is known to be `diagonal`; 0 for B = 1.
 
     Subtracted from the sum, since a mask is slow in a compiled step. What rounding leaves is 1e-7 of the mean.
@@ -230,45 +160,3 @@ def _off_diagonal_mean(matrix: Tensor, diagonal: float) -> Tensor:
     if size < 2:
         return matrix.new_zeros(())
     return (matrix.sum() - size * diagonal) / (size * (size - 1))
-
-
-def _closed_form(z: Tensor, scales: Sequence[float]) -> Tensor:
-    norms = z.square().sum(-1)  # (B,)
-    distances = _squared_distances(z, z)  # (B, B)
-    width = z.shape[1]
-    total = z.new_zeros(())
-    for scale in scales:
-        v = scale * width
-        k_zz = _off_diagonal_mean(
-            torch.exp(-distances / (2 * v)), 1.0
-        )  # U-statistic: the diagonal would bias it by 1/B
-        k_zp = (v / (v + 1)) ** (width / 2) * torch.exp(-norms / (2 * (v + 1))).mean()
-        k_pp = (v / (v + 2)) ** (width / 2)
-        total = total + k_zz - 2 * k_zp + k_pp
-    return total / len(scales)
-
-
-def _sampled_imq(z: Tensor, prior: Tensor, scales: Sequence[float]) -> Tensor:
-    zz, zp, pp = _squared_distances(z, z), _squared_distances(z, prior), _squared_distances(prior, prior)
-    total = z.new_zeros(())
-    for scale in scales:
-        c = 2 * z.shape[1] * scale
-        k_zz, k_pp = _off_diagonal_mean(c / (c + zz), 1.0), _off_diagonal_mean(c / (c + pp), 1.0)
-        total = total + k_zz - 2 * (c / (c + zp)).mean() + k_pp
-    return total / len(scales)
-
-
-def _pair_similarities(latents: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Cosine similarities of every pair of modalities: of all rows (B, B), and of the partners (B,)."""
-    shapes = {name: tuple(z.shape) for name, z in latents.items()}
-    if len(set(shapes.values())) != 1 or len(next(iter(shapes.values()))) != 2:
-        raise ValueError(f"paired latents must share one shape (B, L), got {shapes}")
-    unit = [F.normalize(_upcast(z), dim=-1) for z in latents.values()]
-    for a, b in combinations(unit, 2):
-        # the partners anew: a diagonal read is not vectorised, and its kernel took a fifth of a compiled training step
-        yield _products(a, b), (a * b).sum(-1)
-
-
-def _mean(losses: list[Tensor], latents: Mapping[str, Tensor]) -> Tensor:
-    """Mean of the pair losses; 0 where a single modality leaves nothing to align."""
-    return torch.stack(losses).mean() if losses else _upcast(next(iter(latents.values()))).new_zeros(())

@@ -19,13 +19,13 @@ from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedKFold
 from torch import Tensor
 
-from jwae_module import margin_ranking
 from mmfusion.data.folds import FoldedDataset, fold_datasets, with_dev_in_training
 from mmfusion.data.memes import MemesConfig, load_memes
 from mmfusion.data.mustard import load_mustard
 from mmfusion.dataset import Split, take
 from mmfusion.distributed import Processes
 from mmfusion.encoders.frozen import EncoderConfig
+from mmfusion.losses.contrastive import margin_ranking
 from mmfusion.metrics.format import mean_std
 from mmfusion.models.fusion import FusionModel
 from mmfusion.training.objective import objective, predict

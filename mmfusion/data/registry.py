@@ -57,7 +57,22 @@ def load_datasets(options: DataOptions, device: str = "cpu") -> list[Dataset]:
         raise InputError(f"--data: --dataset {options.dataset} needs the path of its file")
     if options.dataset == "demo" and options.data is not None:
         raise InputError(f"--data {options.data}: say which data set it is with --dataset; the demo draws its own")
-    return _LOADERS[options.dataset](options, device)
+    datasets = _LOADERS[options.dataset](options, device)
+    for dataset in datasets:
+        _check_finite(dataset, options)
+    return datasets
+
+
+def _check_finite(dataset: Dataset, options: DataOptions) -> None:
+    """Raise InputError naming file, split, modality and example of the first value that is no finite number."""
+    for name, split in dataset.splits.items():
+        for what, x in {**split.features, "target": split.target}.items():
+            if x is not None and len(split) and not x.isfinite().all():
+                row = int((~x.isfinite().reshape(len(split), -1).all(1)).nonzero()[0])
+                raise InputError(
+                    f"{options.data}: {what} of {split.ids[row]!r} in {name} holds a value that is no finite number; "
+                    "leave that example out, or fill the value in"
+                )
 
 
 def memes_source(options: DataOptions) -> MemesSource | None:

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jwae_module import info_nce, margin_ranking, mmd_penalty, reconstruction_error
+from jwae_module import mmd_penalty, reconstruction_error
 from mmfusion.dataset import Task
+from mmfusion.losses.contrastive import info_nce, margin_ranking
 from mmfusion.models.fusion import FusionOutput
 from mmfusion.training.trainer import Batch, ModelCall
 
