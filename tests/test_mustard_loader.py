@@ -15,6 +15,7 @@ import torch
 from small_memes import WORDS, write_bert
 
 from mmfusion.data.mustard import load_mustard
+from mmfusion.data.mustard_annotations import find_annotations, read_annotations
 from mmfusion.encoders.frozen import EncoderConfig
 from mmfusion.errors import InputError
 
@@ -405,3 +406,9 @@ def test_the_released_files(load):
     assert len(tested) == len(set(tested)) == 690
     (dataset,) = load(folder, protocol="speaker_independent")
     assert len(dataset.splits["test"]) == 356
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-that-name/a.json", "x" * 300])
+def test_annotations_under_a_name_that_no_file_has_are_one_line(name):
+    with pytest.raises(InputError, match="cannot be read"):
+        read_annotations(find_annotations(Path(name)))

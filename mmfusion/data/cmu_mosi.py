@@ -8,6 +8,7 @@ Read are the pickles of MMSA (MOSI, MOSEI), MulT and MultiBench (also UR-FUNNY a
 sentiment and six emotions; sentiment is taken.
 """
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ def load_cmu_mosi(
     has. `name` of the dataset; None: by the names of the file and its folder. A file without a dev split loses 15 % of
     train's videos to one. Raises InputError naming the file and the key or shape that is wrong.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     tables = _read_tables(path)
     chosen = _choose_modalities(tables["train"], modalities, path)
     parts = {split: _read_part(table, split, chosen, f"{path}: {split}") for split, table in tables.items()}

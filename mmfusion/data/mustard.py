@@ -7,6 +7,7 @@ Utterance and context are texts, encoded here and cached; `audio_features.p` and
 pooled over time. Examples are keyed as released ("1_60").
 """
 
+import os
 from collections.abc import Container, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -166,7 +167,7 @@ def _read_extra(
     for modality, path in {"audio": audio, "visual": visual}.items():
         if path is None:
             continue
-        path = Path(path).expanduser()
+        path = Path(os.path.expanduser(path))
         read = _read_audio if modality == "audio" else _read_visual
         pooled = pool_over_time(read(path, keys), None, "mean_std" if modality == "audio" else "mean")
         features[modality] = torch.from_numpy(pooled.features)
@@ -211,7 +212,7 @@ def _read_visual(path: Path, keys: list[str]) -> list[np.ndarray]:
                     width = frames[0].shape[1] if frames else "2048"
                     raise InputError(f"{path}: {key} has shape {array.shape}; expected (T, {width})")
                 frames.append(array)
-    except (OSError, KeyError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+    except (OSError, KeyError, RuntimeError, TypeError, ValueError, AttributeError, MemoryError) as error:
         reason = " ".join(str(error).split())[:120]
         raise InputError(f"{path}: cannot be read as HDF5 ({reason}); fetch it again") from error
     return frames

@@ -1,6 +1,7 @@
 """MUStARD's annotations and folds as released (Castro et al., 2019), checked entry by entry."""
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,8 +40,8 @@ class FoldPlaces:
 
 def find_annotations(path: Path) -> Path:
     """The json itself, or the one in the folder `path`. Raises InputError."""
-    path = path.expanduser()
-    if not path.is_dir():
+    path = Path(os.path.expanduser(path))
+    if not os.path.isdir(path):  # unlike Path's own, it takes names that are too long
         return path
     found = next((match for name in ANNOTATION_NAMES for match in sorted(path.glob(name))), None)
     if found is None:
@@ -51,7 +52,7 @@ def find_annotations(path: Path) -> Path:
 def find_folds(annotations: Path, folds: Path | None) -> Path:
     """`folds`, or the file of folds beside the annotations. Raises InputError."""
     if folds is not None:
-        return Path(folds).expanduser()
+        return Path(os.path.expanduser(folds))
     found = next((match for name in FOLD_NAMES for match in sorted(annotations.parent.glob(name))), None)
     if found is None:
         raise InputError(

@@ -6,6 +6,7 @@
 The steps are those released with Zadeh et al. (2018, MFN); the names of the traits are not recorded there.
 """
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ def load_pom(path: Path, pooling: Pooling = "mean") -> Dataset:
     The file holds audio_*, video_* (N, T, d) and traits_* (N, 17) for train, valid and test. Steps that are all zero
     are padding. Raises InputError naming the file and the key or shape that is wrong.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     if pooling not in ("mean", "mean_std"):
         raise InputError(f"{path}: pooling {pooling!r} does not exist; choose mean or mean_std")
     arrays = load_npz(path)

@@ -43,8 +43,12 @@ class Preprocessing:
 
 @contextlib.contextmanager
 def _bombs_are_errors() -> Iterator[None]:
-    """Pillow only warns between one and two times its pixel limit; here that is an error too."""
+    """Pillow only warns between one and two times its pixel limit; here that is an error too.
+
+    What it says of tags that it skips, in several lines a file, is of no use to anybody.
+    """
     with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         yield
 
