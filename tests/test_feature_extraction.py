@@ -205,3 +205,31 @@ def test_error_in_one_process_ends_all_with_code_2_and_one_line(folder, case):
     lines = [line for line in run.stderr.splitlines() if "cannot be used" in line]
     assert len(lines) == 1 and not lines[0].startswith(" "), run.stderr
     assert "exitcode  : 2" in run.stderr and "Traceback" not in run.stderr.split("cannot be used")[0]
+
+
+def test_of_two_runs_at_once_one_encodes_and_the_other_waits_for_it(folder, tmp_path):
+    code = textwrap.dedent("""
+        import sys, time
+        from pathlib import Path
+        from hateful_memes_loader import load_hateful_memes
+        from mmfusion.encoders import frozen
+        from small_memes import small_encoders
+
+        slow = frozen.ImageEncoder.__call__
+        def counted(self, pixels):
+            if len(pixels) > 1:
+                print("encoded", len(pixels), flush=True)
+                time.sleep(0.5)
+            return slow(self, pixels)
+        frozen.ImageEncoder.__call__ = counted
+        folder, cache = map(Path, sys.argv[1:])
+        encoders = small_encoders(folder / "bert")
+        load_hateful_memes(folder / "train.jsonl", None, encoders, cache, workers=0, progress=False)
+    """)
+    command = [sys.executable, "-c", code, str(folder), str(tmp_path / "cache")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    runs = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    outputs = [run.communicate(timeout=120)[0] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0]
+    encoded = [sum(int(line.split()[1]) for line in out.splitlines() if line.startswith("encoded")) for out in outputs]
+    assert sorted(map(bool, encoded)) == [False, True], outputs

@@ -18,6 +18,7 @@ import random
 import shutil
 from pathlib import Path
 
+from filelock import FileLock
 from PIL import Image, ImageDraw, ImageFont
 
 from mmfusion.errors import InputError
@@ -69,9 +70,25 @@ def draw_demo(folder: Path, seed: int = 0) -> Path:
     something that this function did not draw.
     """
     recipe = {"seed": seed, "copies": COPIES, "size": list(SIZE), "planted_rank": PLANTED_RANK, "version": 1}
+    if not _is_drawn(folder, recipe):
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder.parent / f".{folder.name}.lock"):  # of two runs at once one draws, the other waits
+                if not _is_drawn(folder, recipe):
+                    _draw(folder, recipe)
+        except OSError as error:
+            reason = error.strerror or error
+            raise InputError(f"{folder}: cannot be drawn ({reason}); choose another --cache-dir") from error
+    return folder / "train.jsonl"
+
+
+def _is_drawn(folder: Path, recipe: dict[str, object]) -> bool:
     manifest = folder / "demo.json"
-    if os.path.lexists(manifest) and _drawn_recipe(manifest) == recipe:
-        return folder / "train.jsonl"
+    return os.path.lexists(manifest) and _drawn_recipe(manifest) == recipe
+
+
+def _draw(folder: Path, recipe: dict[str, object]) -> None:
+    manifest = folder / "demo.json"
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file, and the demo is drawn into a folder of that name; move it away")
     if folder.exists() and any(folder.iterdir()) and not (folder / "demo.lock").exists() and not manifest.exists():
@@ -80,7 +97,7 @@ def draw_demo(folder: Path, seed: int = 0) -> Path:
     manifest.unlink(missing_ok=True)
     shutil.rmtree(folder / "img", ignore_errors=True)
 
-    rng = random.Random(seed)
+    rng = random.Random(recipe["seed"])
     truth: dict[str, dict[str, object]] = {}
     number = 0
     for split, copies in COPIES.items():
@@ -100,7 +117,6 @@ def draw_demo(folder: Path, seed: int = 0) -> Path:
     _write_bert_architecture(folder / "bert")
     write_json(manifest, {"recipe": recipe, "pictures": list(PICTURES), "phrases": list(PHRASES), "memes": truth})
     (folder / "demo.lock").unlink(missing_ok=True)
-    return folder / "train.jsonl"
 
 
 def _drawn_recipe(manifest: Path) -> object:

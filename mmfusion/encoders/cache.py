@@ -4,14 +4,17 @@ A cache folder holds `encoder.json`, readable by a person, and safetensors shard
 its own bytes, so any damage, a cut or one flipped bit, in the header or in the vectors, shows when it is read.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -50,16 +53,30 @@ class FeatureCache:
         try:
             if not os.path.lexists(identity_file):
                 write_json(identity_file, identity)
+        except OSError as error:
+            raise self._unreadable(error) from error
+        self._width: int | None = None
+        self._seen: set[Path] = set()
+        self.refresh()
+
+    def _unreadable(self, error: OSError) -> InputError:
+        remedy = "make it readable, or choose another --cache-dir"
+        return InputError(f"{self.folder}: cannot be read ({error.strerror or error}); {remedy}")
+
+    def refresh(self) -> None:
+        """Read the shards that have come since the cache was last read."""
+        identity_file = self.folder / "encoder.json"
+        try:
             check_regular_file(identity_file, IDENTITY_BYTES, "remove this cache folder, or choose another --cache-dir")
             paths = sorted(path for path in self.folder.iterdir() if path.suffix == ".safetensors")
         except OSError as error:
-            remedy = "make it readable, or choose another --cache-dir"
-            raise InputError(f"{self.folder}: cannot be read ({error.strerror or error}); {remedy}") from error
-        shards = {path: shard for path in paths if (shard := _read(path)) is not None}
+            raise self._unreadable(error) from error
+        shards = {path: shard for path in paths if path not in self._seen and (shard := _read(path)) is not None}
+        self._seen |= set(shards)
         widths: Counter[int] = Counter()
         for _, features in shards.values():
             widths[features.shape[1]] += len(features)
-        self._width = widths.most_common(1)[0][0] if widths else None
+        self._width = self._width or (widths.most_common(1)[0][0] if widths else None)
         for path, (digests, features) in shards.items():
             if features.shape[1] != self._width:
                 _remove(path, f"vectors of {features.shape[1]} numbers, most have {self._width}")
@@ -67,6 +84,23 @@ class FeatureCache:
             for digest, vector in zip(digests, features, strict=True):
                 # a clone: a row that is a view drags its whole shard along wherever it is sent
                 self.vectors.setdefault(digest, vector.clone())
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other processes from encoding into this cache; where one does already, wait for it."""
+        lock = FileLock(self.folder / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            print(f"{self.folder}: another process encodes into it; waiting for what it leaves", flush=True)
+            lock.acquire()
+        except OSError:  # a read-only cache, into which nothing is encoded at once by two
+            yield
+            return
+        try:
+            yield
+        finally:
+            lock.release()
 
     def __contains__(self, digest: str) -> bool:
         return digest in self.vectors

@@ -10,7 +10,7 @@ import ctypes
 import signal
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -55,9 +55,9 @@ def encode_images(
     all the same, so that all bad ones are known.
     """
     ordered = sorted(files)  # by content, so that the order of rows changes nothing
-    pending = _pending_batches([(digest, digest) for digest in ordered], cache, processes)
     bad: dict[str, str] = {}
-    with processes.together():
+    with _cache_held(files, cache, processes), processes.together():
+        pending = _pending_batches([(digest, digest) for digest in ordered], cache, processes)
         mine = processes.share(pending)
         if mine and not only_check and not source.is_folder:
             resnet50_file(source)  # before the first picture is decoded: missing weights show at once
@@ -93,12 +93,25 @@ def encode_texts(
             tokens = dict(zip(texts, encoder.tokenize(list(texts.values())), strict=True))
         # by length, so that little is padded; then by content, so that the order of rows changes nothing
         ordered = sorted(texts, key=lambda digest: (len(tokens[digest]), digest))
-        pending = _pending_batches([(digest, tokens[digest]) for digest in ordered], cache, processes)
-        with processes.together():
+        with _cache_held(texts, cache, processes), processes.together():
+            pending = _pending_batches([(digest, tokens[digest]) for digest in ordered], cache, processes)
             mine = processes.share(pending)
             jobs = (([digest for digest, _ in batch], partial(encoder, [row for _, row in batch])) for batch in mine)
             _run(jobs, cache, processes, _bar("texts", mine, progress and processes.is_main))
     _share_vectors(set(texts), cache, processes)
+
+
+@contextlib.contextmanager
+def _cache_held(needed: Iterable[str], cache: FeatureCache, processes: Processes) -> Iterator[None]:
+    """Where vectors are missing: alone in the cache, after reading what a run beside this one has left there."""
+    with contextlib.ExitStack() as held:
+        if any(processes.gather(any(digest not in cache for digest in needed))):
+            with processes.together():
+                if processes.is_main:
+                    held.enter_context(cache.held())
+            with processes.together():  # a block of its own: all come here once the main one holds the cache
+                cache.refresh()
+        yield
 
 
 def _pending_batches(items: list[tuple[str, object]], cache: FeatureCache, processes: Processes) -> list[list]:
