@@ -84,11 +84,9 @@ def load_hateful_memes(
     with processes.together():
         encoders = encoders.filled()
         files = find_annotations(Path(jsonl))
-        notes: list[str] = []
-        rows: MemesBySplit = {}
-        for name, path in files.items():
-            rows[name], note = read_annotations(path)
-            notes += [note] if note else []
+        read = {name: read_annotations(path) for name, path in files.items()}
+        rows: MemesBySplit = {name: memes for name, (memes, _) in read.items()}
+        notes = [note for _, note in read.values() if note]
         selection = next((name for name in SELECTION_NAMES if name in rows), "holdout")
         _check_labels(rows, files, selection)
         imgs = {meme.img for memes in rows.values() for meme in memes}

@@ -94,6 +94,7 @@ def methods(config: Config) -> list[list[Method]]:
 # ---- the run -----------------------------------------------------------------------------------------------------
 
 
+# over 60 lines on purpose: the whole run reads from top to bottom, one phase under each banner
 def main(config: Config) -> None:
     """Everything from files to report. Raises InputError for what the user can put right."""
     config.check()

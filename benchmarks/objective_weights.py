@@ -30,7 +30,7 @@ from mmfusion.metrics.format import mean_std
 from mmfusion.models.fusion import FusionModel
 from mmfusion.training.objective import objective, predict
 from mmfusion.training.recipe import ObjectiveConfig, TrainingConfig
-from mmfusion.training.trainer import Batch, Member, Schedule, train
+from mmfusion.training.trainer import Batch, Member, Problem, Schedule, TrainingData, train
 
 DEFAULT = {
     "bce": 1.0,
@@ -86,7 +86,9 @@ def measure(train_split: Split, held_out: Split, seeds: int, epochs: int) -> np.
         epochs=epochs, batch_size=TrainingConfig.batch_size, learning_rate=TrainingConfig.learning_rate, patience=epochs
     )
     score = lambda logits, target: roc_auc_score(target, logits)  # noqa: E731
-    trained = train(build, members, objective_with_margin, predict, train_split, held_out, score, schedule)
+    trained = train(
+        Problem(build, objective_with_margin, predict, score), members, TrainingData(train_split, held_out), schedule
+    )
     rows = [
         (best, *distance_from_prior(model, held_out.features))
         for best, model in zip(trained.best_score, trained.models, strict=True)

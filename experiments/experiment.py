@@ -208,7 +208,6 @@ def execute(experiment: Experiment, options: Options) -> None:
         seeds=options.seeds,
         recipe=asdict(options.recipe),
         seconds=seconds,
-        resumed=options.resume,
         device=device,
     )
 
@@ -222,7 +221,6 @@ def record(
     seeds: int,
     recipe: dict[str, object],
     seconds: float,
-    resumed: bool,
     device: torch.device,
 ) -> None:
     """Print what came out, and leave table.txt, figure.png and results.json in the run's folder."""
@@ -251,7 +249,7 @@ def record(
         "numbers": outcome.numbers,
         "notes": data.notes + outcome.notes,
         "seconds": round(seconds, 1),
-        "resumed": resumed,
+        "resumed": run_folder.resume,
         "peak_memory_gb": round(peak_memory_gb(), 2),
         "torch": torch.__version__,
         "device": str(device) if device.type == "cpu" else torch.cuda.get_device_name(device),

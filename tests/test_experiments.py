@@ -149,8 +149,8 @@ def test_killed_grid_goes_on_with_the_same_bits(tmp_path, monkeypatch):
             seen.append(record["epoch"])
             raise Killed
 
-        schedule = args[7].__class__(**{**vars(args[7]), "checkpoint_seconds": 0.0})
-        return original(*args[:7], schedule, **{**options, "on_epoch": on_epoch})
+        schedule = args[3].__class__(**{**vars(args[3]), "checkpoint_seconds": 0.0})
+        return original(*args[:3], schedule, **{**options, "on_epoch": on_epoch})
 
     monkeypatch.setattr(grids, "train", killed_after_one_epoch)
     with pytest.raises(Killed):

@@ -21,7 +21,9 @@ from mmfusion.training.trainer import (
     Batch,
     Fold,
     Member,
+    Problem,
     Schedule,
+    TrainingData,
     _Feed,
     _learning_rate,
     build_members,
@@ -53,8 +55,11 @@ def build(member: Member) -> FusionModel:
 
 def run(members: list[Member], **options):
     schedule = Schedule(**{"epochs": 3, "batch_size": 16, "checkpoint_seconds": 0.0} | options.pop("schedule", {}))
-    arguments = {"objective": objective, "predict": predict, "data": DATA, "selection": SELECTION} | options
-    return train(build, members, score=lambda p, y: roc_auc_score(y, p), schedule=schedule, **arguments)
+    terms, outputs = options.pop("objective", objective), options.pop("predict", predict)
+    problem = Problem(build, terms, outputs, lambda p, y: roc_auc_score(y, p))
+    splits = {"train": DATA, "selection": SELECTION, "folds": None}
+    data = TrainingData(**{name: options.pop(name, split) for name, split in splits.items()})
+    return train(problem, members, data, schedule, **options)
 
 
 def weights_of(model: nn.Module) -> torch.Tensor:
@@ -166,7 +171,7 @@ def test_finished_training_is_not_trained_again(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"members": [Member(0, {**WEIGHTS, "mmd": 0.5})]}, {"data": split(100, 7)}, {"schedule": {"epochs": 4}}]
+    "change", [{"members": [Member(0, {**WEIGHTS, "mmd": 0.5})]}, {"train": split(100, 7)}, {"schedule": {"epochs": 4}}]
 )
 def test_checkpoint_of_another_training_is_refused(tmp_path, change):
     checkpoint = tmp_path / "checkpoint.safetensors"
@@ -234,7 +239,7 @@ def test_patience_keeps_the_best_epoch_and_a_stopped_member_stays_stopped():
 
     schedule = Schedule(epochs=9, batch_size=16, patience=2)
     members = [Member(0, WEIGHTS), Member(1, WEIGHTS)]
-    trained = train(build, members, objective, predict, DATA, SELECTION, score, schedule)
+    trained = train(Problem(build, objective, predict, score), members, TrainingData(DATA, SELECTION), schedule)
     # member 0 peaks at epoch 1 and stops at 3: its later .95 and .99 do not count; member 1 stopped at 2, before .9
     assert (trained.best_epoch, trained.best_score) == ([1, 0], [0.9, 0.6])
     assert len(trained.history) == 4
@@ -314,7 +319,7 @@ def test_fold_is_trained_and_selected_on_its_own_rows():
     folds = [Fold(torch.arange(70), torch.arange(30)), Fold(torch.arange(25, 100), torch.arange(25, 60))]
     together = run([Member(seed, WEIGHTS, fold=fold) for seed in (0, 1) for fold in (0, 1)], folds=folds)
     for fold, rows in enumerate(folds):
-        alone = run([Member(1, WEIGHTS)], data=take(DATA, rows.train), selection=take(SELECTION, rows.dev))
+        alone = run([Member(1, WEIGHTS)], train=take(DATA, rows.train), selection=take(SELECTION, rows.dev))
         torch.testing.assert_close(
             weights_of(together.models[2 + fold]), weights_of(alone.models[0]), rtol=1e-4, atol=1e-5
         )
@@ -327,7 +332,7 @@ def test_fold_of_the_other_half_does_not_see_these_examples():
     before = run(members, folds=folds)
     flipped = Split(DATA.features, DATA.target.clone(), DATA.ids)
     flipped.target[50:] = 1 - flipped.target[50:]
-    after = run(members, folds=folds, data=flipped)
+    after = run(members, folds=folds, train=flipped)
     assert torch.equal(weights_of(before.models[0]), weights_of(after.models[0]))
     assert not torch.equal(weights_of(before.models[1]), weights_of(after.models[1]))
 

@@ -20,7 +20,8 @@ from torch import Tensor
 from lmf_module import LowRankMultimodalFusion
 from mmfusion.dataset import Fold, Split
 from mmfusion.models.identifiability import match, similarity
-from mmfusion.training.trainer import Batch, Member, Schedule, train
+from mmfusion.training.trainer import Batch, Member, Schedule, TrainingData, train
+from mmfusion.training.trainer import Problem as TrainingProblem
 
 STRENGTHS = (3.0, 2.0, 1.0)
 WIDTH = 8
@@ -97,16 +98,17 @@ def fit(
         error = model([batch.features[name] for name in names]).squeeze(-1) - batch.target
         return {"squared_error": error.square().mean()}
 
-    trained = train(
+    problem = TrainingProblem(
         lambda member: LowRankMultimodalFusion([WIDTH] * modalities, rank=len(STRENGTHS)),
-        members,
         objective,
         lambda model, features: model([features[name] for name in names]).squeeze(-1),
-        pool,
-        pool,
         lambda predictions, target: -float(np.square(predictions - target).mean()),
+    )
+    trained = train(
+        problem,
+        members,
+        TrainingData(pool, pool, folds),
         schedule,
-        folds=folds,
         device=device,
         checkpoint=checkpoint,
     )

@@ -107,7 +107,6 @@ def main(options: Options) -> None:
         seeds=len(run.seeds),
         recipe={"run": run.settings},
         seconds=time.perf_counter() - start,
-        resumed=options.resume,
         device=device,
     )
     print(

@@ -280,7 +280,6 @@ def execute(options: Options) -> None:
         seeds=len(trained.seeds),
         recipe={},
         seconds=perf_counter() - start,
-        resumed=options.resume,
         device=device,
     )
 

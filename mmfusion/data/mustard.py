@@ -42,6 +42,7 @@ AUDIO_WIDTH = 283  # MFCC 13 + 13, mel bands 128 + 128, spectral centroid
 Protocol = Literal["speaker_dependent", "speaker_independent"]
 
 
+# nine parameters: the released files, three of them optional, and what encodes the texts
 def load_mustard(
     annotations: Path,
     encoders: EncoderConfig,

@@ -33,6 +33,7 @@ BATCH_CUDA = 128
 Job = tuple[list[str], Callable[[], Tensor]]
 
 
+# ten parameters: what is encoded, by what and into what; the last five have defaults
 def encode_images(
     files: dict[str, Path],
     cache: FeatureCache,

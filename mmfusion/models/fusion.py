@@ -54,6 +54,7 @@ class ModelConfig:
             raise InputError(f"--spectral-norm {self.spectral_norm}: give a number above 0, for instance 1")
 
 
+# nine parameters: config.json of a saved model holds them flat
 class FusionModel(nn.Module):
     """One member: standardisation, jWAE, and a head over the latents.
 

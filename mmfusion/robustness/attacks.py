@@ -21,6 +21,7 @@ class Attack:
     """(N,) of the objective there: the margin, if that is what was minimised"""
 
 
+# nine parameters: those that define the attack, the last five with defaults
 def pgd(
     objective: Callable[[Tensor], Tensor],
     like: Tensor,

@@ -16,7 +16,7 @@ from mmfusion.dataset import Dataset
 from mmfusion.models.fusion import Fusion, FusionEnsemble, FusionModel, ModelConfig
 from mmfusion.training.objective import objective, predict
 from mmfusion.training.recipe import ObjectiveConfig, TrainingConfig
-from mmfusion.training.trainer import Member, Schedule, Trained, train
+from mmfusion.training.trainer import Member, Problem, Schedule, Trained, TrainingData, train
 
 
 @dataclass(frozen=True)
@@ -88,26 +88,16 @@ def fit(
         built.standardise.load_state_dict(standardisation)
         return built
 
-    weights = objectives.loss_weights("binary", modalities)
-    members = [
-        Member(
-            seed,
-            weights if method.prior else {**weights, "mmd": 0.0},
-            training.weight_decay,
-            {"active_rank": method.active_rank},
-            {name: training.modality_dropout for name in modalities if len(modalities) > 1},
-        )
-        for method in methods
-        for seed in range(training.seeds)
-    ]
-    trained = train(
+    problem = Problem(
         build,
-        members,
         lambda model, batch: objective(model, batch, alignment=objectives.alignment),
         predict,
-        train_split,
-        selection,
         lambda logits, target: roc_auc_score(target, logits),
+    )
+    trained = train(
+        problem,
+        _members(methods, objectives, training),
+        TrainingData(train_split, selection),
         Schedule(
             epochs=training.epochs,
             batch_size=training.batch_size,
@@ -124,3 +114,20 @@ def fit(
         FusionEnsemble.from_members(trained.models[i * seeds : (i + 1) * seeds], **shape) for i in range(len(methods))
     ]
     return ensembles, trained
+
+
+def _members(methods: Sequence[Method], objectives: ObjectiveConfig, training: TrainingConfig) -> list[Member]:
+    """Every method with every seed, method-major."""
+    modalities = methods[0].modalities
+    weights = objectives.loss_weights("binary", modalities)
+    return [
+        Member(
+            seed,
+            weights if method.prior else {**weights, "mmd": 0.0},
+            training.weight_decay,
+            {"active_rank": method.active_rank},
+            {name: training.modality_dropout for name in modalities if len(modalities) > 1},
+        )
+        for method in methods
+        for seed in range(training.seeds)
+    ]

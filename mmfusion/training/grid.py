@@ -14,10 +14,10 @@ from tqdm import tqdm
 
 from mmfusion.data.folds import FoldedDataset, targets
 from mmfusion.metrics.scores import example_losses, example_scores
-from mmfusion.models.fusion import Fusion, FusionEnsemble, FusionModel
+from mmfusion.models.fusion import FusionEnsemble, FusionModel
 from mmfusion.training.objective import objective
 from mmfusion.training.recipe import Recipe
-from mmfusion.training.trainer import EVALUATION_CHUNK, Member, Schedule, train
+from mmfusion.training.trainer import EVALUATION_CHUNK, Member, Problem, Schedule, TrainingData, train
 
 
 @dataclass(frozen=True)
@@ -116,24 +116,23 @@ def train_grid(
     seeds: Sequence[int],
     recipe: Recipe,
     *,
-    fusion: Fusion = "lmf",
-    fused_dim: int | None = None,
-    spectral_norm: float | None = None,
     compile: bool = False,
     device: str | torch.device = "cpu",
     checkpoint: Path | None = None,
     title: str = "train",
+    **shape: object,
 ) -> Grid:
-    """Train every setting with every seed on every fold, at once up to MEMBERS_AT_ONCE members: memory is bounded."""
+    """Train every setting with every seed on every fold, at once up to MEMBERS_AT_ONCE members: memory is bounded.
+
+    `shape` holds further arguments of every FusionModel: fusion, fused_dim, spectral_norm.
+    """
     shape = {
         "input_dims": data.input_dims,
         "latent_dim": recipe.latent_dim,
         "hidden_dim": recipe.hidden_dim,
         "rank": max(setting.rank for setting in settings),
         "output_dim": data.output_dim,
-        "fusion": fusion,
-        "fused_dim": fused_dim,
-        "spectral_norm": spectral_norm,
+        **shape,
     }
     fitted = [_fitted(shape, data, fold.train) for fold in data.folds]
 
@@ -143,7 +142,41 @@ def train_grid(
         model.rescale.load_state_dict(fitted[member.fold].rescale.state_dict())
         return model
 
-    members = [
+    scale = data.target_scale.to(device)
+    problem = Problem(
+        build,
+        lambda model, batch: objective(model, batch, data.task, scale=scale),
+        predict_of(data),
+        selection_score(data),
+    )
+    schedule = Schedule(
+        epochs=recipe.epochs,
+        batch_size=recipe.batch_size,
+        learning_rate=recipe.learning_rate,
+        annealing="cosine",
+        keep="last",
+        compile=compile,
+    )
+    pool = TrainingData(data.pool, data.pool, data.folds)
+    members = _members(data, settings, seeds, recipe)
+    models: list[FusionModel] = []
+    # blocks of equal size, so that compilation meets one shape, or two
+    count = math.ceil(len(members) / MEMBERS_AT_ONCE)
+    bounds = [round(len(members) * k / count) for k in range(count + 1)]
+    text = f"{title}, {len(members)} trainings"
+    with tqdm(total=count * recipe.epochs, desc=text, unit="epoch", mininterval=0.5) as bar:
+        for number, (start, stop) in enumerate(itertools.pairwise(bounds), 1):
+            file = checkpoint and checkpoint.with_stem(f"{checkpoint.stem}-{number}")
+            step = {"device": device, "checkpoint": file, "on_epoch": lambda record: bar.update()}
+            models += train(problem, members[start:stop], pool, schedule, **step).models
+    outputs = outputs_of(data, models)
+    outputs = outputs.reshape(len(settings), len(seeds), len(data.folds), *outputs.shape[1:])
+    return Grid(data, list(settings), list(seeds), models, outputs, shape)
+
+
+def _members(data: FoldedDataset, settings: Sequence[Setting], seeds: Sequence[int], recipe: Recipe) -> list[Member]:
+    """Every setting with every seed on every fold, in this order."""
+    return [
         Member(
             seed,
             recipe.objective.loss_weights(data.task, data.input_dims, setting.terms),
@@ -156,48 +189,6 @@ def train_grid(
         for seed in seeds
         for fold in range(len(data.folds))
     ]
-    schedule = Schedule(
-        epochs=recipe.epochs,
-        batch_size=recipe.batch_size,
-        learning_rate=recipe.learning_rate,
-        annealing="cosine",
-        keep="last",
-        compile=compile,
-    )
-    scale = data.target_scale.to(device)
-
-    # blocks of equal size, so that compilation meets one shape, or two
-    count = math.ceil(len(members) / MEMBERS_AT_ONCE)
-    bounds = [round(len(members) * k / count) for k in range(count + 1)]
-    models: list[FusionModel] = []
-    with tqdm(
-        total=count * recipe.epochs, desc=f"{title}, {len(members)} trainings", unit="epoch", mininterval=0.5
-    ) as bar:
-        for number, (start, stop) in enumerate(itertools.pairwise(bounds), 1):
-            trained = train(
-                build,
-                members[start:stop],
-                lambda model, batch: objective(model, batch, data.task, scale=scale),
-                predict_of(data),
-                data.pool,
-                data.pool,
-                selection_score(data),
-                schedule,
-                folds=data.folds,
-                device=device,
-                checkpoint=checkpoint and checkpoint.with_stem(f"{checkpoint.stem}-{number}"),
-                on_epoch=lambda record: bar.update(),
-            )
-            models += trained.models
-    outputs = outputs_of(data, models)
-    return Grid(
-        data,
-        list(settings),
-        list(seeds),
-        models,
-        outputs.reshape(len(settings), len(seeds), len(data.folds), *outputs.shape[1:]),
-        shape,
-    )
 
 
 def predict_of(data: FoldedDataset, missing: Sequence[str] = ()) -> Callable:

@@ -222,17 +222,34 @@ class _State:
         self.best_epoch, self.best_score = progress["best_epoch"], progress["best_score"]
 
 
+class Problem(NamedTuple):
+    """What one member is, what it minimises, and what it is selected by."""
+
+    build: Callable[[Member], nn.Module]
+    """makes one member's model; called under that member's seed"""
+    objective: Objective
+    """(model, batch) -> named loss terms of ONE model on ONE batch; their weighted sum is minimised"""
+    predict: Predict
+    """(model, features) -> predictions (N,) or (N, O) of one model, for selection"""
+    score: Callable[[np.ndarray, np.ndarray], float]
+    """(predictions, target) -> float, larger is better"""
+
+
+class TrainingData(NamedTuple):
+    """The split trained on, the split selected on (perhaps the same), and the rows of both for each `Member.fold`."""
+
+    train: Split
+    selection: Split
+    folds: Sequence[Fold] | None = None
+    """default: one fold, all rows"""
+
+
 def train(
-    build: Callable[[Member], nn.Module],
+    problem: Problem,
     members: list[Member],
-    objective: Objective,
-    predict: Predict,
-    data: Split,
-    selection: Split,
-    score: Callable[[np.ndarray, np.ndarray], float],
+    data: TrainingData,
     schedule: Schedule,
     *,
-    folds: Sequence[Fold] | None = None,
     device: str | torch.device = "cpu",
     checkpoint: Path | None = None,
     on_epoch: Callable[[dict], None] | None = None,
@@ -240,12 +257,6 @@ def train(
     """Train all members at once and return each at the epoch that `score` likes best, or at the last.
 
     Args:
-        build: makes one member's model; called under that member's seed.
-        objective: (model, batch) -> named loss terms of ONE model on ONE batch; their weighted sum is minimised.
-        predict: (model, features) -> predictions (N,) or (N, O) of one model, for selection.
-        data, selection: the split trained on and the split selected on.
-        score: (predictions, target) -> float, larger is better.
-        folds: rows of `data` and `selection` for each `Member.fold`; default: one fold, all rows.
         checkpoint: file to save progress to, and to go on from where it exists.
         on_epoch: called with each epoch's record; after a resume it gets the past epochs' records first.
 
@@ -253,10 +264,11 @@ def train(
     Raises NonFiniteLoss (the last good checkpoint stays), InputError for a checkpoint of other settings.
     """
     device = torch.device(device)
-    models = build_members(build, members)
+    models = build_members(problem.build, members)
     state = _State(models, members, schedule, device)
-    folds = folds or [Fold(torch.arange(len(data)), torch.arange(len(selection)))]
-    identity = _identity(members, schedule, data, selection, folds, models[0])
+    folds = data.folds or [Fold(torch.arange(len(data.train)), torch.arange(len(data.selection)))]
+    data = data._replace(folds=folds)
+    identity = _identity(members, schedule, data, models[0])
     if checkpoint is not None and checkpoint.exists():
         state.load(checkpoint, identity)
     for record in state.history:
@@ -264,13 +276,13 @@ def train(
             on_epoch(record)
 
     skeleton = models[0].to(device)  # lends its forward; its own parameters are never read
-    step = vectorized_step(skeleton, objective, schedule.compile)
-    feed = _Feed(data, members, folds, schedule.batch_size, device)
-    judge = _Selection(selection, members, folds, predict, score, device)
+    step = vectorized_step(skeleton, problem.objective, schedule.compile)
+    feed = _Feed(data.train, members, folds, schedule.batch_size, device)
+    selection = _Selection(data.selection, members, folds, problem, device)
     saved_at = time.monotonic()
     for epoch in range(len(state.history), 0 if state.finished else schedule.epochs):
         losses = _train_epoch(epoch, state, step, feed, members, schedule)
-        scores = judge.scores(skeleton, state, epoch)
+        scores = selection.scores(skeleton, state, epoch)
         record = {"epoch": epoch, "loss": losses, "score": scores}
         state.history.append(record)
         out_of_patience = state.select(epoch, scores, schedule)
@@ -336,11 +348,10 @@ class _Selection:
         split: Split,
         members: list[Member],
         folds: Sequence[Fold],
-        predict: Predict,
-        score: Callable[[np.ndarray, np.ndarray], float],
+        problem: Problem,
         device: torch.device,
     ) -> None:
-        self.members, self.score = members, score
+        self.members, self.score = members, problem.score
         self.target = split.target.numpy()
         self.rows = [folds[member.fold].dev.numpy() for member in members]
         needed = np.unique(np.concatenate(self.rows))  # every member predicts all that any fold needs
@@ -350,7 +361,7 @@ class _Selection:
             {name: x[needed[i : i + EVALUATION_CHUNK]].to(device) for name, x in split.features.items()}
             for i in range(0, len(needed), EVALUATION_CHUNK)
         ]
-        self.predict = predict
+        self.predict = problem.predict
 
     def scores(self, skeleton: nn.Module, state: _State, epoch: int) -> list[float]:
         """One score per member. Raises NonFiniteLoss: the epoch's last step may spoil what no loss has seen yet."""
@@ -414,17 +425,15 @@ def _load_best(models: list[nn.Module], state: _State) -> list[nn.Module]:
     return models
 
 
-def _identity(
-    members: list[Member], schedule: Schedule, data: Split, selection: Split, folds: Sequence[Fold], model: nn.Module
-) -> str:
+def _identity(members: list[Member], schedule: Schedule, data: TrainingData, model: nn.Module) -> str:
     """Digest of everything that the result depends on, so that a checkpoint cannot be continued as another run."""
     settings = asdict(schedule)
     del settings["checkpoint_seconds"]
     shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
     digest = hashlib.sha256(json.dumps([settings, [asdict(m) for m in members], shapes], sort_keys=True).encode())
-    for split in (data, selection):
+    for split in (data.train, data.selection):
         for tensor in (*split.features.values(), split.target):
             digest.update(tensor.contiguous().numpy().tobytes())
-    for rows in itertools.chain.from_iterable(fold[:2] for fold in folds):
+    for rows in itertools.chain.from_iterable(fold[:2] for fold in data.folds):
         digest.update(rows.numpy().tobytes() + b"|")
     return digest.hexdigest()
