@@ -98,8 +98,9 @@ def mmd_penalty(z: Tensor, *, scales: Sequence[float] = GAUSSIAN_SCALES) -> Tens
         raise ValueError(f"scales must be one or more positive numbers, got {tuple(scales)}")
     z, width = upcast(z), z.shape[1]
     norms = z.square().sum(-1)  # (B,)
-    # |z_i - z_j|^2 (B, B); rounding may leave a 0 negative, which no kernel minds
-    distances = norms[:, None] + norms - 2 * products(z, z)
+    # |z_i - z_j|^2 (B, B); rounding may leave a 0 negative, which no kernel minds. Norms anew: their gradients would
+    # else be added in another order, and runs of before not be repeated to the bit
+    distances = z.square().sum(-1)[:, None] + z.square().sum(-1) - 2 * products(z, z)
     total = z.new_zeros(())
     for scale in scales:
         v = scale * width
