@@ -3,29 +3,25 @@
 Two commands leave models behind: `python main_hateful_memes.py` and `python -m experiments.baselines`.
 """
 
-import contextlib
 import hashlib
-import io
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from safetensors import SafetensorError
 
-from mmfusion.dataset import Dataset, Task
-from mmfusion.errors import InputError
-from mmfusion.data.registry import DataOptions, load_datasets, memes_source
-from mmfusion.data.memes import MemesConfig, MemesSource, find_source, load_memes
-from mmfusion.data.folds import FoldedDataset, fold_datasets
-from mmfusion.encoders.frozen import EncoderConfig
-from mmfusion.models.fusion import FusionEnsemble, FusionModel
 from hateful_memes_loader import find_annotations, image_paths
+from mmfusion.data.folds import FoldedDataset, fold_datasets
+from mmfusion.data.memes import MemesConfig, MemesSource, find_source, load_memes
+from mmfusion.data.registry import DataOptions, load_datasets, memes_source
+from mmfusion.dataset import Dataset, Task
+from mmfusion.distributed import Processes
+from mmfusion.encoders.frozen import EncoderConfig
+from mmfusion.errors import InputError
+from mmfusion.models.fusion import FusionEnsemble, FusionModel
 from mmfusion.models.pretrained import read_config
 from mmfusion.runs.folder import config_from, is_complete, read_run, same_data
-from mmfusion.distributed import Processes
 
 Settings = TypeVar("Settings")
 
@@ -141,8 +137,8 @@ def load_run(folder: Path, device: str = "cpu") -> TrainedRun:
     for label, ensemble in ensembles.items():
         if len(ensemble.members) != len(seeds) * len(data.folds):
             raise InputError(
-                f"{folder}: {label!r} has {len(ensemble.members)} members, not {len(seeds)} seeds x {len(data.folds)} folds; "
-                "its files are of several runs, train it anew"
+                f"{folder}: {label!r} has {len(ensemble.members)} members, not {len(seeds)} seeds x "
+                f"{len(data.folds)} folds; its files are of several runs, train it anew"
             )
     return TrainedRun(folder, data, datasets, ensembles, seeds, settings, encoders, memes, cache_dir, trained_on_dev)
 
