@@ -1,5 +1,6 @@
 """A finished run read again: the very members that its table is about, in their order, and what is refused."""
 
+import csv
 import json
 import os
 import shutil
@@ -9,14 +10,18 @@ import numpy as np
 import pytest
 import torch
 from sklearn.metrics import accuracy_score, roc_auc_score
+from small_memes import write_bert, write_memes
 from test_experiments import write_mosi
+from test_main import flags
 
+import main_hateful_memes
 from experiments import baselines as train
 from experiments.baselines import TrainOptions
 from experiments.experiment import execute, run
 from experiments.robustness import measure as robustness
 from mmfusion.data import registry as datasets
 from mmfusion.dataset import Dataset, Split
+from mmfusion.encoders import frozen
 from mmfusion.errors import InputError
 from mmfusion.models.fusion import FusionEnsemble
 from mmfusion.runs import load as trained_run
@@ -227,3 +232,23 @@ def test_nothing_is_left_behind_by_a_refusal(place, tmp_path, capsys):
     assert sorted(path.name for path in (place / "runs").iterdir()) == before == ["folds", "held-out", "mosi"]
     with pytest.raises(InputError, match="holds no run"):
         load_run(tmp_path)
+
+
+def test_run_of_cuda_is_read_without_cuda_from_the_features_that_it_was_trained_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_bert(tmp_path / "bert")
+    write_memes(tmp_path, {"train": 20, "dev": 8})
+    with monkeypatch.context() as cuda:  # the arithmetic of CUDA, on a CPU
+        cuda.setattr(frozen, "compute_dtype", lambda device: "bfloat16 autocast")
+        assert main_hateful_memes.run(flags(tmp_path, epochs=1)) == 0
+    folder = tmp_path / "runs/trial"
+    run = load_run(folder, "cpu")
+    rows = list(csv.DictReader((folder / "predictions_dev.csv").open()))
+    probabilities = run.ensembles[run.main_row].predict_proba(run.datasets[0].splits["dev"].features)  # (S, N)
+    for s, p in enumerate(probabilities):
+        assert [float(row[f"seed_{s}"]) for row in rows] == pytest.approx(p.tolist(), abs=1e-7)
+    assert {path.name.split("-")[0] for path in (tmp_path / "cache").iterdir()} == {"image", "text"}
+    assert len(list((tmp_path / "cache").iterdir())) == 2, "nothing is encoded a second time"
+    shutil.rmtree(next((tmp_path / "cache").glob("text-*")))
+    with pytest.raises(InputError, match=r"the cache lacks features that only CUDA encodes.*copy the cache folder"):
+        load_run(folder, "cpu")

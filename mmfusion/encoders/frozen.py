@@ -36,6 +36,9 @@ IMAGE_SIZES = (32, 4096)  # pixels; ResNet-50 halves its input five times
 POOLER_OPTIONAL = {"bert", "roberta", "xlm-roberta", "camembert", "mpnet", "vit", "deit"}
 
 
+Compute = Literal["float32", "bfloat16 autocast"]
+
+
 @dataclass(frozen=True)
 class EncoderConfig:
     """What turns pictures and texts into features; its weights are never trained."""
@@ -81,9 +84,18 @@ class EncoderConfig:
             raise InputError(f"--image-size {self.image_size}: choose a size between {low} and {high} pixels")
 
 
-def compute_dtype(device: str) -> str:
+def compute_dtype(device: str) -> Compute:
     """Arithmetic of the encoders: part of a feature's identity, since it changes its value."""
     return "bfloat16 autocast" if device.startswith("cuda") else "float32"
+
+
+def check_encoding_device(device: str) -> None:
+    """Raise InputError where features of CUDA are to be encoded and there is none: what is cached can be read there."""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(
+            "the cache lacks features that only CUDA encodes (bfloat16 autocast), and there is no CUDA device here; "
+            "copy the cache folder (--cache-dir) from the machine that encoded them, or train the run anew here"
+        )
 
 
 def find_image_encoder(config: EncoderConfig) -> EncoderSource:
@@ -150,10 +162,13 @@ def _own_preprocessing(source: EncoderSource) -> tuple[tuple[float, ...], tuple[
 
 
 class ImageEncoder:
-    """Frozen image tower: uint8 pixels (b, S, S, 3) -> float32 (b, d)."""
+    """Frozen image tower: uint8 pixels (b, S, S, 3) -> float32 (b, d); `compute` is by default that of the device."""
 
-    def __init__(self, config: EncoderConfig, source: EncoderSource, device: str) -> None:
-        self.device = device
+    def __init__(
+        self, config: EncoderConfig, source: EncoderSource, device: str, compute: Compute | None = None
+    ) -> None:
+        check_encoding_device(device)
+        self.device, self.compute = device, compute or compute_dtype(device)
         how = image_preprocessing(config, source)
         self.mean = torch.tensor(how.mean, device=device).view(3, 1, 1) * 255
         self.std = torch.tensor(how.std, device=device).view(3, 1, 1) * 255
@@ -172,19 +187,23 @@ class ImageEncoder:
     def features(self, pixels: Tensor) -> Tensor:
         """Float pixels (b, 3, S, S) from 0 to 255, on the encoder's device -> (b, d) there; differentiable."""
         x = (pixels - self.mean) / self.std
-        with _autocast(self.device):
+        with _autocast(self.device, self.compute):
             features = _image_features(self.model, x)
         return features.float()
 
 
 class TextEncoder:
-    """Frozen text tower with its tokenizer: texts -> float32 (b, d)."""
+    """Frozen text tower with its tokenizer: texts -> float32 (b, d); `compute` is by default that of the device."""
 
-    def __init__(self, config: EncoderConfig, source: EncoderSource, device: str) -> None:
+    def __init__(
+        self, config: EncoderConfig, source: EncoderSource, device: str, compute: Compute | None = None
+    ) -> None:
+        check_encoding_device(device)
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and forked decoders do not go together
         from transformers import AutoTokenizer
 
         self.device, self.pooling = device, config.text_pooling
+        self.compute = compute or compute_dtype(device)
         with _refuse(source, "its tokenizer cannot be loaded"):
             self.tokenizer = AutoTokenizer.from_pretrained(source.path)
         self.model = _hugging_face_model(source).eval().requires_grad_(False).to(device)
@@ -219,13 +238,13 @@ class TextEncoder:
         ids, mask = ids.to(self.device), mask.to(self.device)
         if self.pads_fully:  # and it attends to its padding: no mask
             mask = torch.ones_like(mask)
-        with _autocast(self.device):
+        with _autocast(self.device, self.compute):
             features = _text_features(self.model, ids, mask, self.pooling)
         return features.float()
 
 
-def _autocast(device: str) -> torch.autocast:
-    return torch.autocast(device.split(":")[0], torch.bfloat16, enabled=device.startswith("cuda"))
+def _autocast(device: str, compute: Compute) -> torch.autocast:
+    return torch.autocast(device.split(":")[0], torch.bfloat16, enabled=compute == "bfloat16 autocast")
 
 
 def _image_features(model: nn.Module, x: Tensor) -> Tensor:

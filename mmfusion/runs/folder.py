@@ -1,9 +1,9 @@
 """Life of a run in its folder runs/NAME: claimed by name, begun with run.json, closed with results.json.
 
-    run = RunFolder.claim(config, "demo")        # before anything is loaded: is the name free, do the settings agree?
-    if run.begin(dataset.description, device):   # run.json; False where a resumed run is complete already
-        ...
-        run.close(results)                       # results.json, and with it the end of the checkpoints
+run = RunFolder.claim(config, "demo")        # before anything is loaded: is the name free, do the settings agree?
+if run.begin(dataset.description, device):   # run.json; False where a resumed run is complete already
+    ...
+    run.close(results)                       # results.json, and with it the end of the checkpoints
 """
 
 import errno
@@ -179,7 +179,7 @@ def _first_free(default: str) -> Path:
 
 
 def settings_of(config: object) -> dict[str, object]:
-    """Every flag's value, JSON-able, sections flattened; paths are absolute, so that a run can be read from anywhere."""
+    """Every flag's value, JSON-able, sections flattened; paths are absolute: a run can be read from anywhere."""
     flat: dict[str, object] = {}
     for field in fields(config):
         value = getattr(config, field.name)
@@ -262,7 +262,9 @@ def read_run(folder: Path) -> dict[str, dict]:
         return run
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = " ".join(str(error).split())[:80]
-        raise InputError(f"{path}: damaged ({type(error).__name__}: {reason}); begin anew under another --name") from None
+        raise InputError(
+            f"{path}: damaged ({type(error).__name__}: {reason}); begin anew under another --name"
+        ) from None
 
 
 def same_data(begun: Mapping[str, object], now: Mapping[str, object]) -> bool:

@@ -3,29 +3,25 @@
 Two commands leave models behind: `python main_hateful_memes.py` and `python -m experiments.baselines`.
 """
 
-import contextlib
 import hashlib
-import io
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from safetensors import SafetensorError
 
-from mmfusion.dataset import Dataset, Task
-from mmfusion.errors import InputError
-from mmfusion.data.registry import DataOptions, load_datasets, memes_source
-from mmfusion.data.memes import MemesConfig, MemesSource, find_source, load_memes
-from mmfusion.data.folds import FoldedDataset, fold_datasets
-from mmfusion.encoders.frozen import EncoderConfig
-from mmfusion.models.fusion import FusionEnsemble, FusionModel
 from hateful_memes_loader import find_annotations, image_paths
+from mmfusion.data.folds import FoldedDataset, fold_datasets
+from mmfusion.data.memes import MemesConfig, MemesSource, find_source, load_memes
+from mmfusion.data.registry import DataOptions, load_datasets, memes_source
+from mmfusion.dataset import Dataset, Task
+from mmfusion.distributed import Processes
+from mmfusion.encoders.frozen import EncoderConfig, compute_dtype
+from mmfusion.errors import InputError
+from mmfusion.models.fusion import FusionEnsemble, FusionModel
 from mmfusion.models.pretrained import read_config
 from mmfusion.runs.folder import config_from, is_complete, read_run, same_data
-from mmfusion.distributed import Processes
 
 Settings = TypeVar("Settings")
 
@@ -95,6 +91,8 @@ class TrainedRun:
 def load_run(folder: Path, device: str = "cpu") -> TrainedRun:
     """Read models and data of a finished run; the data are those that its settings name, encoded or from the cache.
 
+    A run of CUDA is read on a machine without it, and the other way round, from the features that it was trained on.
+
     Raises InputError where the folder holds no such run, or the data are no longer those that it was trained on.
     """
     begun = _read_run(folder)
@@ -107,6 +105,7 @@ def load_run(folder: Path, device: str = "cpu") -> TrainedRun:
         if isinstance(settings.get(name), str)
     }
     ensembles = _read_ensembles(folder)
+    device = _features_device(begun["data"], device)
     memes = encoders = None
     if "experiment" in begun["data"]:
         options = config_from(DataOptions, settings, path)
@@ -141,10 +140,21 @@ def load_run(folder: Path, device: str = "cpu") -> TrainedRun:
     for label, ensemble in ensembles.items():
         if len(ensemble.members) != len(seeds) * len(data.folds):
             raise InputError(
-                f"{folder}: {label!r} has {len(ensemble.members)} members, not {len(seeds)} seeds x {len(data.folds)} folds; "
-                "its files are of several runs, train it anew"
+                f"{folder}: {label!r} has {len(ensemble.members)} members, not {len(seeds)} seeds x "
+                f"{len(data.folds)} folds; its files are of several runs, train it anew"
             )
     return TrainedRun(folder, data, datasets, ensembles, seeds, settings, encoders, memes, cache_dir, trained_on_dev)
+
+
+def _features_device(data: Mapping[str, object], device: str) -> str:
+    """`device`, or the kind of device whose arithmetic gave the run its features: the two are cached apart.
+
+    Cached vectors are read without such a device, and missing ones are encoded on it: InputError where it is lacking.
+    """
+    encoders = data.get("encoders")
+    encoders = encoders.values() if isinstance(encoders, dict) else ()
+    computes = {encoder.get("compute") for encoder in encoders if isinstance(encoder, dict)}
+    return next((kind for kind in (device, "cpu", "cuda") if computes <= {compute_dtype(kind)}), device)
 
 
 def _read_run(folder: Path) -> dict[str, dict]:

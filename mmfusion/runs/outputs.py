@@ -46,7 +46,12 @@ class MetricsLog:
                 for i, method in enumerate(methods):
                     part = slice(i * seeds, (i + 1) * seeds)
                     loss = {term: values[part] for term, values in record["loss"].items()}
-                    line = {"method": method, "epoch": record["epoch"], "loss": loss, "dev_auroc": record["score"][part]}
+                    line = {
+                        "method": method,
+                        "epoch": record["epoch"],
+                        "loss": loss,
+                        "dev_auroc": record["score"][part],
+                    }
                     self._write(json.dumps(line) + "\n")
                 bar.update()
                 bar.set_postfix(dev_auroc=f"{sum(record['score'][:seeds]) / seeds:.3f}")

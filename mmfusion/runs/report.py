@@ -14,13 +14,14 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import roc_curve
 from torch import Tensor
 
-from mmfusion.files import write_atomically
 from mmfusion.dataset import Dataset
-from mmfusion.models.fusion import FusionEnsemble, FusionModel
+from mmfusion.files import write_atomically
 from mmfusion.metrics.format import counted, mean_std
 from mmfusion.metrics.scores import BINARY_SCORES, Score
 from mmfusion.models.decomposition import recentred_parts, variance_share
+from mmfusion.models.fusion import FusionEnsemble, FusionModel
 from mmfusion.training.trainer import Trained
+
 
 @dataclass(frozen=True)
 class RankReport:
@@ -151,7 +152,9 @@ def draw(
     _draw_roc(axes[1, 0], target, p, f"{shown}, n = {len(target)}{selected}")
     _draw_reliability(axes[1, 1], target, p, f"{shown}, n = {len(target)}{selected}")
     _draw_latents(axes[1, 2], ensemble.members[0], dataset.splits[dataset.selection].features, dataset.selection)
-    figure.suptitle(f"jWAE-LMF on {dataset.name}: {counted(members, 'seed')}, rank {ranks.weight.shape[1]}", fontsize=14)
+    figure.suptitle(
+        f"jWAE-LMF on {dataset.name}: {counted(members, 'seed')}, rank {ranks.weight.shape[1]}", fontsize=14
+    )
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
 
 
@@ -214,9 +217,13 @@ def _draw_roc(axis, target: np.ndarray, p: np.ndarray, where: str) -> None:
 def _draw_reliability(axis, target: np.ndarray, p: np.ndarray, where: str) -> None:
     for s, probabilities in enumerate(p):
         observed, mean_predicted = calibration_curve(target, probabilities, n_bins=10, strategy="quantile")
-        axis.plot(mean_predicted, observed, "o-", color=BLUE, alpha=0.5, markersize=4, label="one seed" if s == 0 else None)
+        axis.plot(
+            mean_predicted, observed, "o-", color=BLUE, alpha=0.5, markersize=4, label="one seed" if s == 0 else None
+        )
     axis.plot([0, 1], [0, 1], color=GREY, linestyle=":", label="calibrated")
-    axis.set(title=f"reliability on {where}", xlabel="predicted probability (10 equal-mass bins)", ylabel="share positive")
+    axis.set(
+        title=f"reliability on {where}", xlabel="predicted probability (10 equal-mass bins)", ylabel="share positive"
+    )
     axis.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
     _legend_below(axis, 2)
 
