@@ -621,3 +621,9 @@ def test_loss_of_the_ensemble_is_that_of_the_mean_probability():
     np.testing.assert_allclose(losses[[0, 2]], [-np.log(p[0]), -np.log(1 - p[1])])
     assert losses[1] == pytest.approx(800 + np.log(2))  # where the probability itself is 0
     np.testing.assert_allclose(ensemble_losses(logits, target, "regression")[0], (0.5 - 1) ** 2)
+
+
+def test_half_a_surrogate_pair_in_the_text_is_one_line(toy, capsys):
+    toy()
+    line = refused(capsys, ["runs/toy", "--image", "a.png", "--text", "lone \udced end"])
+    assert "--text" in line and "no UTF-8" in line and "\udced" not in line

@@ -13,7 +13,7 @@ from pathlib import Path
 import tyro
 
 from mmfusion.cli import pick_device, run_command
-from mmfusion.errors import InputError
+from mmfusion.errors import InputError, printable
 from mmfusion.explain.explainer import Choices, Explainer
 from mmfusion.explain.figure import draw_explanation
 from mmfusion.explain.page import explanation_page
@@ -107,6 +107,8 @@ def check(config: Config) -> None:
         raise InputError("--summary: is of a split; leave --image out, or ask for it in a command of its own")
     if config.rank is not None and config.image is None and not config.maps:
         raise InputError(f"--rank {config.rank}: says what is mapped; give --maps too, or --image and --text")
+    if config.text is not None and any("\ud800" <= letter <= "\udfff" for letter in config.text):
+        raise InputError(f"--text {printable(config.text)[:60]}: holds bytes that are no UTF-8; type the words again")
     if config.text is not None and not config.text.strip():
         raise InputError("--text: is empty; give the words that stand on the meme")
     if config.worst is not None and config.worst < 1:
