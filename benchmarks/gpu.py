@@ -48,7 +48,7 @@ from mmfusion.training.trainer import Batch, Member, Schedule, Trained, build_me
 ROOT = Path(__file__).parent.parent
 AGREEMENT = 1e-4  # of float32 on two devices: largest difference over the largest value
 BFLOAT16_ERROR, BFLOAT16_COSINE = 0.02, 0.999  # autocast to bfloat16 on a CPU: .005 and .99999, both encoders
-PREDICTIONS = 1e-5  # of one model's probabilities of the same features, read on the other device
+PREDICTIONS = 1e-4  # of one model's probabilities of the same features, read on the other device
 EPOCH_MS, EPOCH_RATIO = 50.0, 10.0
 WIDTHS = {"image": 2048, "text": 768}
 
