@@ -47,8 +47,8 @@ from mmfusion.training.trainer import Batch, Member, Problem, Schedule, Trained,
 
 ROOT = Path(__file__).parent.parent
 AGREEMENT = 1e-4  # of float32 on two devices: largest difference over the largest value
-BFLOAT16_ERROR, BFLOAT16_COSINE = 0.05, 0.999  # 8 bits of mantissa (4e-3 a product) through some 50 layers
-PREDICTIONS = 1e-5  # of one model's probabilities of the same features, read on the other device
+BFLOAT16_ERROR, BFLOAT16_COSINE = 0.02, 0.999  # autocast to bfloat16 on a CPU: .005 and .99999, both encoders
+PREDICTIONS = 1e-4  # of one model's probabilities of the same features, read on the other device
 EPOCH_MS, EPOCH_RATIO = 50.0, 10.0
 WIDTHS = {"image": 2048, "text": 768}
 
@@ -142,7 +142,8 @@ def training_agreement(pair: Pair) -> Iterator[Line]:
     """Losses and parameters after the same steps from the same start; S = 2.
 
     AdamW divides by the root of the squared gradient: where a gradient is nothing but rounding, its step is a coin
-    toss of size `learning_rate`. So parameters are compared as vectors, and the largest single difference is reported.
+    toss of size `learning_rate`. So parameters are compared as vectors, and the largest single difference is reported:
+    float32 against float64 on one CPU, at the default sizes, are 1.3e-6 apart as vectors and 8e-4 in one tensor.
     """
     both = [
         train_members(device, pair.sizes, 2, Schedule(epochs=1, keep="last"), examples=64 * pair.sizes.steps)
@@ -401,7 +402,7 @@ PARTS: dict[str, tuple[Callable[[Pair], Iterator[Line]], float]] = {
     "encoders": (encoder_agreement, 70),
     "extraction": (extraction, 80),
     "runs": (runs, 110),
-    "epoch": (epochs, 155),  # last and in order of interest: what a slow compiler costs is the tail of the table
+    "epoch": (epochs, 145),  # last and in order of interest: what a slow compiler costs is the tail of the table
 }
 
 

@@ -6,7 +6,9 @@ if run.begin(dataset.description, device):   # run.json; False where a resumed r
     run.close(results)                       # results.json, and with it the end of the checkpoints
 """
 
+import contextlib
 import errno
+import glob
 import hashlib
 import itertools
 import json
@@ -106,6 +108,7 @@ class RunFolder:
         else:
             self._create(now)
         if self.is_complete:
+            self._remove_leftovers()
             print(f"{self.path}: this run is complete; its scores are in {self.path / MARK_OF_COMPLETION}")
             return False
         self._lock = FileLock(self.path / ".lock")
@@ -137,9 +140,18 @@ class RunFolder:
     def close(self, results: Mapping[str, object]) -> None:
         """Write results.json, the last file, and remove the checkpoints, which only a resume needs."""
         write_json(self.path / MARK_OF_COMPLETION, json.loads(json.dumps(results, default=_plain)))
-        for leftover in (self.path / "checkpoints", *self.path.glob(".*")):  # hidden: what a kill left unfinished
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+        self._remove_leftovers()
         self._lock.release()
+
+    def _remove_leftovers(self) -> None:
+        """Remove what only a resume needs, and what a kill left unfinished: hidden files, beside the run as well."""
+        unfinished = RUNS.glob(f".{glob.escape(self.path.name)}.*.begun")
+        for leftover in (self.path / "checkpoints", *self.path.rglob(".*"), *unfinished):
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):  # a complete run may lie where nothing can be written
+                    leftover.unlink()
 
 
 def is_complete(folder: Path) -> bool:
