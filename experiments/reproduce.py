@@ -77,6 +77,8 @@ class Config:
     """with --resume: take finished experiments of other code too; the first line of the file then says so"""
     cache_dir: Path = Path("cache")
     """where encoded texts and images (and the demo) are kept between runs"""
+    skip_inputs: bool = False
+    """leave corrupted pictures and texts out of robustness and uncertainty: each has to be encoded once"""
     resume: bool = False
     """go on where a killed run stopped"""
 
@@ -182,7 +184,7 @@ def find_jobs(config: Config) -> Iterator[Job]:
 def flags(job: Job, config: Config) -> list[str]:
     """Flags of the experiment's command."""
     if job.experiment in OF_A_RUN:
-        inputs = ["input"] if job.dataset in WITH_INPUTS else []
+        inputs = ["input"] if job.dataset in WITH_INPUTS and not config.skip_inputs else []
         groups = ["--groups", *inputs, "features", "latents", "missing"]
         return [str(job.models.folder), *groups, "--name", job.folder.name]
     flags = ["--dataset", job.dataset]
