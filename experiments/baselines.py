@@ -1,4 +1,4 @@
-"""jWAE-LMF beside its baselines on one data set: scores, parameters, time.
+"""jWAE-LMF beside its baselines on one dataset: scores, parameters, time.
 
     python -m experiments.baselines --dataset cmu_mosi --data cmu_mosi_utterances.npz
 

@@ -1,7 +1,7 @@
-"""What all experiments share: flags, the run's folder, one table, one figure, results.json, and a verdict by rule.
+"""Frame of every experiment: flags, the run's folder, table, figure, results.json, and a verdict by rule.
 
 An experiment is a function from a study to an `Outcome`; everything around it is here. A verdict is never written by
-hand: it follows from the contrasts' intervals (experiments.verdicts.judge).
+hand: it follows from the contrasts' intervals (mmfusion.metrics.statistics.judge).
 """
 
 import platform

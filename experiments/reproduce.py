@@ -1,4 +1,4 @@
-"""Every experiment on every data set that is there, and what came out of it as RESULTS.md.
+"""Run every experiment on every dataset that is found, and write RESULTS.md.
 
     python -m experiments.reproduce --data-root FOLDER --text-encoder MODEL_FOLDER
     python -m experiments.reproduce                        the embedded demo alone

@@ -1,4 +1,4 @@
-"""Every command of the project: a dataclass becomes its flags, a user's mistake becomes one line and exit code 2."""
+"""Command line: flags from a dataclass, bad input as one line with exit code 2, signals, devices."""
 
 import contextlib
 import io

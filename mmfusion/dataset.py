@@ -1,4 +1,4 @@
-"""What every loader returns and every trainer takes: named splits of feature matrices, targets and ids."""
+"""Data contract: named splits of features, targets and ids, and folds over a common pool."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""The processes that `torchrun` started: who this one is, what its share of the work is, and how they fail as one."""
+"""Process group of torchrun: work sharing, barriers, and failure propagation."""
 
 import contextlib
 import os
@@ -104,7 +104,7 @@ def current_processes(device: str = "cpu") -> Processes:
 
 
 def leave_processes() -> None:
-    """Take leave of the group, after the last work that is shared, and of torchrun's limit of one thread each."""
+    """Leave the process group after the last shared work, and lift torchrun's limit of one thread per process."""
     if dist.is_available() and dist.is_initialized():
         dist.barrier()  # none may close its connections while another still listens
         dist.destroy_process_group()

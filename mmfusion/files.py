@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and files that are looked at before they are read.
+"""Atomic writing, and checks of a file's kind and size before it is read.
 
 A path that a user hands in may be a FIFO, on which `open` waits for ever, or a link to a device without an end.
 """

@@ -252,3 +252,17 @@ def test_run_of_cuda_is_read_without_cuda_from_the_features_that_it_was_trained_
     shutil.rmtree(next((tmp_path / "cache").glob("text-*")))
     with pytest.raises(InputError, match=r"the cache lacks features that only CUDA encodes.*copy the cache folder"):
         load_run(folder, "cpu")
+
+
+def test_run_of_the_first_version_still_loads(place, tmp_path):
+    folder = copy_of(place / "runs/mosi", tmp_path)
+    begun = json.loads((folder / "run.json").read_text())
+    begun["data"]["experiment"] = "train"  # what baselines was called
+    del begun["code"]
+    (folder / "run.json").write_text(json.dumps(begun))
+    for path in folder.rglob("config.json"):
+        config = json.loads(path.read_text())
+        config["row"] = config.pop("method")
+        path.write_text(json.dumps(config))
+    run = load_run(folder)
+    assert next(iter(run.ensembles)) == "jWAE-LMF, rank 4" and run.seeds == [0, 1]

@@ -1,4 +1,4 @@
-"""Trained members taken apart: their components, other terms of the same function, stability over seeds, ablation."""
+"""Components of trained members: refits of the same function, stability over seeds, ablation."""
 
 import itertools
 from collections.abc import Sequence

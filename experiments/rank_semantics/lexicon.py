@@ -1,4 +1,4 @@
-"""Probes: what is known of an example beside its label, and how strongly a component of a prediction tells it.
+"""Probes of components: polarity, speaker and other known properties of an example, beyond its prediction.
 
 Named before any result was seen: `polarity` of the transcript (positive minus negative words of the lists below),
 `length` of the transcript in words, and `speaker`.

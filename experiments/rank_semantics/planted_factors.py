@@ -1,4 +1,4 @@
-"""What is identified of rank factors, and does an LMF layer recover those that are known to be there?
+"""Recovery of planted rank factors by trained LMF layers of two and three modalities.
 
     y = sum_k w_k prod_m (a_k^m . z_m) + noise,        z_m standard normal, |a_k^m| = 1, k = 1 .. 3
 

@@ -1,4 +1,4 @@
-"""Scores of every row of a run over the severity of each corruption, and what is read off such curves."""
+"""Scores of every method of a run over the severity of each corruption, and summaries of them."""
 
 import csv
 import io

@@ -1,4 +1,4 @@
-"""What a run's models say of its test examples when they are corrupted, or when a modality is missing."""
+"""Conditions (kind, severity, draw) and every method's predictions of the test examples under them."""
 
 import zlib
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The figure of experiments.robustness: curves of every row, and the main row's worst case."""
+"""Figure of experiments.robustness: curves of every method, and the main method's worst case."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""Worst-case scores of every row of a run: exact on latents, certified and attacked on features; and their table."""
+"""Worst-case scores of every method of a run: exact on latents, certified and attacked on features."""
 
 import itertools
 import math

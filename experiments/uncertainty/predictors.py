@@ -1,4 +1,4 @@
-"""One member or an ensemble with what its dev part teaches: temperature, conformal quantile, residual variance."""
+"""Calibrated predictors, one member or an ensemble: temperature, conformal quantile, residual variance."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple

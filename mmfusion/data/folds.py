@@ -1,4 +1,4 @@
-"""A data set as the experiments see it: one pool of examples, and folds that say which are trained on and which tested.
+"""Pooled examples and folds: which rows a model trains on, is selected on and is tested on.
 
 A dataset with fixed splits is one fold; MUStARD's five released folds are five. No example is tested in two folds.
 """
@@ -47,12 +47,12 @@ class FoldedDataset:
 
     @property
     def score_name(self) -> str:
-        """Of the additive score (metrics.example_scores in units of the target's deviation)."""
+        """Of the additive score (mmfusion.metrics.scores.example_scores in units of the target's deviation)."""
         return "accuracy" if self.task == "binary" else "-MAE / std of target"
 
     @property
     def loss_name(self) -> str:
-        """Of the loss (metrics.example_losses in the same units)."""
+        """Of the loss (mmfusion.metrics.scores.example_losses in the same units)."""
         return "cross-entropy" if self.task == "binary" else "squared error / variance"
 
     @property

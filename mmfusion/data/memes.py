@@ -1,4 +1,4 @@
-"""Where memes come from (files on disk, the Kaggle copy, or the drawn demo) and what encodes them."""
+"""Source of the memes (files on disk, the Kaggle copy, or the drawn demo) and its encoders."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path

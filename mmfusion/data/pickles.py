@@ -1,4 +1,4 @@
-"""Files of arrays that others released, read without running anything that is in them.
+"""Restricted reading of released .npz and pickle files: arrays and plain containers alone.
 
 A pickle is a program: `pickle.load` runs whatever it names. Here a pickle may name nothing but the makers below, all of
 them plain Python of this module: not even numpy's own functions are reached, whose `__setstate__` trusts its input.

@@ -1,4 +1,4 @@
-"""Which data sets the experiments know, where their files lie, and how each becomes a study."""
+"""Registry of the datasets: their flags, their loaders, and a check that all values are finite."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace

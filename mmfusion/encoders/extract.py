@@ -1,4 +1,4 @@
-"""Each distinct image and text through its frozen encoder once, over all processes and cores, into the cache.
+"""Feature extraction: each distinct image and text through its frozen encoder, once, into the cache.
 
 Items are cut into fixed batches before anything is looked up in the cache, and a batch is computed by one thread: the
 order of additions, hence every bit of a feature on the CPU, depends on neither what is cached, nor the number of cores,

@@ -1,4 +1,4 @@
-"""Any image file that Pillow reads -> plain RGB, as a person sees it, or an error: never zeros, never half of it."""
+"""Image decoding and preprocessing: any supported file -> RGB pixels of the encoder's size, or the reason why not."""
 
 import contextlib
 import errno

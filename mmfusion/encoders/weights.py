@@ -1,4 +1,4 @@
-"""Where an encoder's weights are, and what identifies them, found without importing any model library.
+"""Location and identity of an encoder's weights, found without importing any model library.
 
 A specification is `resnet50`, a local file of ResNet-50 weights, a local folder in Hugging Face layout, or the name of
 a Hugging Face model; `random:` before it keeps the architecture (and the tokenizer) and draws weights from seed 0.

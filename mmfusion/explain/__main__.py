@@ -1,4 +1,4 @@
-"""Explain what a trained run says of one meme, of named examples, or of a whole split.
+"""Explain predictions of a trained run: one meme, named examples, or a whole split.
 
 python -m mmfusion.explain runs/demo --image FILE --text "..."          one meme: printed, and drawn into one PNG
 python -m mmfusion.explain runs/demo --split dev --worst 20             many examples: one HTML page

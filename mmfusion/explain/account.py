@@ -1,4 +1,4 @@
-"""The exact account of predictions: what the bias, each modality, each set of them and each rank contribute.
+"""Exact decomposition of predictions: bias, modalities, sets of modalities, ranks.
 
     y = v_() + sum_S part_S            S over the sets of modalities, about the mean latents of train
 

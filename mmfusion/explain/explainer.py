@@ -1,4 +1,4 @@
-"""A trained run that explains its predictions: of a new meme, of named examples, of a split."""
+"""Explainer: a trained run with its data and encoders, applied to a new meme, named examples or a split."""
 
 import difflib
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Which words and which regions of the picture feed a score: gradient x input through the frozen encoders.
+"""Saliency of words and picture regions: gradient x input through the frozen encoders.
 
 A first-order account (Shrikumar et al., 2016; Ancona et al., 2018). For a picture the input is the last feature map,
 whose average is the image vector x: cell (i, j) of the h x w grid gets

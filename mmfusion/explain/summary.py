@@ -1,4 +1,4 @@
-"""What each modality and each set of modalities contributes on a whole split: one table for every member's average."""
+"""Contribution of each modality and each set of modalities on a whole split."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

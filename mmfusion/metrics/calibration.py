@@ -1,4 +1,4 @@
-"""How far a predictor's stated uncertainty can be trusted: calibration, selection, conformal sets, disagreement.
+"""Calibration and selective prediction: ECE, temperature, risk-coverage, conformal sets, disagreement.
 
 Binary predictions come as logits: l = log p / (1 - p) of the positive class, natural logarithm everywhere. NLL per
 example is `metrics.example_losses`, Brier score and AUROC are scikit-learn's; here is what it does not have.

@@ -1,4 +1,4 @@
-"""What each modality, and each set of them, contributes to an LMF prediction: exact parts, EMAP, Shapley, relevance.
+"""Decomposition of an LMF prediction by modality: exact parts, EMAP, Shapley values, relevance, variance.
 
     v_T(i) = mean over j, k, ... of y(z_i of the modalities in T, z_j, z_k, ... of the others)
 

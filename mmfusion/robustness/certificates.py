@@ -1,4 +1,4 @@
-"""How far may an input move before the prediction changes: closed forms, certified bounds, and attacks.
+"""Certificates: how far an input may move before the prediction changes, in closed form or as a bound.
 
 On a latent. LMF is affine in each z_m, so a change of one latent by at most eps in l_p moves y by at most
 eps ||dy/dz_m||_q, q dual to p, and this is attained: certificate and attack are one closed form. Two latents at once:

@@ -1,4 +1,4 @@
-"""What may go wrong with an input: pictures, texts, features, latents, whole modalities.
+"""Corruptions of pictures, texts, features and latents, and missing modalities.
 
 A severity lies in [0, 1]; 0 leaves the input as it is (JPEG excepted, which always loses; and white space of texts
 becomes single blanks). Every random choice comes from a generator that the caller

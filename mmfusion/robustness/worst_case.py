@@ -1,4 +1,4 @@
-"""Worst cases of a run's models: certified from below, attacked from above, and the checks that an attack must pass.
+"""Worst-case scores of a model: certified lower bounds, attacks as upper bounds, checks of an attack.
 
 Sizes are relative: an l_p change of size rho has the l_p norm rho |s|_p of rho times the vector s of standard
 deviations in training (of standardised features: s = 1 in each of the d coordinates, constant ones too, so rho sqrt(d)

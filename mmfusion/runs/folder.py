@@ -1,4 +1,4 @@
-"""Life of a run in its folder runs/NAME: claimed by name, begun with run.json, closed with results.json.
+"""Life cycle of a run's folder runs/NAME: claimed by name, begun with run.json, closed with results.json.
 
 run = RunFolder.claim(config, "demo")        # before anything is loaded: is the name free, do the settings agree?
 if run.begin(dataset.description, device):   # run.json; False where a resumed run is complete already

@@ -1,4 +1,4 @@
-"""A finished run with its models and its data, as it stands in runs/NAME.
+"""Loading of a finished run: its models, its data and its encoders.
 
 Two commands leave models behind: `python main_hateful_memes.py` and `python -m experiments.baselines`.
 """

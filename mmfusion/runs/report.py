@@ -1,4 +1,4 @@
-"""What a run says: the printed tables, the account of the rank factors, and report.png."""
+"""Report of a run: printed tables, rank factors, and report.png."""
 
 from collections.abc import Mapping
 from copy import deepcopy

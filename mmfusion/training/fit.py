@@ -1,4 +1,4 @@
-"""Train jWAE-LMF or a baseline on one dataset with every seed at once: what `main_hateful_memes.py` does, for anyone.
+"""Fit jWAE-LMF or a baseline on one dataset, all seeds at once.
 
 ensembles, trained = fit(dataset, [Method("jWAE-LMF", ("image", "text"))], ModelConfig(), ObjectiveConfig(),
                          TrainingConfig(seeds=5))

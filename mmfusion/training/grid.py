@@ -1,4 +1,4 @@
-"""A grid of settings x seeds x folds, trained in one call, and what its members say of every example."""
+"""Grid of settings x seeds x folds, trained in one call, with every member's predictions of the pool."""
 
 import itertools
 import math
@@ -83,11 +83,11 @@ class Grid:
         return per_example(self.data, select(self.data, outputs, part), part, example_scores)
 
     def scores(self, part: str = "test") -> np.ndarray:
-        """(P, S, n): additive score of each example, larger is better (metrics.example_scores)."""
+        """(P, S, n): additive score of each example, larger is better (mmfusion.metrics.scores.example_scores)."""
         return per_example(self.data, self.predictions(part), part, example_scores)
 
     def losses(self, part: str = "test") -> np.ndarray:
-        """(P, S, n): loss of each example (metrics.example_losses)."""
+        """(P, S, n): loss of each example (mmfusion.metrics.scores.example_losses)."""
         return per_example(self.data, self.predictions(part), part, example_losses)
 
 

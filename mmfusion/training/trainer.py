@@ -1,4 +1,4 @@
-"""Train S members at once: one model and one batch in the objective, a stack of members in the step.
+"""Trainer of S members at once: the objective sees one model and one batch, the step a stack of members.
 
 A member is a seed plus whatever may differ without changing a shape: the weights of the loss terms, the weight decay,
 the fold of the data, the rates at which modalities are dropped, and what `build` makes of it (for instance a rank
