@@ -28,7 +28,10 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode  # what the user's umask gives a file
         write(temporary)
+        temporary.chmod(mode)  # safetensors makes files that their owner alone may read
         with temporary.open("rb+") as handle:
             os.fsync(handle.fileno())
         temporary.replace(path)

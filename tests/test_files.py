@@ -120,3 +120,12 @@ def test_file_without_permission_is_one_line(tmp_path):
 
 def test_sizes_are_said_in_units():
     assert [in_units(n) for n in (12, 1_234, 12_345, 34 << 30)] == ["12 bytes", "1.2 kB", "12 kB", "37 GB"]
+
+
+def test_safetensors_files_may_be_read_by_whom_the_umask_allows(tmp_path):
+    before = os.umask(0o022)
+    try:
+        write_safetensors(tmp_path / "a.safetensors", {"x": torch.ones(2)})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o644
