@@ -5,7 +5,7 @@
 Ranks 1 to 32 with and without the MMD to the prior; rank 32 under other weight decays; ranks 4 and 32 under spectral
 normalisation; rank 4 under other rates of modality dropout. All on test examples and standardised features, one
 modality moving at a time, by an l_2 change of size rho = .05 (.05 sqrt(d): as long as Gaussian noise of .05 standard
-deviations), mean over modalities; scores as in experiments/adversarial.py.
+deviations), mean over modalities; scores as in mmfusion/robustness/worst_case.py.
 
 Robustness is compared at matched clean accuracy: only examples that both settings of a seed get right can count, so
 that a model is not called robust because it was right more often; the difference is a share of all test examples. For a

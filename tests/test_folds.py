@@ -1,4 +1,4 @@
-"""Corpora become studies: one pool, folds by rows, nothing of a test part in training."""
+"""Datasets become folded datasets: one pool, folds by rows, nothing of a test part in training."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Do rank factors correspond to distinct, stable components? (claim 5)."""
+"""Do rank factors correspond to distinct, stable components?."""
 
 from experiments.rank_semantics.measure import EXPERIMENT
 

@@ -11,7 +11,8 @@ deviations of the target, of each example; nothing is scaled across methods. Of 
 - drop: clean minus the score at the largest severity;
 - effective robustness: mean over severities of (score - clean) minus the same of late fusion (Liang et al. 2021).
 
-Worst cases are certified from below and attacked from above (experiments/adversarial.py, where sizes rho are defined).
+Worst cases are certified from below and attacked from above (mmfusion/robustness/worst_case.py
+defines sizes rho).
 
 The claim is tested as: in every group of conditions that was measured, jWAE-LMF loses less than late fusion, its
 effective robustness being above 0. All groups must hold. Where late fusion does not score above a constant prediction
@@ -29,7 +30,7 @@ import numpy as np
 import torch
 import tyro
 
-from experiments import baselines as train
+from experiments import baselines
 from experiments.experiment import SCORE_EFFECT, Experiment, Outcome, begun, contrasts_on_test, record
 from experiments.robustness.corruption_curves import CorruptionResult, curves_csv, group_summary, measure_corrupted
 from experiments.robustness.corruption_grid import LATE_FUSION, Condition, Group, Predictor, check_flags, conditions
@@ -175,7 +176,7 @@ OVER_LATE_FUSION = "loses less than late fusion: "
 
 def lead_over_constant(run: TrainedRun, result: CorruptionResult) -> float:
     """Clean score of late fusion minus that of the training majority (or mean)."""
-    constant = per_example(run.data, train.constant(run.data).predictions, "test", example_scores)
+    constant = per_example(run.data, baselines.constant(run.data).predictions, "test", example_scores)
     return float(result.clean[LATE_FUSION].mean() - constant.mean())
 
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from lmf_module import LowRankMultimodalFusion
 from mmfusion.models.fusion import FusionModel
 from mmfusion.models.heads import TensorHead
-from mmfusion.robustness import worst_case as adversarial
+from mmfusion.robustness import worst_case
 from mmfusion.robustness.worst_case import NAMES, SIZES, Check, Criterion
 from mmfusion.runs.load import TrainedRun
 
@@ -26,7 +26,7 @@ TENSOR_PRODUCTS = 5000  # of latents: a tensor product head of more is not attac
 
 @dataclass
 class WorstCases:
-    """Scores under the worst change of one modality, mean over test examples; sizes are adversarial.SIZES."""
+    """Scores under the worst change of one modality, mean over test examples; sizes are worst_case.SIZES."""
 
     seeds: int
     """that were attacked: the first ones"""
@@ -90,22 +90,20 @@ def _measure_row(run: TrainedRun, row: str, folds: Sequence[_FoldData], worst: W
     def each(measure: Measure, seeds: int = len(run.seeds)) -> dict[str, np.ndarray]:
         return _over_folds(run, row, folds, measure, seeds)
 
-    worst.clean[row] = each(lambda m, f: {"clean": adversarial.clean_scores(m, f.test, f.criterion)[None]})["clean"][0]
+    worst.clean[row] = each(lambda m, f: {"clean": worst_case.clean_scores(m, f.test, f.criterion)[None]})["clean"][0]
     for norm, label in NAMES.items() if is_lmf else ():
         changes = each(
-            lambda m, f, norm=norm: adversarial.latent_scores(
-                m, f.test, f.criterion, adversarial.latent_stds(m, f.train), norm
+            lambda m, f, norm=norm: worst_case.latent_scores(
+                m, f.test, f.criterion, worst_case.latent_stds(m, f.train), norm
             )
         )
         worst.latent.update({(row, name, label): values for name, values in changes.items()})
     if is_lmf and run.task == "binary":
-        changes = each(
-            lambda m, f: adversarial.joint_scores(m, f.test, f.criterion, adversarial.latent_stds(m, f.train))
-        )
+        changes = each(lambda m, f: worst_case.joint_scores(m, f.test, f.criterion, worst_case.latent_stds(m, f.train)))
         worst.joint.update({(row, pair): values for pair, values in changes.items()})
     for norm in NORMS if worst.seeds else ():
-        kinds = [(worst.attacked, adversarial.attacked_scores)]
-        kinds += [(worst.certified, adversarial.feature_certificates)] if is_lmf else []
+        kinds = [(worst.attacked, worst_case.attacked_scores)]
+        kinds += [(worst.certified, worst_case.feature_certificates)] if is_lmf else []
         for of, measure in kinds:
             changes = each(
                 lambda m, f, norm=norm, measure=measure: {
@@ -142,13 +140,13 @@ def _checks(run: TrainedRun, fold: _FoldData, worst: WorstCases) -> list[Check]:
         label = NAMES[norm]
         model, *others = run.members(row)[:2]
         hurt = min(model.modalities, key=lambda name: worst.attacked[row, name, label].mean())
-        for check in adversarial.attack_checks(
+        for check in worst_case.attack_checks(
             model, others[0] if others else None, fold.test, fold.criterion, hurt, norm, CHECK_SIZE
         ):
             checks.append(Check(f"{row}, {label}, {hurt}: {check.text}", check.holds))
     model = run.members(run.main_row)[0]
     for norm, name in itertools.product(NORMS, model.modalities):
-        gap = adversarial.latent_attack_gap(model, fold.test, name, norm)
+        gap = worst_case.latent_attack_gap(model, fold.test, name, norm)
         text = f"{run.main_row}, {NAMES[norm]}, latent of {name}: PGD and the closed form differ by {gap:.1e} of it"
         checks.append(Check(text, gap < 1e-4))
     least = min(float((worst.attacked[key] - values).min()) for key, values in worst.certified.items())

@@ -90,7 +90,8 @@ def load_mustard(
     features = {name: _stack(group, cache) for name, group in texts.items()} | extra
     everything = _gather(rows, features)
     return [
-        _corpus(everything, cut, number, protocol, provenance, notes, path) for number, cut in enumerate(cuts, start=1)
+        _fold_dataset(everything, cut, number, protocol, provenance, notes, path)
+        for number, cut in enumerate(cuts, start=1)
     ]
 
 
@@ -117,7 +118,7 @@ def _by_show(rows: list[Utterance], path: Path) -> FoldPlaces:
     return FoldPlaces([place for place, row in enumerate(rows) if row.show != TEST_SHOW], test)
 
 
-def _corpus(
+def _fold_dataset(
     everything: Split,
     cut: FoldPlaces,
     number: int,

@@ -1,7 +1,7 @@
 """Calibration and selective prediction: ECE, temperature, risk-coverage, conformal sets, disagreement.
 
 Binary predictions come as logits: l = log p / (1 - p) of the positive class, natural logarithm everywhere. NLL per
-example is `metrics.example_losses`, Brier score and AUROC are scikit-learn's; here is what it does not have.
+example is `mmfusion.metrics.scores.example_losses`, Brier score and AUROC are scikit-learn's; here is what it lacks.
 
     ECE  = sum_b n_b / n |mean p in bin b - share of positives in bin b|              (Naeini et al. 2015)
     AURC = 1/n sum_k mean loss of the k most confident examples                       (Geifman & El-Yaniv 2017, 2019)

@@ -1,1 +1,1 @@
-"""Fusion models, their heads, and what is exact about them."""
+"""Fusion models, baseline heads, decompositions, identifiability."""
