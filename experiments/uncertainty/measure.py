@@ -15,7 +15,8 @@ are measured in units of the target's standard deviation, mean over outputs.
 The rule, written before any result: four differences decide, those of the ensembles' NLL (as they are, no temperature)
 and AURC, on clean examples and in the mean over the corrupted conditions, each without the prior less with it. Each is
 judged by `mmfusion.metrics.statistics.judge` with a smallest effect of interest of .01 (nats; AURC), and the weakest is
-the verdict: the claim is supported where all four are. Each is paired over test examples and seeds; since an ensemble is no mean of its
+the verdict: the claim is supported where all four are. Each
+is paired over test examples and seeds; since an ensemble is no mean of its
 members, seed s stands in it by what leaving it out changes (the jackknife), and an example stands in the AURC likewise
 (`calibration.aurc_parts`). Without a prior-free row or corrupted conditions there is no verdict: too few data.
 """
