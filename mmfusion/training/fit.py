@@ -37,6 +37,7 @@ class Method:
         return len(self.modalities) > 1
 
 
+# over 60 lines, a third of them docstring: one training from the dataset to the ensembles
 def fit(
     dataset: Dataset,
     methods: Sequence[Method],
