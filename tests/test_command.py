@@ -85,6 +85,8 @@ def _start(folder: Path, body: str, **environment: str) -> subprocess.Popen[str]
         stderr=subprocess.PIPE,
         text=True,
         encoding="utf-8",
+        # a shell starts what runs in its background with interrupts ignored, and children inherit it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
 
 

@@ -1,12 +1,12 @@
 """The experiments' common frame: grids, flags, what a run leaves, a grid's resume, and RESULTS.md."""
 
 import csv
+import importlib
 import io
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -198,16 +198,38 @@ def test_baselines_are_trained_on_the_same_examples_and_the_constant_knows_nothi
     assert outcome.numbers["audio alone"]["parameters"] < outcome.numbers[train.MAIN]["parameters"]
 
 
-def run_module(name: str, *arguments: object, cwd: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", f"experiments.{name}", *map(str, arguments)]
-    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1", "HOME": str(cwd)}
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment)
+class Done(NamedTuple):
+    """What a command left behind."""
+
+    returncode: int
+    stdout: str
+    stderr: str
 
 
-def test_command_leaves_table_figure_and_results_and_says_when_it_is_complete(tmp_path):
+@pytest.fixture
+def run_module(tmp_path, monkeypatch, capfd):
+    """`python -m experiments.NAME FLAGS` in tmp_path, within this process: the imports are paid for."""
+    monkeypatch.chdir(tmp_path)
+    for name, value in {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}.items():  # of what `reproduce` starts
+        monkeypatch.setenv(name, value)
+
+    def run_here(name: str, *arguments: object) -> Done:
+        flags = list(map(str, arguments))
+        module = importlib.import_module(f"experiments.{name}")
+        capfd.readouterr()
+        try:
+            code = module.run(flags) if hasattr(module, "run") else frame.run(module.EXPERIMENT, flags)
+        except SystemExit as stop:
+            code = stop.code
+        return Done(code, *capfd.readouterr())
+
+    return run_here
+
+
+def test_command_leaves_table_figure_and_results_and_says_when_it_is_complete(run_module, tmp_path):
     data = write_mosi(tmp_path / "mosi.npz")
     flags = ("--dataset", "cmu_mosi", "--data", data, "--seeds", 2, "--epochs", 1)
-    first = run_module("rank_ablation", *flags, cwd=tmp_path)
+    first = run_module("rank_ablation", *flags)
     assert first.returncode == 0, first.stderr
     assert "verdict: " in first.stdout and "no dev split" in first.stdout
     folder = tmp_path / "runs" / "rank_ablation-cmu_mosi"
@@ -215,11 +237,11 @@ def test_command_leaves_table_figure_and_results_and_says_when_it_is_complete(tm
     assert results["examples"]["test"] == 30 and results["seeds"] == 2 and len(results["contrasts"]) == 10
     assert (folder / "figure.png").stat().st_size > 10_000
     assert not (folder / "checkpoints").exists()
-    again = run_module("rank_ablation", *flags, "--resume", cwd=tmp_path)
+    again = run_module("rank_ablation", *flags, "--resume")
     assert again.returncode == 0 and "complete" in again.stdout
-    other = run_module("rank_ablation", *flags[:-2], "--epochs", 2, "--resume", cwd=tmp_path)
+    other = run_module("rank_ablation", *flags[:-2], "--epochs", 2, "--resume")
     assert other.returncode == 2 and "--epochs" in other.stderr and other.stderr.count("\n") == 1
-    taken = run_module("jwae_ablation", *flags, "--name", folder.name, "--resume", cwd=tmp_path)
+    taken = run_module("jwae_ablation", *flags, "--name", folder.name, "--resume")
     assert taken.returncode == 2 and "another experiment" in taken.stderr
 
 
@@ -287,11 +309,11 @@ def test_flags_out_of_range_are_refused_before_anything_is_loaded(change, said):
 # ---- reproduce ---------------------------------------------------------------------------------------------------
 
 
-def test_reproduce_writes_what_it_found_and_goes_on_where_it_stopped(tmp_path):
+def test_reproduce_writes_what_it_found_and_goes_on_where_it_stopped(run_module, tmp_path):
     (tmp_path / "data").mkdir()
     write_mosi(tmp_path / "data" / "cmu_mosi.npz")
     flags = ("--data-root", "data", "--only", "cmu_mosi", "rank_ablation", "jwae_ablation", "--seeds", 2, "--epochs", 1)
-    first = run_module("reproduce", *flags, cwd=tmp_path)
+    first = run_module("reproduce", *flags)
     assert first.returncode == 0, first.stderr
     text = (tmp_path / "RESULTS.md").read_text()
     for job in ("rank_ablation", "jwae_ablation"):
@@ -303,18 +325,18 @@ def test_reproduce_writes_what_it_found_and_goes_on_where_it_stopped(tmp_path):
     other_code = tmp_path / "runs/reproduce-rank_ablation-cmu_mosi/run.json"
     written = other_code.read_text()
     other_code.write_text(re.sub(r'"code": "\w+"', '"code": "0123"', written))
-    refused = run_module("reproduce", *flags, "--resume", cwd=tmp_path)
+    refused = run_module("reproduce", *flags, "--resume")
     assert refused.returncode == 2 and "other code (0123" in refused.stderr and "--mix-code" in refused.stderr
-    mixed = run_module("reproduce", *flags, "--resume", "--mix-code", cwd=tmp_path)
+    mixed = run_module("reproduce", *flags, "--resume", "--mix-code")
     assert mixed.returncode == 0 and "(MIXED" in (tmp_path / "RESULTS.md").read_text().splitlines()[0]
     other_code.write_text(written)
-    refused = run_module("reproduce", *flags, cwd=tmp_path)
+    refused = run_module("reproduce", *flags)
     assert refused.returncode == 2 and "--resume" in refused.stderr
     (tmp_path / "runs/reproduce-jwae_ablation-cmu_mosi/results.json").unlink()
     (tmp_path / "runs/reproduce-jwae_ablation-cmu_mosi/figure.png").unlink()
-    other = run_module("reproduce", *flags[:-1], 2, "--resume", cwd=tmp_path)
+    other = run_module("reproduce", *flags[:-1], 2, "--resume")
     assert other.returncode == 2 and "--epochs 1, not 2" in other.stderr.splitlines()[-1]
-    resumed = run_module("reproduce", *flags, "--resume", cwd=tmp_path)
+    resumed = run_module("reproduce", *flags, "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert "rank_ablation on cmu_mosi" not in resumed.stdout.split("RESULTS.md")[0]
     again = (tmp_path / "docs/results/rank_ablation-cmu_mosi.md").read_text()

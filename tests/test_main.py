@@ -4,10 +4,8 @@ import csv
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import fields
 from pathlib import Path
 
@@ -15,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
 from small_memes import write_bert, write_memes, write_rows
 
@@ -184,32 +181,6 @@ def test_printed_tables_name_every_row_split_and_rank(memes, tmp_path, monkeypat
 
 
 # ---- resume
-
-
-@pytest.mark.parametrize("lines", [1, 9])
-def test_run_killed_at_any_moment_resumes_to_the_same_bits(memes, finished, tmp_path, lines):
-    # the checkpoint interval is made 0, so that there is something to go on from this early
-    code = (
-        "import sys, mmfusion.training.fit as fit, main_hateful_memes as m; Schedule = fit.Schedule;"
-        "fit.Schedule = lambda **k: Schedule(**k, checkpoint_seconds=0.0);"
-        "sys.exit(m.run(sys.argv[1:]))"
-    )
-    command = [sys.executable, "-c", code, *flags(memes)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=-3, stderr=-3) as process:
-        log = tmp_path / "runs/trial/metrics.jsonl"
-        deadline = time.monotonic() + 120
-        while not (log.exists() and len(log.read_text().splitlines()) >= lines):
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-    assert not (tmp_path / "runs/trial/results.json").exists()
-    again = subprocess.run([*command, "--resume"], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
-    for name in ("metrics.jsonl", "predictions_test.csv", "results.json"):
-        assert (tmp_path / "runs/trial" / name).read_bytes() == (finished / name).read_bytes()
-    a, b = (load_file(folder / "model.safetensors") for folder in (tmp_path / "runs/trial", finished))
-    assert all(torch.equal(a[name], b[name]) for name in b)
 
 
 def test_resume_refuses_another_config_other_data_and_a_run_that_is_not_there(memes, tmp_path, monkeypatch, capsys):
