@@ -107,7 +107,7 @@ def test_test_scores_come_from_the_fold_that_tests_an_example():
 @pytest.mark.parametrize("outputs", [None, 3])
 def test_regression_scores_weigh_outputs_alike_and_predictions_are_in_the_targets_units(outputs):
     data = folded("regression", outputs, examples=300)
-    recipe = Recipe(epochs=60, latent_dim=4, hidden_dim=16, batch_size=16, learning_rate=1e-2, weight_decay=0.01)
+    recipe = Recipe(epochs=40, latent_dim=4, hidden_dim=16, batch_size=32, learning_rate=1e-2, weight_decay=0.01)
     grid = train_grid(data, [Setting("rank 2", 2, PLAIN)], [0], recipe)
     target, scale = targets(data), data.target_scale.numpy()
     errors = np.abs(grid.predictions()[0] - target) / (scale if outputs else scale[0])
