@@ -1,6 +1,7 @@
 """Mutated input files: each is read, or refused with one line; never another exception, never slow, never large.
 
-    python -m tests.fuzz                       the full size: 2,000 jsonl files, 500 images, 300 shards, 300 arrays
+    python -m tests.fuzz                       the full size: 2,000 jsonl files, 500 images, 300 shards, 300 arrays,
+                                               300 checkpoints
     python -m tests.fuzz --share 0.1 --seed 7  a tenth of it, other mutations
 
 `tests/test_fuzz.py` runs a small share of it. A new kind of file is a `Kind`: examples to start from, and what reads
@@ -30,12 +31,15 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import save
+from torch import nn
 
 from hateful_memes_loader import image_paths, read_annotations
 from mmfusion.data.pickles import as_numbers, load_npz, load_pickle
+from mmfusion.dataset import Split
 from mmfusion.encoders.cache import FeatureCache
 from mmfusion.encoders.images import FORMATS, ImageBatches, Preprocessing, digest_images
 from mmfusion.errors import InputError
+from mmfusion.training.trainer import Member, Problem, Schedule, TrainingData, train
 
 SECONDS, MEGABYTES = 2.0, 1000  # of one case; the second is counted above what the process has before the first
 TOKENS = [b"\x00", b"\xff" * 4, b"\xff\xff\xff\x7f", b"\x00" * 8, b"NaN", b"1e999", b"9" * 5000, b"-1", b"\x1b[2J"]
@@ -165,12 +169,46 @@ def _read_arrays(content: bytes, folder: Path) -> str:
     return reasons[content[:2] == b"PK"]
 
 
+_DRAWN = np.random.default_rng(0).standard_normal((24, 4)).astype(np.float32)
+
+
+def _train_two_epochs(checkpoint: Path | None) -> bytes:
+    """What two members end in; goes on from the checkpoint where it exists."""
+    x = torch.from_numpy(_DRAWN[:, :3])
+    split = Split({"a": x}, torch.from_numpy(_DRAWN[:, 3]), [str(n) for n in range(len(x))])
+    problem = Problem(
+        lambda _: nn.Linear(3, 1),
+        lambda model, batch: {"loss": (model(batch.features["a"]).squeeze(-1) - batch.target).square().mean()},
+        lambda model, features: model(features["a"]).squeeze(-1),
+        lambda prediction, target: -float(np.abs(prediction - target).mean()),
+    )
+    schedule = Schedule(epochs=2, batch_size=8, learning_rate=1e-2, patience=5, checkpoint_seconds=0.0)
+    members = [Member(seed, {"loss": 1.0}) for seed in (0, 1)]
+    trained = train(problem, members, TrainingData(split, split), schedule, checkpoint=checkpoint)
+    return b"".join(value.numpy().tobytes() for model in trained.models for value in model.state_dict().values())
+
+
+def _checkpoint_examples() -> list[bytes]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.safetensors"
+        _train_two_epochs(path)
+        return [path.read_bytes()]
+
+
+def _read_checkpoint(content: bytes, folder: Path) -> str:
+    path = folder / "a.safetensors"
+    path.write_bytes(content)
+    if _train_two_epochs(path) != _train_two_epochs(None):
+        raise AssertionError("a changed checkpoint was gone on from")
+    return "read"
+
+
 KINDS = {
     "jsonl": Kind(2000, _jsonl_examples, _read_jsonl),
     "image": Kind(500, _image_examples, _read_image),
     "shard": Kind(300, _shard_examples, _read_shard),
     "arrays": Kind(300, _array_examples, _read_arrays),
-    # checkpoints (mmfusion.training.trainer) belong here: Kind(300, ...)
+    "checkpoint": Kind(300, _checkpoint_examples, _read_checkpoint),
 }
 
 

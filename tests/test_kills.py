@@ -22,6 +22,7 @@ from test_main import flags
 
 from mmfusion.files import write_json
 
+pytestmark = pytest.mark.kills
 ROOT = Path(__file__).parent.parent
 # checkpoints at every epoch and shards of 16 vectors, so that there is something to go on from after seconds
 SERVER = """
