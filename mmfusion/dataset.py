@@ -9,7 +9,7 @@ import torch
 from sklearn.model_selection import GroupShuffleSplit, ShuffleSplit, StratifiedShuffleSplit
 from torch import Tensor
 
-Task = Literal["binary", "regression"]
+Task = Literal["binary", "multiclass", "multilabel", "regression"]
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,8 @@ class Split:
     features: dict[str, Tensor]
     """float32 (N, d_m) per modality, in one fixed order of modalities; raw, not standardised"""
     target: Tensor | None
-    """float32 (N,) or (N, O); None where the split is unlabelled"""
+    """float32; binary (N,) of 0 and 1, multiclass (N,) of class numbers 0 .. C - 1, multilabel (N, O) of 0 and 1,
+    regression (N,) or (N, O); None where the split is unlabelled"""
     ids: list[str]
     """N names, unique within the split, that lead back to the source (for memes: the `img` key)"""
     metadata: dict[str, list[str]] = field(default_factory=dict)
@@ -45,14 +46,22 @@ class Dataset:
     label_range: tuple[float, float] | None = None
     """closed range of a regression target, where the dataset defines one: (-3, 3) for sentiment"""
     target_names: list[str] = field(default_factory=list)
-    """names of the O outputs; empty for one output"""
-    class_names: tuple[str, str] = ("class 0", "class 1")
-    """what the labels 0 and 1 of a binary target mean, in words"""
+    """names of the O labels of a multilabel target, or of the O values of a regression's; empty for one output"""
+    class_names: tuple[str, ...] = ("class 0", "class 1")
+    """what the class numbers of a binary or multiclass target mean, in words: one name per class"""
 
     @property
     def input_dims(self) -> dict[str, int]:
         """Width d_m of each modality."""
         return {name: x.shape[-1] for name, x in self.splits["train"].features.items()}
+
+    @property
+    def output_dim(self) -> int:
+        """Number of outputs O: the classes of a multiclass target, else the columns of the target."""
+        if self.task == "multiclass":
+            return len(self.class_names)
+        target = self.splits["train"].target
+        return 1 if target.ndim == 1 else target.shape[1]
 
     @property
     def description(self) -> dict[str, object]:
