@@ -75,7 +75,8 @@ def test_shares_of_the_report_are_those_of_the_decomposition(ensemble, features)
 
 def test_legends_of_the_figure_lie_outside_the_axes(ensemble, features, tmp_path, monkeypatch):
     figures = []
-    monkeypatch.setattr(run_report, "FigureCanvasAgg", lambda figure: figures.append(FigureCanvasAgg(figure)))
+    target = "matplotlib.backends.backend_agg.FigureCanvasAgg"
+    monkeypatch.setattr(target, lambda figure: figures.append(FigureCanvasAgg(figure)))
     terms = {name: [0.5, 0.6] for name in ("bce", "reconstruction", "mmd", "alignment")}
     history = [{"epoch": epoch, "loss": terms, "score": [0.6, 0.7]} for epoch in range(3)]
     trained = Trained([], [1, 2], [0.6, 0.7], history)

@@ -9,13 +9,16 @@ made of.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
-from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
+from scipy.special import logsumexp
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, roc_auc_score
 
 from mmfusion.dataset import Task
 
 RESAMPLES = 1000
+ECE_BINS = 15
 BINARY_SCORES = ("auroc", "accuracy", "f1")
 SENTIMENT = (-3.0, 3.0)
 """label range of CMU-MOSI and CMU-MOSEI sentiment: the one for which the field counts classes as well"""
@@ -45,8 +48,8 @@ def binary_scores(
         target: (N,) of 0 and 1.
         seed: of the resampling.
         names: which scores, in the order of the result: "auroc", "accuracy", "f1", also "weighted_f1" (mean of both
-            classes' F1 by their share of the target, scikit-learn's average="weighted") and "log_loss" (natural
-            logarithm; smaller is better).
+            classes' F1 by their share of the target, scikit-learn's average="weighted"), "balanced_accuracy", and,
+            smaller is better, "log_loss" (natural logarithm), "brier" and "ece".
 
     Raises ValueError for an unknown name, and where AUROC is asked for and target holds one class alone: it does not
     exist then.
@@ -61,7 +64,9 @@ def binary_scores(
     for name in names:
         value, resampled = _BINARY[name]
         values = [value(p, target) for p in probabilities]
-        scores[name] = _score(values, np.mean([resampled(p, target, counts) for p in probabilities], 0), target.size)
+        scores[name] = summarise_score(
+            values, np.mean([resampled(p, target, counts) for p in probabilities], 0), target.size
+        )
     return scores
 
 
@@ -100,38 +105,47 @@ def regression_scores(
     }
     if label_range is not None and tuple(label_range) == SENTIMENT:
         columns |= _sentiment_columns(x, y, weights)
-    return {name: _score(list(c[:, 0]), c[:, 1:].mean(0), n) for name, (c, n) in columns.items()}
+    return {name: summarise_score(list(c[:, 0]), c[:, 1:].mean(0), n) for name, (c, n) in columns.items()}
 
 
 def example_scores(predictions: np.ndarray, target: np.ndarray, task: Task) -> np.ndarray:
     """Every example's share of an additive score, larger is better: their mean is the accuracy, or minus the MAE.
 
     Args:
-        predictions: binary: logits (S, N); regression: (S, N) or (S, N, O).
-        target: binary: (N,) of 0 and 1; regression: (N,) or (N, O).
-        task: "binary" or "regression".
+        predictions: binary: logits (S, N); multiclass: logits (S, N, C); multilabel: logits (S, N, O); regression:
+            (S, N) or (S, N, O).
+        target: binary: (N,) of 0 and 1; multiclass: (N,) class numbers; multilabel: (N, O) of 0 and 1; regression:
+            (N,) or (N, O).
+        task: one of `mmfusion.dataset.Task`.
 
     Returns:
-        (S, N): 1 where the sign of the logit is right (a logit of 0 says 1) and else 0; or minus the absolute error,
-        mean over outputs.
+        (S, N): 1 where the sign of the logit is right (a logit of 0 says 1), or the largest logit is that of the class,
+        and else 0; the share of the labels that are right; or minus the absolute error, mean over outputs.
 
-    Raises ValueError for an unknown task, shapes that do not fit, or values that are not finite or not 0 and 1.
+    Raises ValueError for an unknown task, shapes that do not fit, or values that are not finite or no classes.
     """
     predictions, target = _for_task(predictions, target, task)
-    if task == "binary":
-        return ((predictions >= 0) == (target == 1)).astype(np.float64)
+    if task == "multiclass":
+        return (predictions.argmax(-1) == target).astype(np.float64)
+    if task in ("binary", "multilabel"):
+        right = ((predictions >= 0) == (target == 1)).astype(np.float64)
+        return right if task == "binary" else right.mean(-1)
     return -np.abs(predictions - target).reshape(*predictions.shape[:2], -1).mean(-1)
 
 
 def example_losses(predictions: np.ndarray, target: np.ndarray, task: Task) -> np.ndarray:
-    """Every example's loss: binary cross-entropy of the logit, or squared error, mean over outputs.
+    """Every example's loss: cross-entropy of the logits (mean over labels), or squared error, mean over outputs.
 
     Args and errors as for `example_scores`. Returns (S, N), natural logarithm.
     """
     predictions, target = _for_task(predictions, target, task)
-    if task == "binary":
+    if task == "multiclass":
+        own = np.take_along_axis(predictions, target.astype(int)[None, :, None], -1)[..., 0]
+        return logsumexp(predictions, axis=-1) - own
+    if task in ("binary", "multilabel"):
         # log(1 + exp(-m)) of the margin m: exact for any logit, where log(sigmoid) would underflow
-        return np.logaddexp(0.0, (1 - 2 * target) * predictions)
+        losses = np.logaddexp(0.0, (1 - 2 * target) * predictions)
+        return losses if task == "binary" else losses.mean(-1)
     return np.square(predictions - target).reshape(*predictions.shape[:2], -1).mean(-1)
 
 
@@ -221,11 +235,20 @@ def _fitting(predictions: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, n
 
 
 def _for_task(predictions: np.ndarray, target: np.ndarray, task: Task) -> tuple[np.ndarray, np.ndarray]:
+    if task not in get_args(Task):
+        raise ValueError(f"task is one of {', '.join(get_args(Task))}, not {task!r}")
+    if task == "multiclass":
+        predictions, target = np.asarray(predictions, np.float64), np.asarray(target, np.float64)
+        if predictions.ndim != 3 or predictions.shape[1:2] != target.shape or not predictions.size:
+            raise ValueError(f"logits {predictions.shape} and target {target.shape} do not fit: (S, N, C) with (N,)")
+        if not np.isfinite(predictions).all() or not np.isin(target, np.arange(predictions.shape[2])).all():
+            raise ValueError(f"logits {predictions.shape} hold NaN or infinity, or target holds no class numbers")
+        return predictions, target
     predictions, target = _fitting(predictions, target)
-    if task not in ("binary", "regression"):
-        raise ValueError(f'task is "binary" or "regression", not {task!r}')
     if task == "binary" and (target.ndim != 1 or not np.isin(target, (0, 1)).all()):
         raise ValueError(f"a binary target is (N,) of 0 and 1; this one of shape {target.shape} is not")
+    if task == "multilabel" and (target.ndim != 2 or not np.isin(target, (0, 1)).all()):
+        raise ValueError(f"a multilabel target is (N, O) of 0 and 1; this one of shape {target.shape} is not")
     return predictions, target
 
 
@@ -246,6 +269,30 @@ def _mean_f1(guess: np.ndarray, target: np.ndarray, weights: np.ndarray) -> np.n
     return share * _f1(guess, target, weights) + (1 - share) * _f1(1 - guess, 1 - target, weights)
 
 
+def _balanced_accuracy(guess: np.ndarray, target: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Mean of both classes' recall; NaN where a weighting leaves one class without weight."""
+    recall = []
+    for label in (0, 1):
+        there = weights @ (target == label)
+        hits = weights @ ((target == label) & (guess == label))
+        recall.append(np.divide(hits, there, out=np.full(len(weights), np.nan), where=there > 0))
+    return np.mean(recall, 0)
+
+
+def weighted_ece(confidence: np.ndarray, right: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Expected calibration error in 15 bins of equal width, under many weightings of the examples at once.
+
+    Args:
+        confidence: (N,) in [0, 1]; right: (N,) of 0 and 1: what came true; weights: (K, N), not negative.
+
+    Returns:
+        (K,): mean over bins of |sum of (confidence - right)|.
+    """
+    place = np.minimum((confidence * ECE_BINS).astype(int), ECE_BINS - 1)
+    gaps = weights @ (np.eye(ECE_BINS)[place] * (confidence - right)[:, None])  # (K, bins)
+    return np.abs(gaps).sum(1) / weights.sum(1)
+
+
 def _log_losses(p: np.ndarray, target: np.ndarray) -> np.ndarray:
     edge = np.finfo(np.float64).eps  # as scikit-learn clips: a certain error costs 36, not infinity
     return -np.log(np.clip(np.where(target == 1, p, 1 - p), edge, 1 - edge))
@@ -261,11 +308,21 @@ _BINARY: dict[str, tuple[_Value, _Resampled]] = {  # of p (N,) and target (N,); 
         lambda p, y: f1_score(y, _guess(p), average="weighted", zero_division=0.0),
         lambda p, y, w: _mean_f1(_guess(p), y, w),
     ),
+    "balanced_accuracy": (
+        lambda p, y: balanced_accuracy_score(y, _guess(p)),
+        lambda p, y, w: _balanced_accuracy(_guess(p), y, w),
+    ),
+    "brier": (lambda p, y: np.square(p - y).mean(), lambda p, y, w: w @ np.square(p - y) / y.size),
+    "ece": (
+        lambda p, y: float(weighted_ece(p, y, np.ones((1, y.size)))[0]),
+        lambda p, y, w: weighted_ece(p, y, w),
+    ),
     "log_loss": (lambda p, y: _log_losses(p, y).mean(), lambda p, y, w: w @ _log_losses(p, y) / y.size),
 }
 
 
-def _score(values: list[float], resampled: np.ndarray, examples: int) -> Score:
+def summarise_score(values: list[float], resampled: np.ndarray, examples: int) -> Score:
+    """The Score of members' values (S,) and of their mean in every resample (K,); resamples without one are NaN."""
     low, high = np.nanpercentile(resampled, [2.5, 97.5])
     std = float(np.std(values, ddof=1)) if len(values) > 1 else None
     return Score(float(np.mean(values)), std, float(low), float(high), [float(v) for v in values], examples)

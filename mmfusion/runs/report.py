@@ -7,9 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import roc_curve
 from torch import Tensor
@@ -136,6 +133,9 @@ def draw(
     `trained` holds the history of a stack whose first members are those of `ensemble`; `probabilities` is
     {split: (S, N)}.
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # half a second of every command's start
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(15, 9.8), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 3)
@@ -172,7 +172,7 @@ def _draw_losses(axis, trained: Trained, members: int) -> None:
         axis.fill_between(epochs, values.min(1), values.max(1), color=color, alpha=0.2, linewidth=0)
     axis.set_yscale("symlog", linthresh=1e-3)
     axis.axhline(0, color="black", linewidth=0.5)
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.locator_params(axis="x", integer=True)
     axis.set(title="training loss terms, unweighted (band: all seeds)", xlabel="epoch")
     _legend_below(axis, 4)
 
@@ -184,7 +184,7 @@ def _draw_selection(axis, trained: Trained, members: int, selection: str) -> Non
         axis.plot(epochs, scores[:, s], color=BLUE, alpha=0.45, linewidth=1, label="one seed" if s == 0 else None)
         axis.plot(trained.best_epoch[s] + 1, trained.best_score[s], "o", color=ORANGE, label="kept" if s == 0 else None)
     axis.axhline(0.5, color=GREY, linestyle=":", label="chance")
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.locator_params(axis="x", integer=True)
     axis.set(title=f"AUROC on {selection} (the split selected upon)", xlabel="epoch", ylabel="AUROC")
     _legend_below(axis, 3)
 
