@@ -13,30 +13,16 @@ from mmfusion.data.memes import MemesConfig, load_memes
 from mmfusion.distributed import end_process, join_processes, leave_processes
 from mmfusion.encoders.frozen import EncoderConfig
 from mmfusion.errors import InputError
-from mmfusion.metrics.scores import binary_scores
-from mmfusion.models.fusion import FusionEnsemble, ModelConfig
-from mmfusion.runs import report
-from mmfusion.runs.folder import RunFolder, config_from, find_begun, read_run
-from mmfusion.runs.outputs import MetricsLog, save_ensembles, write_predictions
-from mmfusion.training.fit import Method, fit
+from mmfusion.models.fusion import ModelConfig
+from mmfusion.runs.folder import RunConfig, RunFolder, config_from, find_begun, read_run
+from mmfusion.runs.run import carry_out
 from mmfusion.training.recipe import ObjectiveConfig, TrainingConfig
-from mmfusion.training.trainer import Trained
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Your data: the train.jsonl of the Hateful Memes release (dev and test are found beside it) and its folder of images.
 # Left empty, the script trains on a demo that it draws itself. --jsonl and --img-dir override this.
 REAL_PATH = {"jsonl": "", "img_dir": ""}
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """What the run is called, and whether it goes on from a kill."""
-
-    name: str | None = None
-    """the run is kept in runs/NAME; default: demo or hateful_memes, with a number if that is taken"""
-    resume: bool = False
-    """go on with the run of that name where it was killed"""
 
 
 @dataclass(frozen=True)
@@ -75,26 +61,9 @@ def locate(data: MemesConfig) -> MemesConfig:
     return replace(data, jsonl=jsonl, img_dir=img_dir)
 
 
-def methods(config: Config) -> list[list[Method]]:
-    """What is trained; the methods of one inner list have one shape, and are trained in one stack."""
-    both, rank = ("image", "text"), config.model.rank
-    lmf = [Method(f"jWAE-LMF, rank {rank}", both, active_rank=rank)]
-    if rank > 1:
-        lmf.append(Method("jWAE-LMF, rank 1", both, active_rank=1))
-    if config.objective.mmd_weight > 0:
-        lmf.append(Method("jWAE-LMF, no prior", both, active_rank=rank, prior=False))
-    return [
-        lmf,
-        [Method("concatenation + MLP", both, "concatenation")],
-        [Method("image only", both[:1])],
-        [Method("text only", both[1:])],
-    ]
-
-
 # ---- the run -----------------------------------------------------------------------------------------------------
 
 
-# over 60 lines on purpose: the whole run reads from top to bottom, one phase under each banner
 def main(config: Config) -> None:
     """Everything from files to report. Raises InputError for what the user can put right."""
     config.check()
@@ -109,64 +78,9 @@ def main(config: Config) -> None:
     if not processes.is_main:
         return
 
-    # ---- the run's folder
-    if not run.begin(dataset.description, device):
-        return
-    folder = run.path
-    report.print_dataset(dataset, folder, device)
-
-    # ---- training: fusion and its baselines
-    ensembles: dict[str, FusionEnsemble] = {}
-    histories: dict[str, Trained] = {}
-    with MetricsLog(folder / "metrics.jsonl") as log:
-        for stack in methods(config):
-            labels = [method.label for method in stack]
-            with log.stack(labels, config.training.seeds, config.training.epochs) as on_epoch:
-                fitted, trained = fit(
-                    dataset,
-                    stack,
-                    config.model,
-                    config.objective,
-                    config.training,
-                    device=device,
-                    checkpoint=folder
-                    / "checkpoints"
-                    / f"{stack[0].fusion}-{'-'.join(stack[0].modalities)}.safetensors",
-                    on_epoch=on_epoch,
-                )
-            ensembles |= dict(zip(labels, fitted, strict=True))
-            histories[labels[0]] = trained
-
-    # ---- scores on every labelled split
-    probabilities = {
-        label: {name: ensemble.predict_proba(split.features) for name, split in dataset.splits.items()}
-        for label, ensemble in ensembles.items()
-    }  # {row: {split: (S, N)}}
-    labelled = [
-        n for n, s in dataset.splits.items() if n != "train" and s.target is not None and len(s.target.unique()) > 1
-    ]
-    scores = {
-        label: {name: binary_scores(p[name].numpy(), dataset.splits[name].target.numpy()) for name in labelled}
-        for label, p in probabilities.items()
-    }
-    report.print_scores(scores, dataset)
-
-    # ---- what the fusion has learned
-    main_row = next(iter(ensembles))
-    ranks = report.rank_report(ensembles[main_row], dataset.splits[dataset.selection].features)
-    report.print_ranks(ranks, dataset.selection)
-
-    # ---- everything to disk; results.json comes last and marks the run as complete
-    save_ensembles(folder, ensembles)
-    write_predictions(folder, dataset, probabilities[main_row])
-    report.draw(
-        folder / "report.png", dataset, ensembles[main_row], histories[main_row], probabilities[main_row], ranks
-    )
-    run.close({"selection": dataset.selection, "scores": scores, "ranks": ranks})
-    print(
-        f"\nkept in {folder}/: report.png, results.json, metrics.jsonl, predictions_*.csv, "
-        "model.safetensors with config.json (FusionEnsemble.from_pretrained)"
-    )
+    # ---- training, scores, rank factors, report: what every run does, whichever data it is of
+    if run.begin(dataset.description, device):
+        carry_out(run, [dataset], config, device)
 
 
 def default_name(config: Config) -> str:

@@ -26,7 +26,7 @@ def features() -> dict[str, torch.Tensor]:
 
 
 def test_parts_are_what_replacing_a_latent_by_its_mean_takes_away(ensemble, features):
-    report = rank_report(ensemble, features)
+    report = rank_report(ensemble.members, features)
     for s, member in enumerate(ensemble.members):
         z = [member.encode(features)[name].detach() for name in ("image", "text")]
         mean = [x.mean(0).expand_as(x) for x in z]
@@ -41,7 +41,7 @@ def test_parts_are_what_replacing_a_latent_by_its_mean_takes_away(ensemble, feat
 
 
 def test_columns_are_the_layers_own_in_order_of_share(ensemble, features):
-    report = rank_report(ensemble, features)
+    report = rank_report(ensemble.members, features)
     for s, member in enumerate(ensemble.members):
         z = [member.encode(features)[name].detach() for name in ("image", "text")]
         terms = member.fusion.rank_terms(z).detach().squeeze(-1).numpy()  # (N, R)
@@ -55,7 +55,7 @@ def test_columns_are_the_layers_own_in_order_of_share(ensemble, features):
 
 
 def test_spectrum_is_the_std_of_the_interactions_canonical_components(ensemble, features):
-    report = rank_report(ensemble, features)
+    report = rank_report(ensemble.members, features)
     for s, member in enumerate(ensemble.members):
         z = [member.encode(features)[name].detach().double().numpy() for name in ("image", "text")]
         roots = [np.linalg.cholesky(np.cov(x.T)) for x in z]
@@ -65,7 +65,7 @@ def test_spectrum_is_the_std_of_the_interactions_canonical_components(ensemble, 
 
 
 def test_shares_of_the_report_are_those_of_the_decomposition(ensemble, features):
-    report = rank_report(ensemble, features)
+    report = rank_report(ensemble.members, features)
     for s, member in enumerate(ensemble.members):
         shares = variance_shares(member.fusion, [z.detach() for z in member.latents(features)])
         ours = [report.part_share[name][s] for name in ("image", "text", "image x text")]
@@ -81,9 +81,9 @@ def test_legends_of_the_figure_lie_outside_the_axes(ensemble, features, tmp_path
     trained = Trained([], [1, 2], [0.6, 0.7], history)
     split = Split(features, torch.arange(300) % 2.0, [str(i) for i in range(300)])
     dataset = Dataset("toy", "binary", dict.fromkeys(("train", "dev", "test"), split), "dev")
-    probabilities = dict.fromkeys(dataset.splits, ensemble.predict_proba(features))
-    ranks = rank_report(ensemble, features)
-    run_report.draw(tmp_path / "report.png", dataset, ensemble, trained, probabilities, ranks)
+    shown = run_report.Shown("test", split, ensemble.predict_proba(features).numpy())
+    ranks = rank_report(ensemble.members, features)
+    run_report.draw(tmp_path / "report.png", dataset, ensemble, trained, shown, ranks)
     (figure,) = figures
     assert len(figure.axes) == 6
     boxes = [axis.get_window_extent() for axis in figure.axes]

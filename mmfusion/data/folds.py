@@ -25,6 +25,7 @@ class FoldedDataset:
     notes: list[str]
     provenance: dict[str, object]
     label_range: tuple[float, float] | None = None
+    class_names: tuple[str, ...] = Dataset.class_names
 
     @property
     def input_dims(self) -> dict[str, int]:
@@ -33,13 +34,20 @@ class FoldedDataset:
 
     @property
     def output_dim(self) -> int:
-        """Number of outputs O."""
+        """Number of outputs O: classes of a multiclass target, else its columns."""
+        if self.task == "multiclass":
+            return len(self.class_names)
         return 1 if self.pool.target.ndim == 1 else self.pool.target.shape[1]
+
+    @property
+    def has_columns(self) -> bool:
+        """True where a model says several things of one example: its outputs are (N, O), not (N,)."""
+        return self.task == "multiclass" or self.pool.target.ndim > 1
 
     @property
     def target_scale(self) -> Tensor:
         """What errors are divided by: the standard deviation (O,) of a regression's targets in training; 1 else."""
-        if self.task == "binary":
+        if self.task != "regression":
             return torch.ones(1)
         training = torch.cat([fold.train for fold in self.folds]).unique()
         std = self.pool.target[training].reshape(len(training), -1).std(0, correction=0)
@@ -48,12 +56,14 @@ class FoldedDataset:
     @property
     def score_name(self) -> str:
         """Of the additive score (mmfusion.metrics.scores.example_scores in units of the target's deviation)."""
-        return "accuracy" if self.task == "binary" else "-MAE / std of target"
+        if self.task == "regression":
+            return "-MAE / std of target"
+        return "accuracy, mean over labels" if self.task == "multilabel" else "accuracy"
 
     @property
     def loss_name(self) -> str:
         """Of the loss (mmfusion.metrics.scores.example_losses in the same units)."""
-        return "cross-entropy" if self.task == "binary" else "squared error / variance"
+        return "squared error / variance" if self.task == "regression" else "cross-entropy"
 
     @property
     def description(self) -> dict[str, object]:
@@ -86,7 +96,8 @@ def fold_datasets(datasets: Sequence[Dataset]) -> FoldedDataset:
             notes.append(f"{dataset.selection} is tested on: no other labelled split is there")
         rows = {part: torch.tensor(pool.add(dataset.splits[name], name)) for part, name in names.items()}
         folds.append(Fold(**rows))
-    data = FoldedDataset(first.name, first.task, pool.split(), folds, notes, first.provenance, first.label_range)
+    kept = (first.provenance, first.label_range, first.class_names)
+    data = FoldedDataset(first.name, first.task, pool.split(), folds, notes, *kept)
     tested = data.test_rows
     if len(tested.unique()) < len(tested):
         raise InputError(f"{first.name}: {len(tested) - len(tested.unique())} examples are tested in several folds")

@@ -10,13 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from jwae_module import JWAE
 from lmf_module import LowRankMultimodalFusion
+from mmfusion.dataset import Task
 from mmfusion.errors import InputError, check_numbers
 from mmfusion.files import write_json, write_safetensors
+from mmfusion.metrics.tasks import probabilities
 from mmfusion.models.heads import ConcatenationHead, FusedWidthHead, Rescale, Standardise, TensorHead
 from mmfusion.models.pretrained import CONFIG, WEIGHTS, check_shape, find_pretrained, load_weights, read_config
 from mmfusion.models.spectral_norm import normalise_spectrally
@@ -139,8 +142,9 @@ class FusionModel(nn.Module):
 
 
 class FusionEnsemble(nn.Module):
-    """Independently trained members of one shape; takes raw features, gives the logits of every member.
+    """Independently trained members of one shape; takes raw features, gives what every member says.
 
+    `task` says what the outputs are: logits of one of the three kinds of classification, or a regression's values.
     `save_pretrained` writes config.json (the constructor's arguments) and model.safetensors (the weights), the files
     that the Hugging Face hub expects of a model.
     """
@@ -155,8 +159,10 @@ class FusionEnsemble(nn.Module):
         output_dim: int = 1,
         fusion: Fusion = "lmf",
         spectral_norm: float | None = ModelConfig.spectral_norm,
+        task: Task = "binary",
     ) -> None:
         super().__init__()
+        self.task = task
         self.shape = {
             "input_dims": dict(sorted(input_dims.items())),
             "members": members,
@@ -166,6 +172,7 @@ class FusionEnsemble(nn.Module):
             "output_dim": output_dim,
             "fusion": fusion,
             "spectral_norm": spectral_norm,
+            "task": task,
         }
         self.members = nn.ModuleList(
             FusionModel(input_dims, latent_dim, hidden_dim, rank, output_dim, fusion, spectral_norm=spectral_norm)
@@ -188,6 +195,8 @@ class FusionEnsemble(nn.Module):
             reason = " ".join(str(error).split())[:120]
             raise InputError(f"{path}: describes a model that cannot be made ({reason}); train the run anew") from error
         load_weights(ensemble, folder / WEIGHTS)
+        if "task" not in shape and ensemble.members[0].rescale.is_fitted:  # saved before models knew their task
+            ensemble.task = ensemble.shape["task"] = "regression"
         return ensemble.eval()
 
     def save_pretrained(self, folder: Path, entries: Mapping[str, object] | None = None) -> None:
@@ -203,11 +212,49 @@ class FusionEnsemble(nn.Module):
             empty.load_state_dict(model.state_dict())
         return ensemble
 
-    def forward(self, features: Mapping[str, Tensor]) -> Tensor:
-        """Logits (S, N, O) of raw features (N, d_m)."""
+    def part(self, fold: int, folds: int) -> "FusionEnsemble":
+        """The members of one fold, of an ensemble whose members are seed-major, then fold; they are shared."""
+        members = list(self.members)[fold::folds]
+        chosen = FusionEnsemble(**{**self.shape, "members": 0})
+        chosen.shape["members"] = len(members)
+        chosen.members.extend(members)
+        return chosen.eval()
+
+    def forward(self, features: Mapping[str, Tensor | np.ndarray]) -> Tensor:
+        """Logits, or a regression's values, (S, N, O) of raw features (N, d_m)."""
+        features = self._tensors(features)
         return torch.stack([member(features, reconstruct=False).prediction for member in self.members])
 
     @torch.inference_mode()
-    def predict_proba(self, features: Mapping[str, Tensor]) -> Tensor:
-        """Probability of the positive class, (S, N), of raw features (N, d_m); for one output."""
-        return self(features).squeeze(-1).sigmoid()
+    def predict(self, features: Mapping[str, Tensor | np.ndarray]) -> Tensor:
+        """What every member says of raw features (N, d_m): probabilities (`predict_proba`), or a regression's values.
+
+        Returns:
+            (S, N) for two classes or one value; else (S, N, O).
+        """
+        return probabilities(self(features), self.task)
+
+    def predict_proba(self, features: Mapping[str, Tensor | np.ndarray]) -> Tensor:
+        """Probabilities of raw features (N, d_m), tensors or arrays, by every member.
+
+        Returns:
+            (S, N) of class 1 of two; (S, N, C) of the classes, summing to 1; (S, N, O) of each label.
+
+        Raises ValueError for a regression (see `predict`), and features that do not fit.
+        """
+        if self.task == "regression":
+            raise ValueError("a regression has no probabilities; `predict` gives its values")
+        return self.predict(features)
+
+    def _tensors(self, features: Mapping[str, Tensor | np.ndarray]) -> dict[str, Tensor]:
+        """Float tensors of every modality. Raises ValueError naming what is missing or of another width."""
+        widths = self.shape["input_dims"]
+        if not isinstance(features, Mapping) or not set(widths) <= set(features):
+            known = list(features) if isinstance(features, Mapping) else type(features).__name__
+            raise ValueError(f"features: give a dict with {', '.join(widths)}; got {known}")
+        like = self.members[0].standardise[next(iter(widths))].mean
+        tensors = {name: torch.as_tensor(features[name], dtype=like.dtype, device=like.device) for name in widths}
+        for name, x in tensors.items():
+            if x.ndim == 0 or x.shape[-1] != widths[name]:
+                raise ValueError(f"features {name!r}: shape {tuple(x.shape)} does not end in its width {widths[name]}")
+        return tensors

@@ -42,6 +42,11 @@ class Rescale(nn.Module):
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("std", torch.ones(dim))
 
+    @property
+    def is_fitted(self) -> bool:
+        """True unless it is the identity."""
+        return bool((self.mean != 0).any() or (self.std != 1).any())
+
     @torch.no_grad()
     def fit(self, target: Tensor) -> None:
         """Take mean and standard deviation from a regression's training targets, (N,) or (N, O)."""

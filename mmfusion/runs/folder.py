@@ -18,7 +18,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Mapping
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import UnionType
@@ -49,6 +49,16 @@ FREE_SETTINGS = {
     "audio",
     "visual",
 }
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What the run is called, and whether it goes on from a kill."""
+
+    name: str | None = None
+    """the run is kept in runs/NAME; default: the data's name, with a number if that is taken"""
+    resume: bool = False
+    """go on with the run of that name where it was killed"""
 
 
 class RunFolder:

@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
-from mmfusion.dataset import Dataset
+from mmfusion.dataset import Dataset, Split
 from mmfusion.errors import InputError
 from mmfusion.files import write_text
 from mmfusion.models.fusion import FusionEnsemble
@@ -24,8 +25,9 @@ class MetricsLog:
     It is written anew when a run is resumed: the training replays the epochs that its checkpoint holds.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, score: str = "dev_auroc") -> None:
+        """`score`: what the selection score is called in a line."""
+        self.path, self.score = path, score
 
     def __enter__(self) -> "MetricsLog":
         try:
@@ -38,23 +40,23 @@ class MetricsLog:
         self._file.close()
 
     @contextmanager
-    def stack(self, methods: Sequence[str], seeds: int, epochs: int) -> Iterator[Callable[[dict], None]]:
-        """A progress bar, and a callback for the epochs of methods trained in one stack (members method-major)."""
+    def stack(self, methods: Sequence[str], members: int, epochs: int) -> Iterator[Callable[[dict], None]]:
+        """A progress bar, and a callback for the epochs of methods trained in one stack, `members` of each in turn."""
         with tqdm(total=epochs, desc=f"train {methods[0]}", unit="epoch", mininterval=0.5) as bar:
 
             def on_epoch(record: dict) -> None:
                 for i, method in enumerate(methods):
-                    part = slice(i * seeds, (i + 1) * seeds)
+                    part = slice(i * members, (i + 1) * members)
                     loss = {term: values[part] for term, values in record["loss"].items()}
                     line = {
                         "method": method,
                         "epoch": record["epoch"],
                         "loss": loss,
-                        "dev_auroc": record["score"][part],
+                        self.score: record["score"][part],
                     }
                     self._write(json.dumps(line) + "\n")
                 bar.update()
-                bar.set_postfix(dev_auroc=f"{sum(record['score'][:seeds]) / seeds:.3f}")
+                bar.set_postfix({self.score: f"{sum(record['score'][:members]) / members:.3f}"})
 
             yield on_epoch
 
@@ -83,15 +85,57 @@ def plain_cell(text: str) -> str:
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
-def write_predictions(folder: Path, dataset: Dataset, probabilities: Mapping[str, Tensor]) -> None:
-    """predictions_SPLIT.csv for every split: id, label (empty where unlabelled), mean probability, one per seed."""
-    for name, split in dataset.splits.items():
-        p = probabilities[name].numpy()  # (S, N)
-        labels = [""] * len(split) if split.target is None else split.target.int().tolist()
+def write_predictions(
+    folder: Path, dataset: Dataset, parts: Mapping[str, Split], predictions: Mapping[str, Tensor]
+) -> None:
+    """predictions_PART.csv for every part: id, label (empty where unlabelled), what is predicted, and each seed's word.
+
+    Two classes: mean probability of class 1, and one per seed. More classes: the likeliest of the mean probabilities,
+    these, and the likeliest of each seed. Labels or values: for each, the target, the mean, and one per seed.
+
+    Args:
+        parts: {part: its examples}.
+        predictions: {part: (S, N) or (S, N, O)}, probabilities or values.
+    """
+    for name, split in parts.items():
+        p = predictions[name].numpy()
+        if dataset.task == "multiclass":
+            columns = _class_columns(split, p, dataset.class_names)
+        elif p.ndim == 2:
+            called = "probability" if dataset.task == "binary" else "prediction"
+            columns = _value_columns(split, p, dataset.task == "binary", "label", called, "")
+        else:
+            names = dataset.target_names or [f"target_{o}" for o in range(p.shape[2])]
+            columns = {}
+            for o, output in enumerate(names):
+                target = None if split.target is None else split.target[:, o]
+                own = Split({}, target, split.ids)
+                whole = dataset.task == "multilabel"
+                columns |= _value_columns(own, p[..., o], whole, output, f"{output}_predicted", f"{output}_")
         text = io.StringIO()
         table = csv.writer(text, lineterminator="\n")
-        table.writerow(["id", "label", "probability", *(f"seed_{seed}" for seed in range(len(p)))])
-        for n, (key, label) in enumerate(zip(split.ids, labels, strict=True)):
-            # repr of a float32 reads back as the same float32
-            table.writerow([plain_cell(key), label, str(p[:, n].mean()), *(str(value) for value in p[:, n])])
+        table.writerow(["id", *map(plain_cell, columns)])
+        table.writerows(zip(map(plain_cell, split.ids), *columns.values(), strict=True))
         write_text(folder / f"predictions_{name}.csv", text.getvalue())
+
+
+def _value_columns(
+    split: Split, p: np.ndarray, whole: bool, label: str, mean: str, prefix: str
+) -> dict[str, Sequence[object]]:
+    """Columns of one output: target, mean over seeds, one per seed; p is (S, N)."""
+    targets: Sequence[object] = [""] * len(split)
+    if split.target is not None:
+        targets = (split.target.int() if whole else split.target).tolist()
+    # repr of a float32 reads back as the same float32
+    columns = {label: targets, mean: [str(value) for value in p.mean(0)]}
+    return columns | {f"{prefix}seed_{seed}": [str(value) for value in values] for seed, values in enumerate(p)}
+
+
+def _class_columns(split: Split, p: np.ndarray, names: Sequence[str]) -> dict[str, Sequence[object]]:
+    """Columns of a choice between classes: target, choice, mean probability of each, each seed's choice."""
+    shown = [plain_cell(name) for name in names]
+    targets = [""] * len(split) if split.target is None else [shown[int(c)] for c in split.target.tolist()]
+    mean = p.mean(0)  # (N, C)
+    columns: dict[str, Sequence[object]] = {"label": targets, "prediction": [shown[c] for c in mean.argmax(1)]}
+    columns |= {f"probability_{name}": [str(value) for value in mean[:, c]] for c, name in enumerate(names)}
+    return columns | {f"seed_{s}": [shown[c] for c in values.argmax(1)] for s, values in enumerate(p)}

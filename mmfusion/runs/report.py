@@ -1,9 +1,11 @@
 """Report of a run: printed tables, rank factors, and report.png."""
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,10 +13,12 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import roc_curve
 from torch import Tensor
 
-from mmfusion.dataset import Dataset
+from mmfusion.dataset import Dataset, Split, Task
 from mmfusion.files import write_atomically
+from mmfusion.metrics.classes import weighted_average_precision
 from mmfusion.metrics.format import counted, mean_std
-from mmfusion.metrics.scores import BINARY_SCORES, Score
+from mmfusion.metrics.scores import Score
+from mmfusion.metrics.tasks import SELECTION, TABLE_SCORES
 from mmfusion.models.decomposition import recentred_parts, variance_share
 from mmfusion.models.fusion import FusionEnsemble, FusionModel
 from mmfusion.training.trainer import Trained
@@ -31,93 +35,167 @@ class RankReport:
     share: np.ndarray
     """(S, R) cov(term_r, logit) / var(logit): the ranks of a member sum to 1; negative where a term works against"""
     spectrum: np.ndarray
-    """(S, R) canonical interaction spectrum, descending: std of each canonical component in logits"""
+    """(S, R) canonical interaction spectrum, descending: std of each canonical component in logits; (0,) unless there
+    are two modalities and one output"""
     part_share: dict[str, np.ndarray]
     """(S,) per subset of modalities: cov(part, logit) / var(logit); sums to 1 over the subsets"""
     bias: np.ndarray
-    """(S,) the constant part, in logits: what the model says at the mean latents"""
+    """(S,) or (S, O) the constant part: what the model says at the mean latents"""
 
 
 @torch.inference_mode()
-def rank_report(ensemble: FusionEnsemble, features: Mapping[str, Tensor]) -> RankReport:
-    """Account for the logits of an ensemble of two-modality LMF members on features (N, d_m)."""
+def rank_report(members: Sequence[FusionModel], features: Mapping[str, Tensor], task: Task = "binary") -> RankReport:
+    """Account for the outputs of LMF members, of two modalities or more, on features (N, d_m).
+
+    Shares of several outputs are of their summed variance. Class logits are taken relative to their mean over classes:
+    a constant added to all of them changes no probability.
+    """
     columns: dict[str, list] = {"weight": [], "strength": [], "share": [], "spectrum": [], "bias": []}
     parts: dict[str, list[float]] = {}
-    for member in ensemble.members:
+    for member in members:
         latents = [z.double() for z in member.latents(features)]  # (N, L) each
         layer = deepcopy(member.fusion).double()
-        logit = layer(latents).squeeze(-1)  # (N,)
-        terms = layer.rank_terms(latents).squeeze(-1)  # (N, R)
-        share = np.array([variance_share(terms[:, r], logit) for r in range(layer.rank)])
+        output = _identified(layer(latents), task)  # (N,) or (N, O)
+        terms = layer.rank_terms(latents)  # (N, R, O)
+        share = np.array([variance_share(_identified(terms[:, r], task), output) for r in range(layer.rank)])
         order = np.argsort(-share)
         columns["weight"].append((layer.rank_weights * layer.rank_mask).numpy()[order])
-        columns["strength"].append(layer.rank_strength().squeeze(-1).numpy()[order])
+        strength = layer.rank_strength()  # (R, O)
+        strength = strength.squeeze(-1) if strength.shape[-1] == 1 else torch.linalg.vector_norm(strength, dim=-1)
+        columns["strength"].append(strength.numpy()[order])
         columns["share"].append(share[order])
-        columns["spectrum"].append(layer.canonical_factors([z.T.cov() for z in latents]).spectrum.squeeze(0).numpy())
+        if len(latents) == 2 and output.ndim == 1:
+            spectrum = layer.canonical_factors([z.T.cov() for z in latents]).spectrum
+            columns["spectrum"].append(spectrum.squeeze(0).numpy())
         for subset, part in recentred_parts(layer, latents).items():
-            part = part.squeeze(-1)  # (N, 1) -> (N,)
+            part = _identified(part, task)
             if subset:
                 name = " x ".join(member.modalities[m] for m in subset)
-                parts.setdefault(name, []).append(variance_share(part, logit))
+                parts.setdefault(name, []).append(variance_share(part, output))
             else:
-                columns["bias"].append(part.mean().item())
+                columns["bias"].append(part[0].tolist() if part.ndim > 1 else part.mean().item())
     return RankReport(
         **{k: np.array(v) for k, v in columns.items()}, part_share={k: np.array(v) for k, v in parts.items()}
     )
 
 
+def _identified(output: Tensor, task: Task) -> Tensor:
+    """(N, O) -> (N,) of one output; class logits less their mean over classes."""
+    if task == "multiclass":
+        return output - output.mean(-1, keepdim=True)
+    return output.squeeze(-1) if output.shape[-1] == 1 else output
+
+
 # ---- printed tables ----------------------------------------------------------------------------------------------
 
+MOST_PARTS = 12  # that are printed; of six modalities there are 63
 
-def print_dataset(dataset: Dataset, folder: Path, device: torch.device) -> None:
+
+def print_dataset(datasets: Sequence[Dataset], folder: Path, device: torch.device) -> None:
     """What is trained on, and whatever the reader of the scores must know."""
+    dataset = datasets[0]
+    noun = "memes" if "image" in dataset.input_dims and "text" in dataset.input_dims else "examples"
+    if len(datasets) > 1:
+        print(f"{len(datasets)} folds; sizes of the first:")
     for name, split in dataset.splits.items():
-        positive = "unlabelled" if split.target is None else f"{split.target.mean():.0%} positive"
-        if split.target is not None and len(split.target.unique()) < 2:
-            positive += " (one class: not scored)"
-        print(f"{name:12} {len(split):6} memes  {positive}")
+        print(f"{name:12} {len(split):6} {noun}  {_target_in_words(dataset, split)}".rstrip())
     widths = ", ".join(f"{name} {width}" for name, width in dataset.input_dims.items())
     print(f"features: {widths}; training on {device}; run in {folder}/")
     for note in dataset.notes:
         print(f"note: {note}")
 
 
-def print_scores(scores: Mapping[str, Mapping[str, Mapping[str, Score]]], dataset: Dataset) -> None:
-    """Scores {row: {split: {score: Score}}} as a fixed-width table."""
-    some = next(iter(next(iter(scores.values())).values()))["auroc"]
+def _target_in_words(dataset: Dataset, split: Split) -> str:
+    if split.target is None:
+        return "unlabelled"
+    if dataset.task == "binary":
+        one = " (one class: not scored)" if len(split.target.unique()) < 2 else ""
+        return f"{split.target.mean():.0%} positive{one}"
+    if dataset.task == "multiclass":
+        counts = torch.bincount(split.target.long(), minlength=len(dataset.class_names))
+        return f"{len(dataset.class_names)} classes of {counts.min()} to {counts.max()}"
+    if dataset.task == "multilabel":
+        return f"{split.target.shape[1]} labels, {split.target.mean():.0%} of them present"
+    columns = split.target.reshape(len(split), -1)
+    return f"{counted(columns.shape[1], 'target')} from {columns.min():.3g} to {columns.max():.3g}"
+
+
+def print_scores(
+    dataset: Dataset,
+    parts: Mapping[str, Split],
+    scores: Mapping[str, Mapping[str, Mapping[str, Score]]],
+    ensemble_scores: Mapping[str, Mapping[str, Mapping[str, Score]]],
+    thresholds: Mapping[str, object],
+) -> None:
+    """Scores {method: {part: {score: Score}}} as a fixed-width table; that of the main method's ensemble below its own.
+
+    `thresholds`: of `mmfusion.runs.run.chosen_threshold`, or empty.
+    """
+    if not any(scores.values()):
+        print("\nno part can be scored")
+        return
+    some = next(iter(next(iter(next(iter(scores.values())).values())).values()))
     of = f"mean +- std over {counted(len(some.members), 'seed')}" if len(some.members) > 1 else "1 seed"
     print(f"\n{of} [95 % bootstrap interval over examples{', of the mean' if len(some.members) > 1 else ''}]")
-    width = max(map(len, scores))
+    rows: dict[str, Mapping] = {}
+    for label, by_part in scores.items():
+        rows[label] = by_part
+        if label in ensemble_scores and label == next(iter(scores)):
+            rows[f"  mean of its {len(some.members)} members"] = ensemble_scores[label]
+    width = max(map(len, rows))
     for name in next(iter(scores.values())):
-        n = len(dataset.splits[name])
-        shared = len(set(dataset.splits[name].ids) & set(dataset.splits[dataset.selection].ids))
+        shared = len(set(parts[name].ids) & set(dataset.splits[dataset.selection].ids)) if name in dataset.splits else 0
         mark = f"  ({shared} of them also in {dataset.selection}, which is selected upon)" if shared else ""
         mark = "  (selected upon: optimistic)" if name == dataset.selection else mark
-        print(f"\n{name}, n = {n}{mark}")
-        print(f"{'':{width}}" + "".join(f"  {score:^26}" for score in BINARY_SCORES))
-        for label, by_split in scores.items():
-            columns = (by_split[name][score] for score in BINARY_SCORES)
+        print(f"\n{name}, n = {len(parts[name])}{mark}")
+        shown = [score for score in TABLE_SCORES[dataset.task] if score in next(iter(scores.values()))[name]]
+        print(f"{'':{width}}" + "".join(f"  {score:^26}" for score in shown))
+        for label, by_part in rows.items():
+            columns = (by_part[name][score] for score in shown)
             cells = "".join(f"  {mean_std(x.members, interval=(x.low, x.high)):26}" for x in columns)
             print(f"{label:{width}}{cells}".rstrip())
+        if name in thresholds.get("scores", {}):
+            found = ", ".join(f"{k} {mean_std(v.members)}" for k, v in thresholds["scores"][name].items())
+            chosen = mean_std(thresholds["thresholds"], 2)
+            print(f"{next(iter(rows))}, threshold chosen on {dataset.selection} ({chosen}, not .5): {found}")
 
 
-def print_ranks(ranks: RankReport, split: str) -> None:
+def print_ranks(ranks: RankReport, split: str, task: Task) -> None:
     """The rank factors and the split of the logit's variance, as mean +- std over the members."""
+    said = {"binary": "logit", "regression": "prediction"}.get(task, "logits")
     print(f"\nrank factors on {split} (mean +- std over seeds; in each seed, ranks sorted by their share)")
-    print("rank        weight |w|          strength   share of variance   canonical spectrum")
-    columns = (np.abs(ranks.weight), ranks.strength, ranks.share, ranks.spectrum)
+    canonical = len(ranks.spectrum) > 0
+    print("rank        weight |w|          strength   share of variance" + "   canonical spectrum" * canonical)
+    columns = (np.abs(ranks.weight), ranks.strength, ranks.share, *([ranks.spectrum] if canonical else []))
     for r in range(ranks.weight.shape[1]):
         print(f"{r + 1:4}  " + "  ".join(f"{mean_std(column[:, r]):>16}" for column in columns))
-    print("\nwhere the logit's variance comes from (exact: the parts of each prediction sum to its logit)")
+    print(f"\nwhere the {said}'s variance comes from (exact: the parts of each prediction sum to its {said})")
+    largest = sorted(ranks.part_share, key=lambda name: -abs(ranks.part_share[name].mean()))
+    shown = set(largest[:MOST_PARTS])
+    width = max(24, *(len(name) + 10 for name in shown))
     for name, share in ranks.part_share.items():
         kind = "alone" if " x " not in name else "together"
-        print(f"{name + ' ' + kind:24} {mean_std(share)}")
-    print(f"{'bias (logit, no variance)':24} {mean_std(ranks.bias)}")
+        if name in shown:
+            print(f"{name + ' ' + kind:{width}} {mean_std(share)}")
+    if rest := largest[MOST_PARTS:]:
+        print(f"{f'{len(rest)} others':{width}} {mean_std(sum(ranks.part_share[name] for name in rest))}")
+    if ranks.bias.ndim == 1:
+        print(f"{f'bias ({said}, no variance)':{width}} {mean_std(ranks.bias)}")
 
 
 # ---- report.png --------------------------------------------------------------------------------------------------
 
 BLUE, ORANGE, GREY = "#1f6fb4", "#d9741a", "#8a8a8a"
+TERM_COLORS = (BLUE, GREY, ORANGE, "#5a9e4b", "#8b5fb0", "#b0a030", "#3fa7a0", "#b04a5a")
+
+
+class Shown(NamedTuple):
+    """The part of the data that a figure shows predictions of."""
+
+    name: str
+    split: Split
+    predictions: np.ndarray
+    """(S, N) or (S, N, O)"""
 
 
 def draw(
@@ -125,13 +203,17 @@ def draw(
     dataset: Dataset,
     ensemble: FusionEnsemble,
     trained: Trained,
-    probabilities: Mapping[str, Tensor],
-    ranks: RankReport,
+    shown: Shown,
+    ranks: RankReport | None,
+    folds: int = 1,
 ) -> None:
-    """Six panels: losses, dev AUROC, rank factors, ROC, reliability, latents against the prior.
+    """Six panels: losses, selection score, rank factors, two of the predictions, latents against the prior.
 
-    `trained` holds the history of a stack whose first members are those of `ensemble`; `probabilities` is
-    {split: (S, N)}.
+    Two classes: ROC and reliability; more: confusion and reliability of the likeliest; labels: average precision and
+    reliability of each; values: prediction against target, and the errors.
+
+    `trained` holds the history of a stack whose first members are those of `ensemble`; without `ranks` (one modality)
+    that panel stays empty.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # half a second of every command's start
     from matplotlib.figure import Figure
@@ -141,20 +223,21 @@ def draw(
     axes = figure.subplots(2, 3)
     members = len(ensemble.members)
     _draw_losses(axes[0, 0], trained, members)
-    _draw_selection(axes[0, 1], trained, members, dataset.selection)
-    _draw_ranks(axes[0, 2], ranks, dataset.selection)
-    held_out = [n for n, s in dataset.splits.items() if s.target is not None and n not in ("train", dataset.selection)]
-    held_out = [n for n in held_out if len(dataset.splits[n].target.unique()) > 1]
-    # dev_unseen shares most of its memes with dev_seen, which is selected on: a test split first
-    shown = min(held_out, key=lambda n: not n.startswith("test"), default=dataset.selection)
-    target, p = dataset.splits[shown].target.numpy(), probabilities[shown].numpy()
-    selected = ", selected upon" if shown == dataset.selection else ""
-    _draw_roc(axes[1, 0], target, p, f"{shown}, n = {len(target)}{selected}")
-    _draw_reliability(axes[1, 1], target, p, f"{shown}, n = {len(target)}{selected}")
+    _draw_selection(axes[0, 1], trained, members, dataset)
+    if ranks is None:
+        axes[0, 2].set_axis_off()
+    else:
+        _draw_ranks(axes[0, 2], ranks, dataset.selection)
+    selected = ", selected upon" if shown.name == dataset.selection else ""
+    where = f"{shown.name}, n = {len(shown.split)}{selected}"
+    if shown.split.target is not None:
+        left, right = PANELS[dataset.task]
+        left(axes[1, 0], dataset, shown, where)
+        right(axes[1, 1], dataset, shown, where)
     _draw_latents(axes[1, 2], ensemble.members[0], dataset.splits[dataset.selection].features, dataset.selection)
-    figure.suptitle(
-        f"jWAE-LMF on {dataset.name}: {counted(members, 'seed')}, rank {ranks.weight.shape[1]}", fontsize=14
-    )
+    of_folds = f", {folds} folds" if folds > 1 else ""
+    rank = f", rank {ranks.weight.shape[1]}" if ranks else ""
+    figure.suptitle(f"jWAE-LMF on {dataset.name}: {counted(members // folds, 'seed')}{of_folds}{rank}", fontsize=14)
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
 
 
@@ -165,7 +248,7 @@ def _legend_below(axis, columns: int) -> None:
 
 def _draw_losses(axis, trained: Trained, members: int) -> None:
     epochs = [record["epoch"] + 1 for record in trained.history]
-    for term, color in zip(("bce", "reconstruction", "mmd", "alignment"), (BLUE, ORANGE, GREY, "#5a9e4b"), strict=True):
+    for term, color in zip(trained.history[0]["loss"], itertools.cycle(TERM_COLORS)):
         values = np.array([record["loss"][term][:members] for record in trained.history])  # (epochs, S)
         # an unbiased MMD^2 estimate may be below 0, so the axis is symmetric-logarithmic
         axis.plot(epochs, values.mean(1), color=color, label=term)
@@ -177,26 +260,28 @@ def _draw_losses(axis, trained: Trained, members: int) -> None:
     _legend_below(axis, 4)
 
 
-def _draw_selection(axis, trained: Trained, members: int, selection: str) -> None:
+def _draw_selection(axis, trained: Trained, members: int, dataset: Dataset) -> None:
     scores = np.array([record["score"][:members] for record in trained.history])  # (epochs, S)
     epochs = np.arange(1, len(scores) + 1)
     for s in range(members):
         axis.plot(epochs, scores[:, s], color=BLUE, alpha=0.45, linewidth=1, label="one seed" if s == 0 else None)
         axis.plot(trained.best_epoch[s] + 1, trained.best_score[s], "o", color=ORANGE, label="kept" if s == 0 else None)
-    axis.axhline(0.5, color=GREY, linestyle=":", label="chance")
+    if dataset.task == "binary":
+        axis.axhline(0.5, color=GREY, linestyle=":", label="chance")
     axis.locator_params(axis="x", integer=True)
-    axis.set(title=f"AUROC on {selection} (the split selected upon)", xlabel="epoch", ylabel="AUROC")
+    score = SELECTION[dataset.task]
+    axis.set(title=f"{score} on {dataset.selection} (the split selected upon)", xlabel="epoch", ylabel=score)
     _legend_below(axis, 3)
 
 
 def _draw_ranks(axis, ranks: RankReport, selection: str) -> None:
     x = np.arange(ranks.weight.shape[1])
+    series = [(ranks.share, BLUE, "share of the output's variance (raw ranks, sorted)")]
+    if len(ranks.spectrum):
+        relative = ranks.spectrum / np.maximum(ranks.spectrum.sum(1, keepdims=True), 1e-30)
+        series.append((relative, ORANGE, "canonical spectrum / its sum (identified)"))
     spread = "mean and std over seeds" if len(ranks.weight) > 1 else "1 seed"
-    spectrum = ranks.spectrum / np.maximum(ranks.spectrum.sum(1, keepdims=True), 1e-30)
-    for offset, values, color, label in (
-        (-0.2, ranks.share, BLUE, "share of the logit's variance (raw ranks, sorted)"),
-        (0.2, spectrum, ORANGE, "canonical spectrum / its sum (identified)"),
-    ):
+    for offset, (values, color, label) in zip((-0.2, 0.2), series, strict=False):
         error = values.std(0, ddof=1) if len(values) > 1 else None
         axis.bar(x + offset, values.mean(0), 0.38, yerr=error, color=color, label=label, capsize=3)
     axis.axhline(0, color="black", linewidth=0.6)
@@ -205,37 +290,114 @@ def _draw_ranks(axis, ranks: RankReport, selection: str) -> None:
     _legend_below(axis, 1)
 
 
-def _draw_roc(axis, target: np.ndarray, p: np.ndarray, where: str) -> None:
-    for s, probabilities in enumerate(p):
-        false_positive, true_positive, _ = roc_curve(target, probabilities)
-        axis.plot(false_positive, true_positive, color=BLUE, alpha=0.5, label="one seed" if s == 0 else None)
+def _draw_roc(axis, dataset: Dataset, shown: Shown, where: str) -> None:
+    if len(shown.split.target.unique()) > 1:
+        for s, probabilities in enumerate(shown.predictions):
+            false_positive, true_positive, _ = roc_curve(shown.split.target.numpy(), probabilities)
+            axis.plot(false_positive, true_positive, color=BLUE, alpha=0.5, label="one seed" if s == 0 else None)
     axis.plot([0, 1], [0, 1], color=GREY, linestyle=":", label="chance")
     axis.set(title=f"ROC on {where}", xlabel="false positive rate", ylabel="true positive rate", aspect="equal")
     _legend_below(axis, 2)
 
 
-def _draw_reliability(axis, target: np.ndarray, p: np.ndarray, where: str) -> None:
-    for s, probabilities in enumerate(p):
-        observed, mean_predicted = calibration_curve(target, probabilities, n_bins=10, strategy="quantile")
-        axis.plot(
-            mean_predicted, observed, "o-", color=BLUE, alpha=0.5, markersize=4, label="one seed" if s == 0 else None
-        )
+def _draw_reliability(axis, dataset: Dataset, shown: Shown, where: str) -> None:
+    """Share of what came true against the probability that was given to it, in ten bins of equal mass."""
+    target = shown.split.target.numpy()
+    for s, p in enumerate(shown.predictions):
+        if dataset.task == "multiclass":
+            p, came_true = p.max(-1), p.argmax(-1) == target
+        else:
+            p, came_true = p.reshape(-1), target.reshape(-1)
+        observed, mean_predicted = calibration_curve(came_true, p, n_bins=10, strategy="quantile")
+        label = "one seed" if s == 0 else None
+        axis.plot(mean_predicted, observed, "o-", color=BLUE, alpha=0.5, markersize=4, label=label)
     axis.plot([0, 1], [0, 1], color=GREY, linestyle=":", label="calibrated")
-    axis.set(
-        title=f"reliability on {where}", xlabel="predicted probability (10 equal-mass bins)", ylabel="share positive"
-    )
+    of = {"multiclass": " of the likeliest class", "multilabel": ", labels together"}.get(dataset.task, "")
+    came_true = {"multiclass": "share right"}.get(dataset.task, "share positive")
+    axis.set(title=f"reliability on {where}", ylabel=came_true)
+    axis.set(xlabel=f"predicted probability{of} (10 equal-mass bins)")
     axis.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
     _legend_below(axis, 2)
 
 
+def _draw_confusion(axis, dataset: Dataset, shown: Shown, where: str) -> None:
+    """Where each class goes, by the mean over seeds of the probabilities; rows sum to 1."""
+    target, count = shown.split.target.numpy().astype(int), len(dataset.class_names)
+    table = np.zeros((count, count))
+    np.add.at(table, (target, shown.predictions.mean(0).argmax(-1)), 1)
+    share = table / np.maximum(table.sum(1, keepdims=True), 1)
+    axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    if count <= 12:
+        for row, column in itertools.product(range(count), range(count)):
+            if table[row, column]:
+                color = "white" if share[row, column] > 0.5 else "black"
+                axis.text(column, row, f"{table[row, column]:.0f}", ha="center", va="center", color=color, fontsize=8)
+        names = [name[:12] for name in dataset.class_names]
+        axis.set_xticks(range(count), names, rotation=45 if max(map(len, names)) > 3 else 0)
+        axis.set_yticks(range(count), names)
+    axis.set(title=f"classes on {where}\n(mean of the seeds; counts, shade: share of the row)")
+    axis.set(xlabel="predicted", ylabel="true")
+
+
+def _draw_average_precision(axis, dataset: Dataset, shown: Shown, where: str) -> None:
+    """Average precision of every label and seed, and what chance gives: the label's share."""
+    target = shown.split.target.numpy()
+    names = dataset.target_names or [str(o) for o in range(target.shape[1])]
+    ones = np.ones((1, len(target)))
+    for o in range(target.shape[1]):
+        values = [weighted_average_precision(p[:, o], target[:, o], ones)[0] for p in shown.predictions]
+        axis.plot(values, [o] * len(values), "o", color=BLUE, alpha=0.5, label="one seed" if o == 0 else None)
+        axis.plot(target[:, o].mean(), o, "|", color=GREY, markersize=14, label="chance" if o == 0 else None)
+    axis.set_yticks(range(len(names)), [name[:16] for name in names])
+    axis.set(title=f"average precision on {where}", xlabel="average precision", xlim=(-0.02, 1.02))
+    _legend_below(axis, 2)
+
+
+def _standardised_values(shown: Shown) -> tuple[np.ndarray, np.ndarray]:
+    """Targets (N, O) and the seeds' mean prediction (N, O), in standard deviations of the target where O > 1."""
+    target = shown.split.target.numpy().reshape(len(shown.split), -1)
+    values = shown.predictions.mean(0).reshape(target.shape)
+    if target.shape[1] == 1:
+        return target, values
+    mean, std = target.mean(0), np.maximum(target.std(0), 1e-12)
+    return (target - mean) / std, (values - mean) / std
+
+
+def _draw_values(axis, dataset: Dataset, shown: Shown, where: str) -> None:
+    target, values = _standardised_values(shown)
+    unit = "" if target.shape[1] == 1 else f" ({target.shape[1]} targets, standardised)"
+    axis.plot(target, values, "o", color=BLUE, alpha=0.35, markersize=3)
+    ends = [min(target.min(), values.min()), max(target.max(), values.max())]
+    axis.plot(ends, ends, color=GREY, linestyle=":", label="exact")
+    axis.set(title=f"predictions on {where}", xlabel=f"target{unit}", ylabel="mean prediction of the seeds")
+    _legend_below(axis, 1)
+
+
+def _draw_errors(axis, dataset: Dataset, shown: Shown, where: str) -> None:
+    target, values = _standardised_values(shown)
+    axis.hist((values - target).ravel(), bins=40, color=BLUE, alpha=0.7, label="prediction - target")
+    axis.axvline(0, color=GREY, linestyle=":")
+    axis.set(title=f"errors on {where}", xlabel="prediction - target", ylabel="examples")
+    _legend_below(axis, 1)
+
+
+PANELS = {
+    "binary": (_draw_roc, _draw_reliability),
+    "multiclass": (_draw_confusion, _draw_reliability),
+    "multilabel": (_draw_average_precision, _draw_reliability),
+    "regression": (_draw_values, _draw_errors),
+}
+"""the two panels of the predictions, by task"""
+
+
 @torch.inference_mode()
 def _draw_latents(axis, member: FusionModel, features: Mapping[str, Tensor], split: str) -> None:
-    """Both modalities on the two axes along which the pooled latents vary most, with the prior's circles."""
+    """All modalities on the two axes along which the pooled latents vary most, with the prior's circles."""
     latents = {name: z.numpy() for name, z in member.encode(features).items()}  # (N, L)
     pooled = np.concatenate(list(latents.values()))
     # not centred: the prior's mean is the origin, and a shift of the latents must stay visible
     _, _, axes = np.linalg.svd(pooled, full_matrices=False)
-    for (name, z), color in zip(latents.items(), (BLUE, ORANGE), strict=False):
+    for (name, z), color in zip(latents.items(), itertools.cycle((BLUE, ORANGE, *TERM_COLORS[3:]))):
         x, y = (z @ axes[:2].T).T if z.shape[1] > 1 else (z[:, 0], np.zeros(len(z)))  # one axis is all there is
         axis.scatter(x, y, s=9, color=color, alpha=0.5, linewidths=0, label=name)
     angle = np.linspace(0, 2 * np.pi, 200)
@@ -246,4 +408,4 @@ def _draw_latents(axis, member: FusionModel, features: Mapping[str, Tensor], spl
         axis.plot(*circle, color="black", linestyle=style, linewidth=0.8, label=f"N(0, I) holds {share:.0%}")
     axis.set(title=f"latents on {split}, first seed: two main axes, prior", aspect="equal")
     axis.set(xlabel="first axis", ylabel="second axis")
-    _legend_below(axis, 2)
+    _legend_below(axis, 2 if len(latents) < 3 else 4)

@@ -1,20 +1,23 @@
-"""Fit jWAE-LMF or a baseline on one dataset, all seeds at once.
+"""Fit jWAE-LMF or a baseline on one dataset, or on the folds of one, all seeds at once.
 
-ensembles, trained = fit(dataset, [Method("jWAE-LMF", ("image", "text"))], ModelConfig(), ObjectiveConfig(),
-                         TrainingConfig(seeds=5))
-ensembles[0].predict_proba(dataset.splits["test"].features)  # (S, N)
+ensembles, trained = fit_methods(dataset, [Method("jWAE-LMF", ("image", "text"))], ModelConfig(), ObjectiveConfig(),
+                                 TrainingConfig(seeds=5))
+ensembles[0].predict(dataset.splits["test"].features)  # (S, N)
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
-from sklearn.metrics import roc_auc_score
+from torch import Tensor
 
-from mmfusion.dataset import Dataset
+from mmfusion.data.folds import FoldedDataset, fold_datasets, only
+from mmfusion.dataset import Dataset, Fold
+from mmfusion.metrics.tasks import balanced_weights, selection_score
 from mmfusion.models.fusion import Fusion, FusionEnsemble, FusionModel, ModelConfig
-from mmfusion.training.objective import objective, predict
+from mmfusion.training.objective import Term, objective, predict
 from mmfusion.training.recipe import ObjectiveConfig, TrainingConfig
 from mmfusion.training.trainer import Member, Problem, Schedule, Trained, TrainingData, train
 
@@ -37,29 +40,30 @@ class Method:
         return len(self.modalities) > 1
 
 
-# over 60 lines, a third of them docstring: one training from the dataset to the ensembles
-def fit(
-    dataset: Dataset,
+def fit_methods(
+    datasets: Dataset | Sequence[Dataset],
     methods: Sequence[Method],
     model: ModelConfig,
     objectives: ObjectiveConfig,
     training: TrainingConfig,
     *,
+    further_terms: Mapping[str, tuple[float, Term]] | None = None,
     device: str | torch.device = "cpu",
     checkpoint: Path | None = None,
     on_epoch: Callable[[dict], None] | None = None,
 ) -> tuple[list[FusionEnsemble], Trained]:
-    """Train every seed of every method at once, each member kept at its best epoch on the selection split (AUROC).
+    """Train every seed of every method on every fold at once, each member kept at its best epoch on selection.
 
     Args:
-        dataset: binary, with splits `train` and the one it names for selection.
+        datasets: one, with splits `train` and the one it names for selection; or the folds of one.
         methods: of one shape: the same modalities and fusion; they may differ in active rank and prior.
         model, objectives, training: sections of the main script's Config.
+        further_terms: {name: (weight, term)} added to the objective.
         checkpoint: file to save progress to, and to go on from where it exists.
         on_epoch: called with each epoch's record, {"epoch", "loss": {term: [S]}, "score": [S]}, method-major.
 
     Returns:
-        one ensemble of all seeds per method, and what `train` returns of all members.
+        one ensemble per method, of all its members, seed-major, then fold; and what `train` returns of all members.
 
     Raises:
         ValueError: methods of several shapes.
@@ -68,59 +72,94 @@ def fit(
     modalities, fusion = methods[0].modalities, methods[0].fusion
     if any((method.modalities, method.fusion) != (modalities, fusion) for method in methods):
         raise ValueError("methods trained at once must have the same modalities and the same fusion")
+    datasets = [datasets] if isinstance(datasets, Dataset) else list(datasets)
+    first, (data, target) = datasets[0], _training_data(datasets, modalities)
     shape = {
-        "input_dims": {name: dataset.input_dims[name] for name in modalities},
+        "input_dims": {name: first.input_dims[name] for name in modalities},
         "latent_dim": model.latent_dim,
         "hidden_dim": model.hidden_dim,
         "rank": model.rank if methods[0].has_rank else 1,
+        "output_dim": first.output_dim,
         "fusion": fusion,
         "spectral_norm": model.spectral_norm,
     }
-    train_split, selection = (
-        replace(split, features={name: split.features[name] for name in modalities})
-        for split in (dataset.splits["train"], dataset.splits[dataset.selection])
-    )
-    fitted = FusionModel(**shape)
-    fitted.fit_standardisation(train_split.features)
-    standardisation = fitted.standardise.state_dict()
+    fitted = [_fitted(shape, data, fold, first.task) for fold in data.folds]
 
     def build(member: Member) -> FusionModel:
         built = FusionModel(**shape, active_rank=member.settings["active_rank"])
-        built.standardise.load_state_dict(standardisation)
+        built.standardise.load_state_dict(fitted[member.fold].standardise.state_dict())
+        built.rescale.load_state_dict(fitted[member.fold].rescale.state_dict())
         return built
 
+    scale = target_scale(target) if first.task == "regression" else None
+    balanced = training.class_weight == "balanced"
+    weights = balanced_weights(target, first.task, first.output_dim).to(device) if balanced else None
+    terms = {
+        "task": first.task,
+        "alignment": objectives.alignment,
+        "scale": 1.0 if scale is None else scale.to(device),
+        "class_weights": weights,
+        "further": {name: term for name, (_, term) in (further_terms or {}).items()},
+    }
     problem = Problem(
         build,
-        lambda model, batch: objective(model, batch, alignment=objectives.alignment),
-        predict,
-        lambda logits, target: roc_auc_score(target, logits),
+        lambda model, batch: objective(model, batch, **terms),
+        partial(predict, task=first.task),
+        selection_score(first.task, scale),
     )
-    trained = train(
-        problem,
-        _members(methods, objectives, training),
-        TrainingData(train_split, selection),
-        Schedule(
-            epochs=training.epochs,
-            batch_size=training.batch_size,
-            learning_rate=training.learning_rate,
-            patience=training.patience,
-            compile=training.compile,
-        ),
-        device=device,
-        checkpoint=checkpoint,
-        on_epoch=on_epoch,
+    schedule = Schedule(
+        epochs=training.epochs,
+        batch_size=training.batch_size,
+        learning_rate=training.learning_rate,
+        patience=training.patience,
+        compile=training.compile,
     )
-    seeds = training.seeds
+    term_weights = objectives.loss_weights(first.task, modalities)
+    term_weights |= {name: weight for name, (weight, _) in (further_terms or {}).items()}
+    members = _members(methods, term_weights, training, len(data.folds))
+    trained = train(problem, members, data, schedule, device=device, checkpoint=checkpoint, on_epoch=on_epoch)
+    count = training.seeds * len(data.folds)
     ensembles = [
-        FusionEnsemble.from_members(trained.models[i * seeds : (i + 1) * seeds], **shape) for i in range(len(methods))
+        FusionEnsemble.from_members(trained.models[i * count : (i + 1) * count], **shape, task=first.task)
+        for i in range(len(methods))
     ]
     return ensembles, trained
 
 
-def _members(methods: Sequence[Method], objectives: ObjectiveConfig, training: TrainingConfig) -> list[Member]:
-    """Every method with every seed, method-major."""
+def target_scale(target: Tensor) -> Tensor:
+    """(O,) standard deviation of a regression's training targets, (N,) or (N, O): what errors are divided by."""
+    std = target.reshape(len(target), -1).std(0, correction=0)
+    return torch.where(std > 0, std, torch.ones_like(std))
+
+
+def _training_data(datasets: Sequence[Dataset], modalities: Sequence[str]) -> tuple[TrainingData, Tensor]:
+    """What is trained and selected on, of these modalities alone; and the targets of all that any fold trains on."""
+    if len(datasets) > 1:
+        pooled: FoldedDataset = only(fold_datasets(datasets), modalities)
+        rows = torch.cat([fold.train for fold in pooled.folds]).unique()
+        return TrainingData(pooled.pool, pooled.pool, pooled.folds), pooled.pool.target[rows]
+    train_split, selection = (
+        replace(split, features={name: split.features[name] for name in modalities})
+        for split in (datasets[0].splits["train"], datasets[0].splits[datasets[0].selection])
+    )
+    fold = Fold(torch.arange(len(train_split)), torch.arange(len(selection)))
+    return TrainingData(train_split, selection, [fold]), train_split.target
+
+
+def _fitted(shape: dict[str, object], data: TrainingData, fold: Fold, task: str) -> FusionModel:
+    """A model whose standardisation, and a regression's rescaling, are those of the fold's training part."""
+    model = FusionModel(**shape)
+    model.fit_standardisation({name: x[fold.train] for name, x in data.train.features.items()})
+    if task == "regression":
+        model.rescale.fit(data.train.target[fold.train])
+    return model
+
+
+def _members(
+    methods: Sequence[Method], weights: Mapping[str, float], training: TrainingConfig, folds: int
+) -> list[Member]:
+    """Every method with every seed on every fold, in this order."""
     modalities = methods[0].modalities
-    weights = objectives.loss_weights("binary", modalities)
     return [
         Member(
             seed,
@@ -128,7 +167,9 @@ def _members(methods: Sequence[Method], objectives: ObjectiveConfig, training: T
             training.weight_decay,
             {"active_rank": method.active_rank},
             {name: training.modality_dropout for name in modalities if len(modalities) > 1},
+            fold,
         )
         for method in methods
         for seed in range(training.seeds)
+        for fold in range(folds)
     ]

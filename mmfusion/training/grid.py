@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from tqdm import tqdm
 
 from mmfusion.data.folds import FoldedDataset, targets
 from mmfusion.metrics.scores import example_losses, example_scores
+from mmfusion.metrics.tasks import selection_score
 from mmfusion.models.fusion import FusionEnsemble, FusionModel
 from mmfusion.training.objective import objective
 from mmfusion.training.recipe import Recipe
@@ -57,7 +57,7 @@ class Grid:
         """All members of a setting, seed-major, then fold, as one model that saves and loads."""
         models = self.members([setting])
         shape = {name: value for name, value in self.shape.items() if name != "fused_dim"}
-        return FusionEnsemble.from_members(models, **shape)
+        return FusionEnsemble.from_members(models, **shape, task=self.data.task)
 
     def model(self, setting: int, seed: int, fold: int = 0) -> FusionModel:
         """The member of one setting, seed and fold, by their indices."""
@@ -93,7 +93,7 @@ class Grid:
 
 def select(data: FoldedDataset, outputs: np.ndarray, part: str) -> np.ndarray:
     """(..., F, N[, O]) -> (..., n[, O]): each fold's own part of the pool, fold after fold."""
-    axis = -2 if data.pool.target.ndim == 1 else -3
+    axis = -3 if data.has_columns else -2
     folds = [np.take(outputs, f, axis=axis) for f in range(len(data.folds))]
     rows = [getattr(fold, part).numpy() for fold in data.folds]
     return np.concatenate([np.take(x, r, axis=axis + 1) for x, r in zip(folds, rows, strict=True)], axis=axis + 1)
@@ -105,8 +105,9 @@ def per_example(data: FoldedDataset, predictions: np.ndarray, part: str, of: Cal
     if data.task == "regression":  # so that outputs, and datasets, weigh alike
         scale = scale if target.ndim > 1 else scale[0]
         predictions, target = predictions / scale, target / scale
-    lead = predictions.shape[: -target.ndim]
-    values = of(predictions.reshape(-1, *target.shape), target, data.task)
+    own = 2 if data.has_columns else 1  # axes of one member's predictions
+    lead = predictions.shape[:-own]
+    values = of(predictions.reshape(-1, *predictions.shape[-own:]), target, data.task)
     return values.reshape(*lead, -1)
 
 
@@ -148,7 +149,7 @@ def train_grid(
         build,
         lambda model, batch: objective(model, batch, data.task, scale=scale),
         predict_of(data),
-        selection_score(data),
+        selection_score(data.task),
     )
     schedule = Schedule(
         epochs=recipe.epochs,
@@ -198,16 +199,9 @@ def predict_of(data: FoldedDataset, missing: Sequence[str] = ()) -> Callable:
     def predict(model, features: dict[str, Tensor]) -> Tensor:
         present = {name: features[name].new_zeros(len(features[name])) for name in missing}
         prediction = model(features, reconstruct=False, present=present).prediction
-        return prediction.squeeze(-1) if data.pool.target.ndim == 1 else prediction
+        return prediction if data.has_columns else prediction.squeeze(-1)
 
     return predict
-
-
-def selection_score(data: FoldedDataset) -> Callable[[np.ndarray, np.ndarray], float]:
-    """(predictions, target) -> AUROC, or minus the mean absolute error; for the log alone, nothing is selected."""
-    if data.task == "binary":
-        return lambda logits, target: roc_auc_score(target, logits)
-    return lambda values, target: -float(np.abs(values - target).mean())
 
 
 @torch.inference_mode()

@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Collection
 from dataclasses import dataclass, fields
+from typing import Literal
 
 from mmfusion.dataset import Task
 from mmfusion.errors import InputError, check_numbers
@@ -55,7 +56,7 @@ class TrainingConfig:
     epochs: int = 30
     """at most; see --patience"""
     patience: int = 6
-    """epochs without a better dev AUROC after which a member stops"""
+    """epochs without a better score on dev (AUROC of two classes) after which a member stops"""
     batch_size: int = 64
     """examples per step"""
     learning_rate: float = 1e-3
@@ -63,7 +64,9 @@ class TrainingConfig:
     weight_decay: float = 0.01
     """decoupled, on weight matrices"""
     modality_dropout: float = 0.0
-    """rate at which each modality is hidden in training, of models that have both"""
+    """rate at which each modality is hidden in training, of models that have several"""
+    class_weight: Literal["none", "balanced"] = "none"
+    """balanced: every class (of a multilabel target, each label's presence and absence) weighs alike in the fit"""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes CUDA where there is one"""
     compile: bool = False

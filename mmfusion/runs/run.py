@@ -1,0 +1,258 @@
+"""One run of jWAE-LMF and its baselines on one dataset (or its folds): trained, scored, accounted for, written down."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from sklearn.metrics import roc_curve
+from torch import Tensor
+
+from mmfusion.data.folds import tested_split
+from mmfusion.dataset import Dataset, Split
+from mmfusion.metrics.scores import Score, binary_scores
+from mmfusion.metrics.tasks import ALL_SCORES, can_score, task_scores
+from mmfusion.models.fusion import FusionEnsemble, ModelConfig
+from mmfusion.runs import report
+from mmfusion.runs.folder import RunFolder
+from mmfusion.runs.outputs import MetricsLog, save_ensembles, write_predictions
+from mmfusion.training.fit import Method, fit_methods
+from mmfusion.training.objective import Term
+from mmfusion.training.recipe import ObjectiveConfig, TrainingConfig
+from mmfusion.training.trainer import Trained
+
+
+class Sections(Protocol):
+    """What a run's config holds, whichever command it is of."""
+
+    training: TrainingConfig
+    model: ModelConfig
+    objective: ObjectiveConfig
+
+
+OUT_OF_FOLD = "test"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run found."""
+
+    ensembles: dict[str, FusionEnsemble]
+    """{method: all its members, seed-major, then fold}; jWAE-LMF first"""
+    histories: dict[str, Trained]
+    """{first method of a stack: what `train` returned of it}"""
+    parts: dict[str, Split]
+    """what is predicted: the splits, or with several folds all that is tested, under the name "test" """
+    predictions: dict[str, dict[str, Tensor]]
+    """{method: {part: (S, N) or (S, N, O)}} probabilities, or a regression's values"""
+    scores: dict[str, dict[str, dict[str, Score]]]
+    """{method: {labelled part: {score: Score}}}, of every member"""
+    ensemble_scores: dict[str, dict[str, dict[str, Score]]]
+    """the same of the mean over seeds of what the members say"""
+    thresholds: dict[str, object]
+    """two classes: what a threshold chosen on the selection split scores (`chosen_threshold`); else empty"""
+
+    @property
+    def main_row(self) -> str:
+        """jWAE-LMF at the run's rank."""
+        return next(iter(self.ensembles))
+
+
+def methods(modalities: Sequence[str], config: Sections) -> list[list[Method]]:
+    """What is trained; the methods of one inner list have one shape, and are trained in one stack."""
+    every, rank = tuple(modalities), config.model.rank
+    alone = [[Method(f"{name} only", (name,))] for name in every]
+    if len(every) == 1:
+        return alone
+    lmf = [Method(f"jWAE-LMF, rank {rank}", every, active_rank=rank)]
+    if rank > 1:
+        lmf.append(Method("jWAE-LMF, rank 1", every, active_rank=1))
+    if config.objective.mmd_weight > 0:
+        lmf.append(Method("jWAE-LMF, no prior", every, active_rank=rank, prior=False))
+    return [lmf, [Method("concatenation + MLP", every, "concatenation")], *alone]
+
+
+def carry_out(
+    run: RunFolder,
+    datasets: Sequence[Dataset],
+    config: Sections,
+    device: torch.device,
+    stacks: Sequence[Sequence[Method]] | None = None,
+    further_terms: Mapping[str, tuple[float, Term]] | None = None,
+) -> Outcome:
+    """Train, score, report and write everything into a run's folder that has been begun; results.json comes last.
+
+    Args:
+        run: the folder, begun.
+        datasets: one, or the folds of one.
+        config: with sections training, model and objective.
+        device: where members are trained.
+        stacks: default `methods`.
+        further_terms: {name: (weight, term)} added to the objective.
+    """
+    dataset, folder = datasets[0], run.path
+    report.print_dataset(datasets, folder, device)
+    stacks = methods(tuple(dataset.input_dims), config) if stacks is None else stacks
+    ensembles, histories = train_stacks(folder, datasets, stacks, config, device, further_terms)
+    outcome = predict_and_score(datasets, ensembles, histories)
+    report.print_scores(dataset, outcome.parts, outcome.scores, outcome.ensemble_scores, outcome.thresholds)
+    results: dict[str, object] = {"selection": dataset.selection, "task": dataset.task, "scores": outcome.scores}
+    results |= {"ensemble_scores": outcome.ensemble_scores, "thresholds": outcome.thresholds}
+    main = ensembles[outcome.main_row]
+    ranks = None
+    if len(dataset.input_dims) > 1:
+        of_first_fold = list(main.members)[:: len(datasets)]
+        ranks = report.rank_report(of_first_fold, dataset.splits[dataset.selection].features, dataset.task)
+        report.print_ranks(ranks, dataset.selection, dataset.task)
+        results["ranks"] = ranks
+    save_ensembles(folder, ensembles)
+    write_predictions(folder, dataset, outcome.parts, outcome.predictions[outcome.main_row])
+    shown = shown_part(dataset, outcome)
+    report.draw(
+        folder / "report.png",
+        dataset,
+        main,
+        histories[outcome.main_row],
+        report.Shown(shown, outcome.parts[shown], outcome.predictions[outcome.main_row][shown].numpy()),
+        ranks,
+        len(datasets),
+    )
+    run.close(results)
+    print(
+        f"\nkept in {folder}/: report.png, results.json, metrics.jsonl, predictions_*.csv, "
+        "model.safetensors with config.json (FusionEnsemble.from_pretrained)"
+    )
+    return outcome
+
+
+def train_stacks(
+    folder: Path,
+    datasets: Sequence[Dataset],
+    stacks: Sequence[Sequence[Method]],
+    config: Sections,
+    device: torch.device,
+    further_terms: Mapping[str, tuple[float, Term]] | None = None,
+) -> tuple[dict[str, FusionEnsemble], dict[str, Trained]]:
+    """Train every stack, with its checkpoints and metrics.jsonl in `folder`: ensembles and histories of `Outcome`."""
+    ensembles: dict[str, FusionEnsemble] = {}
+    histories: dict[str, Trained] = {}
+    score = "dev_auroc" if datasets[0].task == "binary" else "dev_score"
+    with MetricsLog(folder / "metrics.jsonl", score) as log:
+        for stack in stacks:
+            labels = [method.label for method in stack]
+            name = re.sub(r"[^\w-]+", "-", f"{stack[0].fusion}-{'-'.join(stack[0].modalities)}")[:100]
+            with log.stack(labels, config.training.seeds * len(datasets), config.training.epochs) as on_epoch:
+                fitted, trained = fit_methods(
+                    datasets,
+                    stack,
+                    config.model,
+                    config.objective,
+                    config.training,
+                    further_terms=further_terms,
+                    device=device,
+                    checkpoint=folder / "checkpoints" / f"{name}.safetensors",
+                    on_epoch=on_epoch,
+                )
+            ensembles |= dict(zip(labels, fitted, strict=True))
+            histories[labels[0]] = trained
+    return ensembles, histories
+
+
+def predict_and_score(
+    datasets: Sequence[Dataset], ensembles: Mapping[str, FusionEnsemble], histories: Mapping[str, Trained]
+) -> Outcome:
+    """What every method says of every part, and its scores there."""
+    dataset = datasets[0]
+    parts = dict(dataset.splits) if len(datasets) == 1 else {OUT_OF_FOLD: _tested(datasets)}
+    predictions = {
+        label: {
+            name: ensemble.predict(split.features) if len(datasets) == 1 else _predict_out_of_fold(ensemble, datasets)
+            for name, split in parts.items()
+        }
+        for label, ensemble in ensembles.items()
+    }
+    labelled = [
+        n for n, s in parts.items() if n != "train" and s.target is not None and can_score(s.target, dataset.task)
+    ]
+
+    def scored(of: Callable[[Tensor], Tensor]) -> dict[str, dict[str, dict[str, Score]]]:
+        return {
+            label: {
+                name: task_scores(
+                    of(p[name]).numpy(),
+                    parts[name].target.numpy(),
+                    dataset.task,
+                    None if dataset.task == "binary" else ALL_SCORES[dataset.task],
+                    dataset.label_range,
+                )
+                for name in labelled
+            }
+            for label, p in predictions.items()
+        }
+
+    main = next(iter(ensembles))
+    selection = dataset.selection
+    thresholds = {}
+    if dataset.task == "binary" and selection in labelled:
+        targets = {name: parts[name].target.numpy() for name in labelled}
+        thresholds = chosen_threshold({name: predictions[main][name].numpy() for name in labelled}, targets, selection)
+    several = len(ensembles[main].members) > len(datasets)
+    of_mean = scored(lambda p: p.mean(0, keepdim=True)) if several else {}
+    return Outcome(dict(ensembles), dict(histories), parts, predictions, scored(lambda p: p), of_mean, thresholds)
+
+
+def chosen_threshold(
+    p: Mapping[str, np.ndarray], targets: Mapping[str, np.ndarray], selection: str
+) -> dict[str, object]:
+    """What each member scores at the threshold that gives it the best balanced accuracy on the selection split.
+
+    Args:
+        p: {split: (S, N)} probabilities of class 1.
+        targets: {split: (N,)} of 0 and 1.
+        selection: the split that thresholds are chosen on; its own scores are not among the results.
+
+    Returns:
+        {"thresholds": (S,), "scores": {other split: {"accuracy" | "balanced_accuracy" | "f1": Score}}}
+    """
+    thresholds = []
+    for member in p[selection]:
+        false_positive, true_positive, values = roc_curve(targets[selection], member, drop_intermediate=False)
+        thresholds.append(float(min(values[np.argmax(true_positive - false_positive)], 1.0)))
+    scores = {}
+    for name in p:
+        if name != selection:
+            # a score of labels alone: 1 where the member's own threshold is reached
+            guesses = (p[name] >= np.array(thresholds)[:, None]).astype(float)
+            scores[name] = binary_scores(guesses, targets[name], names=("accuracy", "balanced_accuracy", "f1"))
+    return {"thresholds": thresholds, "scores": scores}
+
+
+def shown_part(dataset: Dataset, outcome: Outcome) -> str:
+    """The part that figures show: a test split, else another labelled one, else the one selected upon."""
+    scored = [name for name in next(iter(outcome.scores.values())) if name != dataset.selection]
+    # dev_unseen shares most of its memes with dev_seen, which is selected on: a test split first
+    return min(scored, key=lambda name: not name.startswith("test"), default=dataset.selection)
+
+
+def _tested(datasets: Sequence[Dataset]) -> Split:
+    """The test examples of all folds, fold after fold."""
+    splits = [dataset.splits[tested_split(dataset)] for dataset in datasets]
+    columns = [column for column in splits[0].metadata if all(column in split.metadata for split in splits)]
+    return Split(
+        {name: torch.cat([split.features[name] for split in splits]) for name in splits[0].features},
+        torch.cat([split.target for split in splits]),
+        [key for split in splits for key in split.ids],
+        {column: [value for split in splits for value in split.metadata[column]] for column in columns},
+    )
+
+
+def _predict_out_of_fold(ensemble: FusionEnsemble, datasets: Sequence[Dataset]) -> Tensor:
+    """(S, N) or (S, N, O) of `_tested`: every example by the members that have not seen it."""
+    of_folds = [
+        ensemble.part(fold, len(datasets)).predict(dataset.splits[tested_split(dataset)].features)
+        for fold, dataset in enumerate(datasets)
+    ]
+    return torch.cat(of_folds, 1)
