@@ -28,7 +28,7 @@ from mmfusion.explain.saliency import Box, RegionMap
 from mmfusion.models.decomposition import Subset, recentred_parts
 from mmfusion.models.fusion import FusionModel
 from mmfusion.models.heads import FusedWidthHead
-from mmfusion.robustness.certificates import certified_radius
+from mmfusion.robustness.certificates import least_change
 
 TOLERANCE = 1e-5  # of what the account sums to, relative to a prediction above 1
 
@@ -202,24 +202,39 @@ def latents_of(member: FusionModel, features: Mapping[str, Tensor]) -> list[Tens
 
 @torch.no_grad()
 def account_for(
-    members: Sequence[FusionModel], features: Mapping[str, Tensor], train: Mapping[str, Tensor], output: int = 0
+    members: Sequence[FusionModel],
+    features: Mapping[str, Tensor],
+    train: Mapping[str, Tensor],
+    output: int | Tensor = 0,
 ) -> Account:
     """Take the predictions on raw features (N, d_m) apart, about the mean latents of raw train features (n, d_m).
+
+    `output`: which one; or weights (N, O) of the outputs, for each example its own: a difference of two classes' logits
+    comes apart as exactly as a logit does.
 
     Raises ArithmeticError where the parts of a prediction do not sum to it (within `TOLERANCE`), IndexError for an
     output that is not there.
     """
     modalities = members[0].modalities
     prediction, parts, slope, radius, latent_std = [], {}, {}, {}, {}
+    weights = output
+    if isinstance(output, int):
+        weights = torch.eye(len(members[0].rescale.std))[output]
+
+    def chosen(values: Tensor) -> Tensor:  # (N, O) -> (N,)
+        return (values * weights.double()).sum(-1)
+
     for member in members:
         layer, latents, reference = exact_layer(member), latents_of(member, features), latents_of(member, train)
-        prediction.append(member(features, reconstruct=False).prediction[:, output].double().numpy())
+        whole = chosen(layer(latents))
+        prediction.append(chosen(member(features, reconstruct=False).prediction.double()).numpy())
         for subset, part in recentred_parts(layer, latents, [z.mean(0) for z in reference]).items():
-            parts.setdefault(subset_name(subset, modalities), []).append(part[:, output].numpy())
+            parts.setdefault(subset_name(subset, modalities), []).append(chosen(part).numpy())
         for m, name in enumerate(modalities):
-            gradient = layer.modality_gradient(latents, m)[:, output]  # (N, L)
+            gradient = layer.modality_gradient(latents, m)  # (N, O, L)
+            gradient = (gradient * weights.double().unsqueeze(-1)).sum(-2)  # (N, L)
             slope.setdefault(name, []).append(torch.linalg.vector_norm(gradient, dim=-1).numpy())
-            radius.setdefault(name, []).append(certified_radius(layer, latents, m, 2)[:, output].numpy())
+            radius.setdefault(name, []).append(least_change(whole, gradient, 2).numpy())
             latent_std.setdefault(name, []).append(reference[m].var(0).mean().sqrt().item())
     columns = {name: np.stack(values) for name, values in parts.items()}
     prediction = np.stack(prediction)

@@ -78,17 +78,27 @@ def can_score(target: np.ndarray | Tensor, task: Task) -> bool:
     return len(target) > 0 and (task != "binary" or len(np.unique(np.asarray(target))) > 1)
 
 
-def selection_score(task: Task, scale: Tensor | None = None) -> Callable[[np.ndarray, np.ndarray], float]:
+def selection_score(
+    task: Task, scale: Tensor | None = None, by_loss: bool = False, class_weights: Tensor | None = None
+) -> Callable[[np.ndarray, np.ndarray], float]:
     """(outputs (N,) or (N, O), target) -> float, larger is better: what SELECTION says.
 
-    `scale` (O,) divides a regression's errors.
+    `scale` (O,) divides a regression's errors; `by_loss`: two classes are scored by -log loss too; `class_weights` (C,)
+    weigh the examples of a log loss (those of labels are left unweighed).
     """
-    if task == "binary":
+    if task == "binary" and not by_loss:
         return lambda logits, target: roc_auc_score(target, logits)
     if task == "regression":
         unit = 1.0 if scale is None else scale.numpy()
         return lambda values, target: -float((np.abs(values - target) / unit).mean())
-    return lambda logits, target: -float(example_losses(logits[None], target, task).mean())
+
+    def minus_log_loss(logits: np.ndarray, target: np.ndarray) -> float:
+        losses = example_losses(logits[None], target, task)[0]
+        if class_weights is not None and task != "multilabel":
+            losses = losses * class_weights.numpy()[target.astype(int)]
+        return -float(losses.mean())
+
+    return minus_log_loss
 
 
 def balanced_weights(target: Tensor, task: Task, classes: int) -> Tensor:

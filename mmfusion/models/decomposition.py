@@ -53,6 +53,37 @@ def recentred_parts(
     return recentred(layer, means).subset_terms([z - mean for z, mean in zip(latents, means, strict=True)])
 
 
+@torch.no_grad()
+def contrast_layer(layer: LowRankMultimodalFusion, contrast: Tensor) -> LowRankMultimodalFusion:
+    """The weighted sum of a layer's outputs as a layer of one output: a difference of two logits, or one of many.
+
+    Args:
+        layer: of R ranks and O outputs; left as it is.
+        contrast: (O,) the outputs' weights; those of weight 0 cost nothing.
+
+    Returns:
+        a layer of R ranks for each output of weight other than 0 (of shared factors: R), in the layer's precision.
+    """
+    chosen = contrast.nonzero().flatten()
+    shared, weight = layer.shared_factors, contrast[chosen]
+    count = layer.rank if shared else layer.rank * len(chosen)
+    with torch.random.fork_rng(devices=[]):  # a new layer draws values that are overwritten here
+        made = LowRankMultimodalFusion(layer.input_dims, 1, count).to(layer.bias)
+    mask = layer.rank_mask[:, None] if shared else layer.rank_mask
+    weights = layer.rank_weights * mask  # (R,), or (R, O) of shared factors
+    made.rank_weights.copy_(weights[:, chosen] @ weight if shared else torch.outer(weights, weight).flatten())
+    made.bias.copy_((layer.bias[chosen] @ weight)[None])
+    rows = (
+        torch.arange(layer.rank)
+        if shared
+        else (torch.arange(layer.rank)[:, None] * layer.output_dim + chosen).flatten()
+    )
+    for new, old in zip(made.projections, layer.projections, strict=True):
+        new.weight.copy_(old.weight[rows])
+        new.bias.copy_(old.bias[rows])
+    return made.requires_grad_(False)
+
+
 def interventional_values(
     layer: LowRankMultimodalFusion, latents: Sequence[Tensor], means: Sequence[Tensor] | None = None
 ) -> dict[Subset, Tensor]:

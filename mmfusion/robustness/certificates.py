@@ -59,9 +59,38 @@ def certified_radius(layer: LowRankMultimodalFusion, latents: Sequence[Tensor], 
     Returns:
         (..., O); infinite where the output does not depend on the latent.
     """
-    y = layer(latents)
-    size = torch.linalg.vector_norm(layer.modality_gradient(latents, m), ord=dual(norm), dim=-1)  # (..., O)
-    return torch.where(y == 0, 0.0, y.abs() / size)
+    return least_change(layer(latents), layer.modality_gradient(latents, m), norm)
+
+
+def certified_class_radius(layer: LowRankMultimodalFusion, latents: Sequence[Tensor], m: int, norm: Norm) -> Tensor:
+    """Least l_p change of latent m after which another class has the largest logit, exact.
+
+    The margin between two classes is a difference of outputs, so it is affine in each latent as they are.
+
+    Args:
+        layer, latents, m, norm: as for `certified_radius`; the layer's outputs are logits of classes.
+
+    Returns:
+        (...); infinite where no other class can be reached.
+    """
+    logits, gradient = layer(latents), layer.modality_gradient(latents, m)  # (..., C), (..., C, d)
+    first = logits.argmax(-1, keepdim=True)  # (..., 1)
+    margins = logits.gather(-1, first) - logits
+    own = gradient.gather(-2, first.unsqueeze(-1).expand(*first.shape, gradient.shape[-1]))  # (..., 1, d)
+    return least_change(margins, own - gradient, norm).scatter(-1, first, math.inf).amin(-1)
+
+
+def least_change(value: Tensor, gradient: Tensor, norm: Norm) -> Tensor:
+    """|value| / ||gradient||_q: least l_p change that brings an affine function with that value and gradient to 0.
+
+    Args:
+        value: (...); gradient: (..., d).
+
+    Returns:
+        (...); infinite where the gradient is 0 and the value is not.
+    """
+    size = torch.linalg.vector_norm(gradient, ord=dual(norm), dim=-1)
+    return torch.where(value == 0, 0.0, value.abs() / size)
 
 
 def worst_change(

@@ -132,6 +132,8 @@ def load_run(folder: Path, device: str = "cpu") -> TrainedRun:
     cache_dir = Path(settings["cache_dir"])
     seeds = settings["seeds"]
     seeds = list(seeds) if isinstance(seeds, list) else list(range(int(seeds)))  # the main script used to list them
+    first_seed = settings.get("first_seed", 0)
+    seeds = [first_seed + seed for seed in seeds] if isinstance(first_seed, int) else seeds
     if not same_data(begun["data"], now):
         raise InputError(
             f"{folder}: was trained on other data, or with other encoders, than its settings lead to now; bring them "

@@ -48,6 +48,7 @@ def fit_methods(
     training: TrainingConfig,
     *,
     further_terms: Mapping[str, tuple[float, Term]] | None = None,
+    class_weights: Tensor | None = None,
     device: str | torch.device = "cpu",
     checkpoint: Path | None = None,
     on_epoch: Callable[[dict], None] | None = None,
@@ -59,6 +60,8 @@ def fit_methods(
         methods: of one shape: the same modalities and fusion; they may differ in active rank and prior.
         model, objectives, training: sections of the main script's Config.
         further_terms: {name: (weight, term)} added to the objective.
+        class_weights: what an example of each class weighs (`mmfusion.training.objective.fit_loss`); default: what
+            `training.class_weight` says.
         checkpoint: file to save progress to, and to go on from where it exists.
         on_epoch: called with each epoch's record, {"epoch", "loss": {term: [S]}, "score": [S]}, method-major.
 
@@ -92,20 +95,20 @@ def fit_methods(
         return built
 
     scale = target_scale(target) if first.task == "regression" else None
-    balanced = training.class_weight == "balanced"
-    weights = balanced_weights(target, first.task, first.output_dim).to(device) if balanced else None
+    if class_weights is None and training.class_weight == "balanced":
+        class_weights = balanced_weights(target, first.task, first.output_dim)
     terms = {
         "task": first.task,
         "alignment": objectives.alignment,
         "scale": 1.0 if scale is None else scale.to(device),
-        "class_weights": weights,
+        "class_weights": None if class_weights is None else class_weights.to(device),
         "further": {name: term for name, (_, term) in (further_terms or {}).items()},
     }
     problem = Problem(
         build,
         lambda model, batch: objective(model, batch, **terms),
         partial(predict, task=first.task),
-        selection_score(first.task, scale),
+        selection_score(first.task, scale, training.select_by == "log_loss", class_weights),
     )
     schedule = Schedule(
         epochs=training.epochs,
@@ -170,6 +173,6 @@ def _members(
             fold,
         )
         for method in methods
-        for seed in range(training.seeds)
+        for seed in range(training.first_seed, training.first_seed + training.seeds)
         for fold in range(folds)
     ]

@@ -52,11 +52,15 @@ class TrainingConfig:
     """How members are trained, and which epoch of each is kept."""
 
     seeds: int = 5
-    """seeds 0 .. n - 1: one member each; all are trained at once"""
+    """number of members, one per seed; all are trained at once"""
+    first_seed: int = 0
+    """seeds are FIRST .. FIRST + n - 1"""
     epochs: int = 30
     """at most; see --patience"""
     patience: int = 6
     """epochs without a better score on dev (AUROC of two classes) after which a member stops"""
+    select_by: Literal["default", "log_loss"] = "default"
+    """what the best epoch is: default is AUROC of two classes, log loss of more, MAE of values; log_loss of two too"""
     batch_size: int = 64
     """examples per step"""
     learning_rate: float = 1e-3
@@ -74,7 +78,13 @@ class TrainingConfig:
 
     def check(self) -> None:
         """Raise InputError naming the first flag out of range."""
-        bounds = {"seeds": (1, 1024), "epochs": (1, 1e6), "patience": (1, 1e6), "batch_size": (2, 1e6)}
+        bounds = {
+            "seeds": (1, 1024),
+            "first_seed": (0, 2**31 - 2048),
+            "epochs": (1, 1e6),
+            "patience": (1, 1e6),
+            "batch_size": (2, 1e6),
+        }
         check_numbers(self, bounds | {"weight_decay": (0, 1e9)})
         if not 0 < self.learning_rate < INFINITY:
             raise InputError(f"--learning-rate {self.learning_rate}: give a number above 0, for instance 1e-3")

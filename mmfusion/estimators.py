@@ -1,0 +1,370 @@
+"""jWAE-LMF as scikit-learn estimators: all members are trained at once, their mean predicts.
+
+model = FusionClassifier().fit({"audio": x, "video": z}, y)      # a dict, a list, or one array with column slices
+model.predict_proba(new), model.certified_radius(new), model.explain(new)
+
+N examples, M modalities, d_m width of modality m, S members, C classes, O outputs.
+"""
+
+from collections.abc import Mapping, Sequence
+from numbers import Integral
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy.sparse import issparse
+from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+from sklearn.model_selection import train_test_split
+from sklearn.utils import check_random_state
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_array, check_is_fitted, column_or_1d, validate_data
+from torch import Tensor
+
+from mmfusion.cli import pick_device
+from mmfusion.dataset import Dataset, Split, Task
+from mmfusion.explain.account import Account, account_for, exact_layer, latents_of
+from mmfusion.models.fusion import FusionEnsemble, ModelConfig
+from mmfusion.robustness.certificates import Norm, certified_class_radius, certified_radius
+from mmfusion.training.fit import Method, fit_methods
+from mmfusion.training.recipe import ObjectiveConfig, TrainingConfig
+
+EPOCHS, PATIENCE, VALIDATION_FRACTION = 60, 10, 0.1
+ALL = "x"
+"""the one modality of an array without column slices"""
+Modalities = Mapping[str, np.ndarray] | Sequence[np.ndarray] | np.ndarray
+
+
+class _FusionEstimator(BaseEstimator):
+    """What classifier and regressor share.
+
+    Args:
+        modalities: for one array X (N, d): {name: columns}, columns a slice or a list of numbers; default: one modality
+            of all columns. A dict of arrays names its modalities itself; those of a list are "m0", "m1", ...
+        latent_dim, hidden_dim, rank: of the model (`mmfusion.models.fusion.ModelConfig`).
+        n_members: S, seeds trained at once.
+        epochs: at most; see `patience`.
+        patience: epochs without a better score on the validation examples after which a member stops.
+        batch_size, learning_rate, weight_decay, modality_dropout: of the training.
+        mmd_weight, reconstruction_weight, alignment_weight: of the objective (`ObjectiveConfig`).
+        validation_fraction: share of the examples that epochs are selected on; 0, or too few examples for it: every
+            epoch is run and the examples themselves select.
+        random_state: int, RandomState or None; seeds of members, initial values, batches and the validation examples.
+        device: "cpu", "cuda" or "auto".
+    """
+
+    def __init__(
+        self,
+        *,
+        modalities: Mapping[str, slice | Sequence[int]] | None = None,
+        latent_dim: int = ModelConfig.latent_dim,
+        hidden_dim: int = ModelConfig.hidden_dim,
+        rank: int = ModelConfig.rank,
+        n_members: int = TrainingConfig.seeds,
+        epochs: int = EPOCHS,
+        patience: int = PATIENCE,
+        batch_size: int = TrainingConfig.batch_size,
+        learning_rate: float = TrainingConfig.learning_rate,
+        weight_decay: float = TrainingConfig.weight_decay,
+        modality_dropout: float = TrainingConfig.modality_dropout,
+        mmd_weight: float = ObjectiveConfig.mmd_weight,
+        reconstruction_weight: float = ObjectiveConfig.reconstruction_weight,
+        alignment_weight: float = ObjectiveConfig.alignment_weight,
+        validation_fraction: float = VALIDATION_FRACTION,
+        random_state: int | np.random.RandomState | None = None,
+        device: str = "auto",
+    ) -> None:
+        self.modalities = modalities
+        self.latent_dim = latent_dim
+        self.hidden_dim = hidden_dim
+        self.rank = rank
+        self.n_members = n_members
+        self.epochs = epochs
+        self.patience = patience
+        self.batch_size = batch_size
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.modality_dropout = modality_dropout
+        self.mmd_weight = mmd_weight
+        self.reconstruction_weight = reconstruction_weight
+        self.alignment_weight = alignment_weight
+        self.validation_fraction = validation_fraction
+        self.random_state = random_state
+        self.device = device
+
+    # ---- X
+
+    def _features(self, X: Modalities, *, reset: bool) -> dict[str, Tensor]:
+        """float32 (N, d_m) per modality. Raises ValueError as scikit-learn does."""
+        if (isinstance(X, Mapping) and not issparse(X)) or (
+            isinstance(X, list | tuple) and len(X) and np.ndim(X[0]) == 2
+        ):
+            named = dict(X) if isinstance(X, Mapping) else {f"m{m}": x for m, x in enumerate(X)}
+            arrays = {
+                str(name): check_array(x, dtype=np.float32, ensure_2d=True, input_name=str(name))
+                for name, x in named.items()
+            }
+            lengths = {name: len(x) for name, x in arrays.items()}
+            if len(set(lengths.values())) > 1:
+                raise ValueError(f"modalities have different numbers of examples: {lengths}")
+            widths = {name: x.shape[1] for name, x in arrays.items()}
+            if reset:
+                self._widths = widths
+            elif missing := sorted(set(self._widths) - set(widths)):
+                raise ValueError(f"X lacks the modalities {missing}; it was fitted on {sorted(self._widths)}")
+            else:
+                wrong = {n: widths[n] for n, width in self._widths.items() if widths[n] != width}
+                if wrong:
+                    raise ValueError(f"widths {wrong} of X are not those it was fitted on, {self._widths}")
+                arrays = {name: arrays[name] for name in self._widths}
+        else:
+            x = validate_data(self, X, reset=reset, dtype=np.float32)
+            columns = {ALL: slice(None)} if self.modalities is None else dict(self.modalities)
+            arrays = {}
+            for name, chosen in columns.items():
+                try:
+                    arrays[str(name)] = x[:, chosen]
+                except IndexError as error:
+                    raise ValueError(f"modalities[{name!r}]: {error}") from error
+                if arrays[str(name)].shape[1] == 0:
+                    raise ValueError(f"modalities[{name!r}]: no column of the {x.shape[1]} of X")
+            if reset:
+                self._widths = {name: a.shape[1] for name, a in arrays.items()}
+        return {name: torch.from_numpy(np.ascontiguousarray(x)) for name, x in sorted(arrays.items())}
+
+    # ---- fit
+
+    def _checked(self, X: Modalities, y: np.ndarray, numeric: bool = False) -> tuple[dict[str, Tensor], np.ndarray]:
+        """Features, and y (N,) or (N, O). Raises ValueError as scikit-learn does."""
+        if y is None:
+            raise ValueError(f"{type(self).__name__} requires y to be passed, but the target y is None")
+        features = self._features(X, reset=True)
+        if numeric:
+            y = check_array(y, dtype=np.float64, ensure_2d=False, input_name="y")
+        else:
+            y = check_array(y, dtype=None, ensure_2d=False, ensure_all_finite=np.asarray(y).dtype.kind == "f")
+        if y.ndim == 2 and y.shape[1] == 1:
+            y = column_or_1d(y, warn=True)
+        examples = len(next(iter(features.values())))
+        if examples < 2:
+            raise ValueError("X has 1 sample; 2 are the least that a prior can be compared with")
+        if len(y) != examples:
+            raise ValueError(f"y has {len(y)} examples, X has {examples}")
+        return features, y
+
+    def _fit(
+        self,
+        features: dict[str, Tensor],
+        target: Tensor,
+        task: Task,
+        class_names: tuple[str, ...],
+        balanced: bool = False,
+        class_weights: Tensor | None = None,
+    ) -> None:
+        """Train the ensemble; `target` as in `mmfusion.dataset.Split`."""
+        random = check_random_state(self.random_state)
+        is_fixed = isinstance(self.random_state, Integral)
+        first_seed = int(self.random_state) % 2**30 if is_fixed else int(random.randint(2**30))
+        splits, selection = self._cut(features, target, task, first_seed)
+        self.modalities_ = tuple(features)
+        dataset = Dataset("arrays", task, splits, selection, class_names=class_names)
+        rank = int(self.rank) if len(features) > 1 else 1
+        training = TrainingConfig(
+            seeds=self.n_members,
+            first_seed=first_seed,
+            epochs=self.epochs,
+            patience=self.patience,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            weight_decay=self.weight_decay,
+            modality_dropout=self.modality_dropout,
+            class_weight="balanced" if balanced else "none",
+            select_by="log_loss",
+        )
+        model = ModelConfig(self.latent_dim, self.hidden_dim, rank)
+        objective = ObjectiveConfig(self.mmd_weight, self.reconstruction_weight, self.alignment_weight)
+        for section in (training, model, objective):
+            section.check()
+        method = Method("jWAE-LMF", self.modalities_, active_rank=rank)
+        device = pick_device(self.device)
+        (ensemble,), trained = fit_methods(
+            dataset, [method], model, objective, training, class_weights=class_weights, device=device
+        )
+        self.ensemble_: FusionEnsemble = ensemble
+        self.history_ = trained.history
+        self.n_iter_ = len(trained.history)
+        self._reference = {name: splits["train"].features[name] for name in self.modalities_}
+
+    def _cut(self, features: dict[str, Tensor], target: Tensor, task: Task, seed: int) -> tuple[dict[str, Split], str]:
+        """Splits of training and validation examples, and the name of the one that selects."""
+        rows = np.arange(len(target))
+        classes = target.numpy() if task in ("binary", "multiclass") else None
+        held_out = round(self.validation_fraction * len(rows))
+        needed = 2 if classes is None else len(np.unique(classes))
+        enough = classes is None or np.unique(classes, return_counts=True)[1].min() >= 2
+        if not 0 <= self.validation_fraction < 1:
+            raise ValueError(f"validation_fraction {self.validation_fraction}: give a share from 0 up to 1")
+        if held_out < max(needed, 2) or len(rows) - held_out < max(needed, 2) or not enough:
+            return {"train": _split(features, target, rows)}, "train"
+        train, validation = train_test_split(rows, test_size=held_out, stratify=classes, random_state=seed % 2**32)
+        parts = {"train": np.sort(train), "validation": np.sort(validation)}
+        return {name: _split(features, target, rows) for name, rows in parts.items()}, "validation"
+
+    # ---- predictions
+
+    def _predict(self, X: Modalities) -> Tensor:
+        """(S, N) or (S, N, O): what every member says."""
+        check_is_fitted(self, "ensemble_")
+        return self.ensemble_.predict(self._features(X, reset=False))
+
+    def member_predictions(self, X: Modalities) -> np.ndarray:
+        """What every member says, (S, N) for two classes or one value, else (S, N, O): probabilities or values."""
+        return self._predict(X).numpy()
+
+    def certified_radius(self, X: Modalities, norm: Norm = 2) -> dict[str, np.ndarray]:
+        """Least l_p change of one modality's latent that changes what a member predicts, exact: (S, N) per modality.
+
+        For a choice between classes it is the least over the other classes (their margin is affine in the latent); for
+        several labels, the least over labels; for a regression, the least change that brings a value to its mean in
+        training.
+
+        Args:
+            X: as for `fit`.
+            norm: p, one of 1, 2 and infinity.
+        """
+        check_is_fitted(self, "ensemble_")
+        features = self._features(X, reset=False)
+        radii: dict[str, list[Tensor]] = {name: [] for name in self.modalities_}
+        for member in self.ensemble_.members:
+            layer, latents = exact_layer(member), latents_of(member, features)
+            if self.ensemble_.task == "regression":
+                layer.bias -= member.rescale.mean.double()
+            for m, name in enumerate(member.modalities):
+                if self.ensemble_.task == "multiclass":
+                    radii[name].append(certified_class_radius(layer, latents, m, norm))
+                else:
+                    radii[name].append(certified_radius(layer, latents, m, norm).amin(-1))
+        return {name: torch.stack(values).numpy() for name, values in radii.items()}
+
+    def explain(self, X: Modalities, output: int = 0) -> "Explained":
+        """Take each prediction apart into bias, modalities and sets of modalities, exactly (`Account`).
+
+        Two classes: the logit of the second. More: for each example the logit of the likeliest class less that of the
+        runner-up, by the mean over members. Labels or values: those of `output`.
+        """
+        check_is_fitted(self, "ensemble_")
+        features = self._features(X, reset=False)
+        pairs, weights = None, output
+        if self.ensemble_.task == "multiclass":
+            pairs = self.ensemble_.predict(features).mean(0).topk(2, dim=-1).indices  # (N, 2)
+            eye = torch.eye(len(self.classes_))
+            weights = eye[pairs[:, 0]] - eye[pairs[:, 1]]  # (N, C)
+            pairs = self.classes_[pairs.numpy()]
+        return Explained(account_for(self.ensemble_.members, features, self._reference, weights), pairs)
+
+
+class Explained(NamedTuple):
+    """An exact account of N predictions."""
+
+    account: Account
+    pairs: np.ndarray | None
+    """(N, 2) of a choice between classes: the likeliest and the runner-up, whose logits' difference is accounted for"""
+
+
+class FusionClassifier(ClassifierMixin, _FusionEstimator):
+    """jWAE-LMF for two classes, more classes, or several labels; arguments as `_FusionEstimator`, and
+
+    class_weight: None; "balanced": every class weighs alike in the fit; or {class: weight} (1 for those not named).
+    """
+
+    def __init__(
+        self,
+        *,
+        modalities: Mapping[str, slice | Sequence[int]] | None = None,
+        latent_dim: int = ModelConfig.latent_dim,
+        hidden_dim: int = ModelConfig.hidden_dim,
+        rank: int = ModelConfig.rank,
+        n_members: int = TrainingConfig.seeds,
+        epochs: int = EPOCHS,
+        patience: int = PATIENCE,
+        batch_size: int = TrainingConfig.batch_size,
+        learning_rate: float = TrainingConfig.learning_rate,
+        weight_decay: float = TrainingConfig.weight_decay,
+        modality_dropout: float = TrainingConfig.modality_dropout,
+        mmd_weight: float = ObjectiveConfig.mmd_weight,
+        reconstruction_weight: float = ObjectiveConfig.reconstruction_weight,
+        alignment_weight: float = ObjectiveConfig.alignment_weight,
+        validation_fraction: float = VALIDATION_FRACTION,
+        random_state: int | np.random.RandomState | None = None,
+        device: str = "auto",
+        class_weight: str | Mapping[object, float] | None = None,
+    ) -> None:
+        settings = dict(locals())
+        for name in ("self", "__class__", "class_weight"):
+            settings.pop(name)
+        super().__init__(**settings)
+        self.class_weight = class_weight
+
+    def fit(self, X: Modalities, y: np.ndarray) -> "FusionClassifier":
+        """Train on X and y (N,) of any labels, or (N, O) of 0 and 1. Raises ValueError as scikit-learn does."""
+        named = isinstance(self.class_weight, Mapping)
+        if not named and self.class_weight not in (None, "balanced"):
+            raise ValueError(f'class_weight is None, "balanced" or a dict, not {self.class_weight!r}')
+        features, y = self._checked(X, y)
+        check_classification_targets(y)
+        if y.ndim == 2:
+            if not np.isin(y, (0, 1)).all():
+                raise ValueError("y with several columns is of labels that are there or not: 0 and 1 alone")
+            self.classes_ = np.array([0, 1])
+            task, target, names = "multilabel", y.astype(np.float32), ("absent", "present")
+        else:
+            self.classes_, numbers = np.unique(y, return_inverse=True)
+            if len(self.classes_) < 2:
+                raise ValueError(f"y holds one class alone ({self.classes_[0]!r}); a classifier needs two")
+            task = "binary" if len(self.classes_) == 2 else "multiclass"
+            target, names = numbers.astype(np.float32), tuple(map(str, self.classes_))
+        weights = None
+        if named:
+            if y.ndim == 2:
+                raise ValueError('class_weight of several labels is None or "balanced"')
+            weights = torch.tensor([float(self.class_weight.get(label, 1.0)) for label in self.classes_.tolist()])
+        self._fit(features, torch.from_numpy(target), task, names, self.class_weight == "balanced", weights)
+        return self
+
+    def predict_proba(self, X: Modalities) -> np.ndarray:
+        """Mean over members: (N, C) of the classes in the order of `classes_`; of labels (N, O) of presence."""
+        p = self._predict(X).double().mean(0).numpy()
+        return np.stack([1 - p, p], 1) if self.ensemble_.task == "binary" else p
+
+    def predict(self, X: Modalities) -> np.ndarray:
+        """The likeliest class (N,), or for labels (N, O) of 0 and 1."""
+        p = self.predict_proba(X)
+        return (p >= 0.5).astype(int) if self.ensemble_.task == "multilabel" else self.classes_[p.argmax(1)]
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        tags.classifier_tags.multi_label = True
+        return tags
+
+
+class FusionRegressor(RegressorMixin, _FusionEstimator):
+    """jWAE-LMF for one value or several; trained on the absolute error. Arguments as `_FusionEstimator`."""
+
+    def fit(self, X: Modalities, y: np.ndarray) -> "FusionRegressor":
+        """Train on X and y, (N,) or (N, O). Raises ValueError as scikit-learn does."""
+        features, y = self._checked(X, y, numeric=True)
+        self._fit(features, torch.from_numpy(y.astype(np.float32)), "regression", ())
+        return self
+
+    def predict(self, X: Modalities) -> np.ndarray:
+        """Mean over members, (N,) or (N, O)."""
+        return self._predict(X).double().mean(0).numpy()
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        tags.target_tags.multi_output = True
+        return tags
+
+
+def _split(features: Mapping[str, Tensor], target: Tensor, rows: np.ndarray) -> Split:
+    index = torch.from_numpy(rows)
+    return Split({name: x[index] for name, x in features.items()}, target[index], [str(row) for row in rows])
