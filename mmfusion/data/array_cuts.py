@@ -80,7 +80,7 @@ def _cut_off(split: Split, share: float, stratify: bool, seed: int, where: str) 
     classes, counts = np.unique(target, return_counts=True)
     if groups is None:
         if counts.min() < 2:
-            what = "a class has" if stratify else "it has"
+            what = f"class number {classes[counts.argmin()]:g} has" if stratify else "it has"
             raise InputError(f"{where}: {what} one example there, and each part needs one; add examples")
         rng = np.random.default_rng(seed)
         return _sides(np.concatenate([_some(np.flatnonzero(target == c), share, rng) for c in classes]), len(split))

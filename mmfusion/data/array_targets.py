@@ -11,6 +11,7 @@ The rule of `infer_task`, in its order:
     all else                                               regression, of one value (N,) or of O values (N, O)
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -147,9 +148,8 @@ def _check_kinds(raw: Mapping[str, np.ndarray], where: str) -> None:
         if kinds[split] != kinds["train"]:
             raise InputError(f"{where}: holds {kinds[split]} in {split} and {kinds['train']} in train")
         if shapes[split] != shapes["train"]:
-            raise InputError(
-                f"{where}: has {shapes[split] or 1} columns in {split} and {shapes['train'] or 1} in train"
-            )
+            columns = [f"{math.prod(shapes[name])} columns in {name}" for name in (split, "train")]
+            raise InputError(f"{where}: has {' and '.join(columns)}; make them the same")
 
 
 def _classes(
