@@ -288,7 +288,7 @@ def test_npz_of_utterance_vectors(tmp_path):
         (lambda x: x.update(label_test=np.arange(20) - 9), "test has labels from -9 to 10"),
         (lambda x: x.update(target_train=x.pop("label_train")), "has 'target_train'"),
         (lambda x: x.update(image_train=np.ones((60, 2))), "has 'image_train'"),
-        (lambda x: x.update(text=np.ones((60, 2))), "has '_text'"),
+        (lambda x: x.update(text=np.ones((60, 2))), "has 'text'"),
         (lambda x: x.pop("id_train"), "train lacks id"),
         (lambda x: x.pop("label_test"), "test lacks label"),
         (lambda x: x.update(id_test=np.array([f"tweet{row}" for row in range(20)])), "test has ids that are no VIDEO_"),

@@ -9,6 +9,8 @@ from safetensors.torch import save_file
 from small_memes import small_encoders, write_bert, write_memes
 
 import hateful_memes_loader
+import main_hateful_memes
+from experiments.robustness.corrupted_inputs import corruptions_of
 from hateful_memes_loader import load_hateful_memes, read_annotations
 from mmfusion.data.feature_files import read_feature_flags, read_features
 from mmfusion.data.memes import MemesConfig, load_memes
@@ -16,7 +18,9 @@ from mmfusion.data.registry import DataOptions, load_datasets
 from mmfusion.dataset import Dataset
 from mmfusion.distributed import Processes
 from mmfusion.errors import InputError
+from mmfusion.explain import __main__ as explain
 from mmfusion.runs.folder import same_data, settings_of
+from mmfusion.runs.load import load_run
 
 COUNTS = {"train": 22, "dev": 8, "test": 5}
 
@@ -111,6 +115,29 @@ def test_flags_reach_the_registry_and_are_kept_as_whole_paths(memes, tmp_path, m
     options = DataOptions("hateful_memes", memes, features=("image=clip.npz", "text=text.npz"))
     assert load_datasets(options)[0].input_dims == {"image": 6, "text": 6}
     assert settings_of(options)["features"][0] == f"image={tmp_path / 'clip.npz'}"
+
+
+def test_a_run_on_given_image_vectors_is_read_and_explained_without_pictures(memes, tmp_path, monkeypatch, capsys):
+    write_features(tmp_path / "clip.npz", imgs_of(memes))
+    write_bert(tmp_path / "bert")
+    monkeypatch.chdir(tmp_path)
+    flags = "--jsonl memes/train.jsonl --features image=clip.npz --image-encoder random:resnet50 --image-size 32"
+    sizes = "--text-encoder random:bert --latent-dim 4 --hidden-dim 8 --rank 2 --epochs 1 --batch-size 8 --seeds 2"
+    assert main_hateful_memes.run([*flags.split(), *sizes.split(), "--device", "cpu", "--name", "given"]) == 0
+    run = load_run(tmp_path / "runs/given")
+    assert run.memes.given == ("image",) and run.data.input_dims == {"image": 6, "text": 32}
+    assert explain.run(["runs/given", "--split", "dev", "--maps"]) == 0
+    assert corruptions_of(run).keys() == {"text"}
+    (memes.parent / "img").rename(tmp_path / "gone")
+    monkeypatch.chdir(memes.parent)  # the file of features is found from anywhere
+    assert explain.run([str(tmp_path / "runs/given"), "--split", "dev"]) == 0
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        explain.run([str(tmp_path / "runs/given"), "--image", "x.png", "--text", "a dog"])
+    assert "image came from files (--features); give --ids or --split" in capsys.readouterr().err
+    write_features(tmp_path / "clip.npz", imgs_of(memes), seed=1)
+    with pytest.raises(InputError, match="was trained on other data"):
+        load_run(tmp_path / "runs/given")
 
 
 def test_safetensors_have_whole_numbers_for_ids(tmp_path):

@@ -10,7 +10,8 @@ def plain_array(value: object, where: str) -> np.ndarray:
     try:
         x = np.asarray(value)
     except (ValueError, TypeError, RuntimeError) as error:
-        raise InputError(f"{where}: is no array; rows of different lengths must be pooled or padded first") from error
+        reason = " ".join(str(error).split())[:80]
+        raise InputError(f"{where}: is no array of NumPy ({reason}); rows need one length, tensors the CPU") from error
     if x.dtype.kind == "O":
         if x.size and all(isinstance(one, str) for one in x.ravel()):
             return x.astype(str)

@@ -131,7 +131,7 @@ def _check_npz_layout(content: dict[str, Table], path: Path) -> None:
     columns = {*itertools.chain(*MODALITY_KEYS.values()), *LABEL_KEYS, *ID_KEYS, *TRANSCRIPT_KEYS}
     reason = None if content else "is empty"
     for split, table in content.items():
-        other = [f"{column}_{split}" for column in table if split not in splits or column not in columns]
+        other = [f"{column}_{split}".lstrip("_") for column in table if split not in splits or column not in columns]
         labels, ids = _first(table, LABEL_KEYS), _first(table, ID_KEYS)
         if other or labels is None or ids is None:
             reason = reason or (f"has {other[0]!r}" if other else f"{split} lacks {'id' if ids is None else 'label'}")
