@@ -378,7 +378,7 @@ MODALITY_KEYS = [f"{m}_{split}" for m in ("image", "text") for split in COUNTS]
         (_set("image_test", lambda x: x.astype(str)), "image_test: holds texts, which must be encoded first"),
         (_set("image_test", lambda x: x.astype("M8[s]")), "image_test: holds datetime64"),
         (_drop("image_test"), "has no image_test, and train has that modality"),
-        (_set("audio_test", np.ones((20, 2))), "audio_test has no counterpart in train"),
+        (_set("audio_test", np.ones((20, 2))), "audio_test is not in train"),
         (_drop(*MODALITY_KEYS), "has no modality beside target, id"),
         (_drop("target_train"), "has no target 'target_train', its keys are image, text, id; name it with --target"),
         (_drop("target_dev"), "dev has no target, and models are selected on it"),
@@ -527,9 +527,15 @@ def test_a_fifo_within_a_folder_and_objects_are_refused(tmp_path):
 
 
 def test_keys_with_line_breaks_stay_within_one_line():
-    with pytest.raises(InputError) as caught:
-        in_memory({"a\nb\x1b[2J": np.ones((4, 2)), "y\n": np.arange(4)}, folds=2)
-    assert "\n" not in str(caught.value) and "\x1b" not in str(caught.value)
+    strange = {"a\nb\x1b[2J": np.full((4, 2), np.nan)}
+    for arrays in (strange | {"y\n": np.arange(4)}, strange | {"target": np.arange(4) % 2}):
+        with pytest.raises(InputError) as caught:
+            in_memory(arrays, folds=2)
+        assert "\n" not in str(caught.value) and "\x1b" not in str(caught.value)
+    with pytest.raises(InputError, match=r"modality 'a\.b' has a name of other signs"):
+        in_memory(without_splits() | {"a.b": np.ones(60)}, folds=2)
+    with pytest.raises(InputError, match="modality 'values' has a name that PyTorch"):
+        in_memory(without_splits() | {"values": np.ones(60)}, folds=2)
 
 
 # ---- the registry, and real data -------------------------------------------------------------------------------------

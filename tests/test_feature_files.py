@@ -179,7 +179,8 @@ def test_missing_ids_are_counted_and_the_first_is_named(memes, tmp_path):
     [
         (["clip.npz"], "--features clip.npz: give MODALITY=PATH, such as image=clip_image.npz"),
         (["image="], "--features image=: give MODALITY=PATH"),
-        (["a b=x.npz"], "--features a b=x.npz: give MODALITY=PATH"),
+        (["a b=x.npz"], "--features a b=x.npz: modality 'a b' has a name of other signs"),
+        (["keys=x.npz"], "--features keys=x.npz: modality 'keys' has a name that PyTorch"),
         (["image=missing.npz"], "missing.npz: cannot be read"),
     ],
 )

@@ -1,8 +1,25 @@
 """Checks of single arrays that users bring: float32 vectors, targets, texts. Each error is one line."""
 
-import numpy as np
+import re
 
-from mmfusion.errors import InputError
+import numpy as np
+from torch import nn
+
+from mmfusion.errors import InputError, printable
+
+MODALITY = re.compile(r"\w[\w-]{0,59}")
+TAKEN = nn.ModuleDict()  # models keep a module per modality, under its name
+
+
+def check_modality_name(name: str, where: str) -> None:
+    """Raise InputError beginning with `where` for a name that no part of a model, and no folder, can have."""
+    if not MODALITY.fullmatch(name):
+        shown = printable(name)[:60]
+        raise InputError(
+            f"{where}: modality '{shown}' has a name of other signs than letters, digits, _ and -; rename it"
+        )
+    if hasattr(TAKEN, name):
+        raise InputError(f"{where}: modality {name!r} has a name that PyTorch's modules use themselves; rename it")
 
 
 def plain_array(value: object, where: str) -> np.ndarray:

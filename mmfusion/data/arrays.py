@@ -22,7 +22,7 @@ import torch
 from mmfusion.data.array_cuts import cut_dev, cut_folds, cut_test, overlap_notes
 from mmfusion.data.array_files import arrays_identity, read_arrays
 from mmfusion.data.array_targets import Targets, TaskChoice, encode_targets
-from mmfusion.data.array_values import feature_vectors, plain_array, strings, target_values
+from mmfusion.data.array_values import check_modality_name, feature_vectors, plain_array, strings, target_values
 from mmfusion.dataset import Dataset, Split, take
 from mmfusion.errors import InputError, check_numbers, printable
 
@@ -93,7 +93,7 @@ def dataset_from_arrays(
 
     Raises InputError as `load_arrays` does.
     """
-    plain = {str(key): plain_array(value, f"{source}: {key}") for key, value in arrays.items()}
+    plain = {str(key): plain_array(value, f"{source}: {printable(str(key))}") for key, value in arrays.items()}
     return _datasets(plain, config or ArraysConfig(), name, source, arrays_identity(plain))
 
 
@@ -181,7 +181,9 @@ def _tables(
     if not arrays:
         raise InputError(f"{source}: holds no arrays{' but those of --ignore' if config.ignore else ''}")
     names = arrays.pop(NAMES_KEY, None)
-    column_names = None if names is None else strings(np.ravel(names), f"{source}: {NAMES_KEY}")
+    column_names = None
+    if names is not None:
+        column_names = [printable(one) for one in strings(np.ravel(names), f"{source}: {NAMES_KEY}")]
     parsed = {key: SPLIT_KEY.fullmatch(key) for key in arrays}
     if not any(found and found[2] == "train" for found in parsed.values()):
         lone = next((key for key, found in parsed.items() if found and found[1] == config.target), None)
@@ -236,13 +238,15 @@ def _modalities(tables: dict[str, Table], config: ArraysConfig, source: str) -> 
     chosen = [key for key in present if key in config.modalities] if config.modalities else present
     if not chosen:
         raise InputError(f"{source}: has no modality beside {_listed(first)}; add an array (N, d), such as image")
+    for modality in chosen:
+        check_modality_name(modality, source)
     for split, table in tables.items():
         missing = next((m for m in chosen if m not in table), None)
         if missing is not None:
             raise InputError(f"{source}: has no {missing}_{split}, and train has that modality; add it, or --ignore it")
         further = next((key for key in table if key not in first and key not in known), None)
         if further is not None and not config.modalities:
-            raise InputError(f"{source}: {further}_{split} has no counterpart in train; leave it out with --ignore")
+            raise InputError(f"{source}: {printable(further)}_{split} is not in train; leave it out with --ignore")
     return chosen
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from mmfusion.data.array_files import read_arrays
-from mmfusion.data.array_values import feature_vectors, strings
+from mmfusion.data.array_values import check_modality_name, feature_vectors, strings
 from mmfusion.encoders.precomputed import PrecomputedFeatures
 from mmfusion.errors import InputError
 
@@ -52,8 +52,9 @@ def read_feature_flags(flags: Sequence[str]) -> dict[str, PrecomputedFeatures]:
     found: dict[str, PrecomputedFeatures] = {}
     for flag in flags:
         modality, _, path = flag.partition("=")
-        if not modality.isidentifier() or not path:
+        if not modality or not path:
             raise InputError(f"--features {flag}: give MODALITY=PATH, such as image=clip_image.npz")
+        check_modality_name(modality, f"--features {flag}")
         if modality in found:
             raise InputError(f"--features {flag}: {modality} is given twice; name one file of it")
         found[modality] = read_features(Path(path))
