@@ -12,7 +12,7 @@ import os
 import posixpath
 import random
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -25,6 +25,7 @@ from mmfusion.encoders.cache import FeatureCache, text_digest
 from mmfusion.encoders.extract import encode_images, encode_texts
 from mmfusion.encoders.frozen import EncoderConfig, find_image_encoder, find_text_encoder, image_identity, text_identity
 from mmfusion.encoders.images import digest_images
+from mmfusion.encoders.precomputed import PrecomputedFeatures
 from mmfusion.encoders.weights import EncoderSource
 from mmfusion.errors import InputError, printable
 from mmfusion.files import ANNOTATION_BYTES, read_regular_file
@@ -74,13 +75,16 @@ def load_hateful_memes(
     device: str = "cpu",
     workers: int | None = None,
     progress: bool = True,
+    features: Mapping[str, PrecomputedFeatures] | None = None,
 ) -> Dataset:
     """Load every split beside `jsonl` (train.jsonl, or the folder with it) as image and text vectors.
 
     `img_dir` holds the image files; None means the img folder beside the jsonl. `workers` decode images (None: by the
-    number of cores). Under torchrun every process must call it, after `join_processes`; all get the same dataset.
-    Raises InputError, in all processes alike.
+    number of cores). `features` (modality -> vectors by img) replace image or text, whose encoder is not looked for
+    then (nor, without an image encoder, any image), or come beside them. Under torchrun every process must call it,
+    after `join_processes`; all get the same dataset. Raises InputError, in all processes alike.
     """
+    features = features or {}
     processes = current_processes(str(device))
     with processes.together():
         encoders = encoders.filled()
@@ -91,30 +95,35 @@ def load_hateful_memes(
         selection = next((name for name in SELECTION_NAMES if name in rows), "holdout")
         _check_labels(rows, files, selection)
         imgs = {meme.img for memes in rows.values() for meme in memes}
-        paths = image_paths(imgs, files["train"].parent, img_dir)
-    images = _digest(paths, processes)
+        given = {modality: table.of(sorted(imgs)) for modality, table in features.items()}  # all ids are there
+        paths = {} if "image" in given else image_paths(imgs, files["train"].parent, img_dir)
+    images = _digest_vectors(sorted(imgs), given["image"]) if "image" in given else _digest(paths, processes)
     with processes.together():
-        sources = {"image": find_image_encoder(encoders), "text": find_text_encoder(encoders)}
+        finders = {"image": find_image_encoder, "text": find_text_encoder}
+        sources = {kind: find(encoders) for kind, find in finders.items() if kind not in features}
         caches, provenance = _open_caches(encoders, sources, Path(cache_dir), str(device))
-    files_by_digest = {images.digests[img]: images.paths[img] for img in sorted(images.digests, reverse=True)}
-    undecodable = encode_images(
-        files_by_digest,
-        caches["image"],
-        encoders,
-        sources["image"],
-        processes,
-        workers=workers,
-        stop_at_bad=bad_images == "error",
-        only_check=bad_images == "error" and bool(images.bad),
-        progress=progress,
-    )
-    images.bad.update({img: undecodable[d] for img, d in images.digests.items() if d in undecodable})
+        provenance |= {"features": {kind: table.identity for kind, table in features.items()}} if features else {}
+    if "image" in caches:
+        files_by_digest = {images.digests[img]: images.paths[img] for img in sorted(images.digests, reverse=True)}
+        undecodable = encode_images(
+            files_by_digest,
+            caches["image"],
+            encoders,
+            sources["image"],
+            processes,
+            workers=workers,
+            stop_at_bad=bad_images == "error",
+            only_check=bad_images == "error" and bool(images.bad),
+            progress=progress,
+        )
+        images.bad.update({img: undecodable[d] for img, d in images.digests.items() if d in undecodable})
     _refuse_or_drop(rows, images.bad, bad_images, files)
     if selection == "holdout":
         notes.append(_hold_out(rows, images.digests, files["train"]))
     _check_labels(rows, files, selection)
-    texts = {text_digest(meme.text): meme.text for memes in rows.values() for meme in memes}
-    encode_texts(texts, caches["text"], encoders, sources["text"], processes, progress=progress)
+    if "text" in caches:
+        texts = {text_digest(meme.text): meme.text for memes in rows.values() for meme in memes}
+        encode_texts(texts, caches["text"], encoders, sources["text"], processes, progress=progress)
     notes += _overlap_notes(rows, images.digests)
     if images.bad:
         notes.append(f"{len(images.bad)} images could not be used; their rows are skipped (--bad-images skip)")
@@ -123,7 +132,7 @@ def load_hateful_memes(
         "rows": {name: len(memes) for name, memes in rows.items()},
         "skipped": [{"img": img, "reason": reason} for img, reason in sorted(images.bad.items())],
     }
-    splits = {name: _split(memes, images.digests, caches) for name, memes in rows.items()}
+    splits = {name: _split(memes, images.digests, caches, features) for name, memes in rows.items()}
     return Dataset("hateful_memes", "binary", splits, selection, notes, provenance, class_names=("benign", "hateful"))
 
 
@@ -193,6 +202,12 @@ def _digest(paths: dict[str, Path], processes: Processes) -> _Images:
     return images
 
 
+def _digest_vectors(imgs: list[str], vectors: torch.Tensor) -> _Images:
+    """Where the images' features were given, their content is what the features say: no file is opened."""
+    digests = [hashlib.sha256(vector.numpy().tobytes()).hexdigest() for vector in vectors]
+    return _Images({}, dict(zip(imgs, digests, strict=True)), {})
+
+
 def _refuse_or_drop(rows: MemesBySplit, bad: dict[str, str], bad_images: str, files: dict[str, Path]) -> None:
     """With bad images: raise an InputError that counts them, or drop their rows from `rows` in place."""
     if not bad:
@@ -213,11 +228,9 @@ def _refuse_or_drop(rows: MemesBySplit, bad: dict[str, str], bad_images: str, fi
 def _open_caches(
     config: EncoderConfig, sources: dict[str, EncoderSource], cache_dir: Path, device: str
 ) -> tuple[dict[str, FeatureCache], dict[str, object]]:
-    """The caches of both encoders, and what is to be said of the encoders in a run's config.json."""
-    identities = {
-        "image": image_identity(config, sources["image"], device),
-        "text": text_identity(config, sources["text"], device),
-    }
+    """The caches of the encoders, and what is to be said of the encoders in a run's config.json."""
+    identify = {"image": image_identity, "text": text_identity}
+    identities = {kind: identify[kind](config, source, device) for kind, source in sources.items()}
     caches = {kind: FeatureCache(cache_dir, kind, identity) for kind, identity in identities.items()}
     encoders = {kind: {"name": sources[kind].name, **identity} for kind, identity in identities.items()}
     return caches, {"encoders": encoders, "encoder_config": asdict(config)}
@@ -288,12 +301,21 @@ def _data_fingerprint(rows: MemesBySplit, digests: dict[str, str]) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _split(memes: list[Meme], digests: dict[str, str], caches: dict[str, FeatureCache]) -> Split:
-    image = [caches["image"].vectors[digests[meme.img]] for meme in memes]
-    text = [caches["text"].vectors[text_digest(meme.text)] for meme in memes]
+def _split(
+    memes: list[Meme],
+    digests: dict[str, str],
+    caches: dict[str, FeatureCache],
+    given: Mapping[str, PrecomputedFeatures],
+) -> Split:
+    features: dict[str, torch.Tensor] = {}
+    for kind in dict.fromkeys(("image", "text", *given)):
+        if kind in given:
+            features[kind] = given[kind].of([meme.img for meme in memes])
+        else:
+            keys = [digests[meme.img] if kind == "image" else text_digest(meme.text) for meme in memes]
+            features[kind] = torch.stack([caches[kind].vectors[key] for key in keys])
     labels = [meme.label for meme in memes]
     target = None if None in labels else torch.tensor(labels, dtype=torch.float32)
-    features = {"image": torch.stack(image), "text": torch.stack(text)}
     return Split(features, target, [meme.img for meme in memes], {"transcript": [meme.text for meme in memes]})
 
 

@@ -33,14 +33,20 @@ SCORE_EFFECT = 0.01
 
 # flags that only some data sets have a use for
 FLAGS_OF = {
-    "folds": ("mustard",),
+    "folds": ("mustard", "arrays"),
     "protocol": ("mustard",),
     "audio": ("mustard",),
     "visual": ("mustard",),
-    "task": ("cmu_mosi",),
+    "task": ("cmu_mosi", "arrays"),
+    "target": ("arrays",),
+    "modalities": ("arrays",),
+    "ignore": ("arrays",),
+    "hold_out": ("arrays",),
+    "split_seed": ("arrays",),
     "img_dir": ("hateful_memes",),
     "image_encoder": ("hateful_memes",),
     "text_encoder": ("hateful_memes", "mustard"),
+    "features": ("hateful_memes",),
 }
 
 

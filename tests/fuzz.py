@@ -1,7 +1,7 @@
 """Mutated input files: each is read, or refused with one line; never another exception, never slow, never large.
 
     python -m tests.fuzz                       the full size: 2,000 jsonl files, 500 images, 300 shards, 300 arrays,
-                                               300 checkpoints
+                                               300 checkpoints, 300 files of users' own arrays
     python -m tests.fuzz --share 0.1 --seed 7  a tenth of it, other mutations
 
 `tests/test_fuzz.py` runs a small share of it. A new kind of file is a `Kind`: examples to start from, and what reads
@@ -34,6 +34,7 @@ from safetensors.torch import save
 from torch import nn
 
 from hateful_memes_loader import image_paths, read_annotations
+from mmfusion.data.arrays import ArraysConfig, load_arrays
 from mmfusion.data.pickles import as_numbers, load_npz, load_pickle
 from mmfusion.dataset import Split
 from mmfusion.encoders.cache import FeatureCache
@@ -169,6 +170,41 @@ def _read_arrays(content: bytes, folder: Path) -> str:
     return reasons[content[:2] == b"PK"]
 
 
+def _own_examples() -> list[bytes]:
+    """.npz and .safetensors, with splits and without."""
+    rng = np.random.default_rng(0)
+    plain = {"a": rng.normal(size=(12, 3)).astype(np.float32), "b": np.arange(12), "target": np.arange(12) % 2}
+    parts = {f"{key}_{split}": x for split in ("train", "dev", "test") for key, x in plain.items()}
+    classes = np.array(["no", "yes"] * 6)
+    texts = plain | {"id": np.array([f"é{row}" for row in range(12)]), "group": np.arange(12) // 3, "target": classes}
+    values = plain | {"target": rng.normal(size=(12, 2)), "target_names": np.array(["p", "q"])}
+    contents = [save({key: torch.tensor(x) for key, x in table.items()}) for table in (plain, parts)]
+    for table in (texts, parts, values):
+        for write in (np.savez, np.savez_compressed):
+            stream = io.BytesIO()
+            write(stream, **table)
+            contents.append(stream.getvalue())
+    return contents
+
+
+def _read_own(content: bytes, folder: Path) -> str:
+    path = folder / ("a.npz" if b"PK" in content else "a.safetensors")
+    path.write_bytes(content)
+    reasons = []
+    for cut in ({}, {"folds": 2}, {"hold_out": 0.3}):
+        try:
+            datasets = load_arrays(ArraysConfig(path, **cut))
+        except InputError as error:
+            reasons.append(_one_line(error))
+            continue
+        for dataset in datasets:
+            json.dumps(dataset.description, allow_nan=False)
+            json.dumps([split.ids for split in dataset.splits.values()], ensure_ascii=False).encode()
+            if not all(x.isfinite().all() for split in dataset.splits.values() for x in split.features.values()):
+                raise AssertionError("values that are not finite")
+    return "read" if len(reasons) < 3 else reasons[0]
+
+
 _DRAWN = np.random.default_rng(0).standard_normal((24, 4)).astype(np.float32)
 
 
@@ -209,6 +245,7 @@ KINDS = {
     "shard": Kind(300, _shard_examples, _read_shard),
     "arrays": Kind(300, _array_examples, _read_arrays),
     "checkpoint": Kind(300, _checkpoint_examples, _read_checkpoint),
+    "arrays_file": Kind(300, _own_examples, _read_own),
 }
 
 
@@ -329,7 +366,7 @@ def main() -> int:
         started = time.monotonic()
         outcomes, failures = run(name, round(choices.share * KINDS[name].cases), choices.seed)
         counts = f"{outcomes['read']:5} read {outcomes['refused']:5} refused {len(failures):5} failed"
-        print(f"{name:8} {counts} {time.monotonic() - started:6.1f} s", flush=True)
+        print(f"{name:11} {counts} {time.monotonic() - started:6.1f} s", flush=True)
         for number, wrong in failures[:20]:
             print(f"  {name} {number}, seed {choices.seed}: {wrong}")
         failed += len(failures)

@@ -280,6 +280,35 @@ def test_npz_of_utterance_vectors(tmp_path):
     assert any("fitted on the training utterances" in note for note in dataset.notes)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda x: x.update(label_train=np.arange(60) % 3), "train has labels from 0 to 2, not 0 and 1 or -3 to 3"),
+        (lambda x: x.update(label_test=np.arange(20) * 1.0), "test has labels from 0 to 19"),
+        (lambda x: x.update(label_test=np.arange(20) - 9), "test has labels from -9 to 10"),
+        (lambda x: x.update(target_train=x.pop("label_train")), "has 'target_train'"),
+        (lambda x: x.update(image_train=np.ones((60, 2))), "has 'image_train'"),
+        (lambda x: x.update(text=np.ones((60, 2))), "has 'text'"),
+        (lambda x: x.pop("id_train"), "train lacks id"),
+        (lambda x: x.pop("label_test"), "test lacks label"),
+        (lambda x: x.update(id_test=np.array([f"tweet{row}" for row in range(20)])), "test has ids that are no VIDEO_"),
+        (lambda x: x.clear(), "is empty"),
+    ],
+)
+def test_an_npz_of_ones_own_is_refused_and_pointed_to_its_loader(tmp_path, change, words):
+    path = _write_npz(tmp_path, change)
+    with pytest.raises(InputError, match=words) as caught:
+        load_cmu_mosi(path)
+    assert str(caught.value).startswith(f"{path}: is no .npz of CMU-MOSI (")
+    assert str(caught.value).endswith("; for arrays of your own, give --dataset arrays")
+
+
+def test_an_npz_may_be_graded(tmp_path):
+    graded = np.linspace(-3, 3, 60).round(1)
+    path = _write_npz(tmp_path, lambda x: x.update(label_train=graded, label_test=graded[::3]))
+    assert load_cmu_mosi(path).task == "regression"
+
+
 def test_npz_is_not_regression(tmp_path):
     with pytest.raises(InputError, match="labels are 0 and 1 only; choose task binary"):
         load_cmu_mosi(_write_npz(tmp_path), "regression")

@@ -25,7 +25,7 @@ Key = tuple[str, str, float, int]
 
 def corruptions_of(run: TrainedRun) -> dict[str, list[str]]:
     """{modality: corruptions that it can be put through}: of those whose pictures or texts are at hand."""
-    possible = {"image": list(IMAGE_CORRUPTIONS)} if run.memes else {}
+    possible = {"image": list(IMAGE_CORRUPTIONS)} if run.memes and "image" not in run.memes.given else {}
     texts = run.texts(run.datasets[0], tested_split(run.datasets[0]))
     return possible | {name: list(TEXT_CORRUPTIONS) for name in texts}
 

@@ -8,6 +8,7 @@ Read are the pickles of MMSA (MOSI, MOSEI), MulT and MultiBench (also UR-FUNNY a
 sentiment and six emotions; sentiment is taken.
 """
 
+import itertools
 import os
 import re
 from collections.abc import Sequence
@@ -106,6 +107,7 @@ def _read_tables(path: Path) -> dict[str, Table]:
         for key, array in load_npz(path).items():
             column, _, split = key.rpartition("_")
             content.setdefault(split, {})[column] = array
+        _check_npz_layout(content, path)
     else:
         content = load_pickle(path)
     if not isinstance(content, dict):
@@ -121,6 +123,26 @@ def _read_tables(path: Path) -> dict[str, Table]:
             raise InputError(f"{path}: {split} is {type(table).__name__}; expected a dictionary of arrays")
         tables[split] = table
     return tables
+
+
+def _check_npz_layout(content: dict[str, Table], path: Path) -> None:
+    """Raise InputError where an .npz is not laid out as the released one: what it holds is no sentiment of CMU-MOSI."""
+    splits = [split for keys in SPLIT_KEYS.values() for split in keys]
+    columns = {*itertools.chain(*MODALITY_KEYS.values()), *LABEL_KEYS, *ID_KEYS, *TRANSCRIPT_KEYS}
+    reason = None if content else "is empty"
+    for split, table in content.items():
+        other = [f"{column}_{split}".lstrip("_") for column in table if split not in splits or column not in columns]
+        labels, ids = _first(table, LABEL_KEYS), _first(table, ID_KEYS)
+        if other or labels is None or ids is None:
+            reason = reason or (f"has {other[0]!r}" if other else f"{split} lacks {'id' if ids is None else 'label'}")
+        elif not all(VIDEO.fullmatch(_text(one)) for one in np.ravel(ids)):
+            reason = reason or f"{split} has ids that are no VIDEO_SEGMENT"
+        elif labels.dtype.kind in "iufb" and labels.size and np.isfinite(labels).all():  # else named with its row later
+            low, high = float(labels.min()), float(labels.max())
+            if not (np.isin(labels, (0, 1)).all() or -3.001 <= low < 0 <= high <= 3.001):  # 0, 1, 2 number classes
+                reason = reason or f"{split} has labels from {low:g} to {high:g}, not 0 and 1 or -3 to 3"
+    if reason is not None:
+        raise InputError(f"{path}: is no .npz of CMU-MOSI ({reason}); for arrays of your own, give --dataset arrays")
 
 
 def _first(table: dict, keys: Sequence[str]) -> object:

@@ -6,6 +6,7 @@ from typing import Literal
 
 from hateful_memes_loader import download_hateful_memes, load_hateful_memes
 from mmfusion.data.demo_memes import draw_demo
+from mmfusion.data.feature_files import read_feature_flags
 from mmfusion.dataset import Dataset
 from mmfusion.distributed import Processes
 from mmfusion.encoders.frozen import EncoderConfig
@@ -34,6 +35,9 @@ class MemesConfig:
     """where features (and the demo) are kept between runs"""
     workers: int | None = None
     """processes that decode images; default: by the number of cores"""
+    features: tuple[str, ...] = ()
+    """MODALITY=FILE of vectors encoded elsewhere (.npz, .safetensors or a folder of .npy, with img and features);
+    image and text are replaced and need no encoder then, other modalities come beside them"""
 
     @property
     def is_demo(self) -> bool:
@@ -50,6 +54,8 @@ class MemesSource:
     """None: the images lie beside the jsonl"""
     encoders: EncoderConfig
     is_demo: bool = False
+    given: tuple[str, ...] = ()
+    """modalities whose features came from a file, not from the encoders"""
 
 
 def find_source(config: MemesConfig, encoders: EncoderConfig, processes: Processes, quiet: bool = False) -> MemesSource:
@@ -68,7 +74,9 @@ def find_source(config: MemesConfig, encoders: EncoderConfig, processes: Process
     jsonl, img_dir = processes.gather((jsonl, img_dir))[0]
     if config.is_demo:
         jsonl = config.cache_dir / "demo_memes" / "train.jsonl"
-    return MemesSource(jsonl, img_dir, encoders.filled(jsonl.parent if config.is_demo else None), config.is_demo)
+    filled = encoders.filled(jsonl.parent if config.is_demo else None)
+    given = tuple(flag.partition("=")[0] for flag in config.features)
+    return MemesSource(jsonl, img_dir, filled, config.is_demo, given)
 
 
 def load_memes(config: MemesConfig, encoders: EncoderConfig, processes: Processes, quiet: bool = False) -> Dataset:
@@ -76,7 +84,14 @@ def load_memes(config: MemesConfig, encoders: EncoderConfig, processes: Processe
 
     `quiet` leaves the demo's banner out. Raises InputError.
     """
+    with processes.together():
+        features = read_feature_flags(config.features)
     source = find_source(config, encoders, processes, quiet)
-    options = {"bad_images": config.bad_images, "device": processes.device, "workers": config.workers}
+    options = {
+        "bad_images": config.bad_images,
+        "device": processes.device,
+        "workers": config.workers,
+        "features": features,
+    }
     dataset = load_hateful_memes(source.jsonl, source.img_dir, source.encoders, config.cache_dir, **options)
     return replace(dataset, name="demo") if source.is_demo else dataset

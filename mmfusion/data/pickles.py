@@ -85,20 +85,28 @@ def _check_members(archive: zipfile.ZipFile, file_bytes: int) -> None:
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # numpy writes no others
             raise ValueError(f"{info.filename!r} is compressed in another way than numpy's")
         with archive.open(info) as file:
-            head = io.BytesIO(file.read(HEADER_BYTES))
-        version = np.lib.format.read_magic(head)
-        if version not in ((1, 0), (2, 0)):  # 3.0 is for structured arrays
-            raise ValueError(f"{info.filename!r} is an array of version {version}")
-        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read_header(head)
-        if dtype.hasobject:
-            raise ValueError(f"{info.filename!r} holds Python objects, not numbers")
-        if any(size < 0 for size in shape):
-            raise ValueError(f"{info.filename!r} has shape {shape}")
-        claimed = math.prod(shape) * max(dtype.itemsize, 1)  # as Python's integers, which do not overflow
-        if claimed > info.file_size - head.tell():
-            held = in_units(max(info.file_size - head.tell(), 0))
-            raise ValueError(f"{info.filename!r} says that it has shape {shape} of {dtype}, and holds {held}")
+            check_array_header(file, info.file_size, info.filename)
+
+
+def check_array_header(file: BinaryIO, held: int, name: str) -> None:
+    """Raise ValueError where an array in the .npy format claims more than the `held` bytes that it comes in.
+
+    Checked by the header alone: no memory is taken for the numbers. Python objects are refused too.
+    """
+    head = io.BytesIO(file.read(HEADER_BYTES))
+    version = np.lib.format.read_magic(head)
+    if version not in ((1, 0), (2, 0)):  # 3.0 is for structured arrays
+        raise ValueError(f"{name!r} is an array of version {version}")
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read_header(head)
+    if dtype.hasobject:
+        raise ValueError(f"{name!r} holds Python objects, not numbers")
+    if any(size < 0 for size in shape):
+        raise ValueError(f"{name!r} has shape {shape}")
+    claimed = math.prod(shape) * max(dtype.itemsize, 1)  # as Python's integers, which do not overflow
+    if claimed > held - head.tell():
+        rest = in_units(max(held - head.tell(), 0))
+        raise ValueError(f"{name!r} says that it has shape {shape} of {dtype}, and holds {rest}")
 
 
 def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:

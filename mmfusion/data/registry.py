@@ -1,10 +1,12 @@
 """Registry of the datasets: their flags, their loaders, and a check that all values are finite."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
+from mmfusion.data.array_targets import TaskChoice
+from mmfusion.data.arrays import ArraysConfig, load_arrays
 from mmfusion.data.cmu_mosi import load_cmu_mosi
 from mmfusion.data.folds import FoldedDataset, fold_datasets
 from mmfusion.data.memes import MemesConfig, MemesSource, find_source, load_memes
@@ -15,7 +17,7 @@ from mmfusion.distributed import Processes
 from mmfusion.encoders.frozen import EncoderConfig
 from mmfusion.errors import InputError
 
-DatasetName = Literal["demo", "cmu_mosi", "mustard", "pom", "hateful_memes"]
+DatasetName = Literal["demo", "cmu_mosi", "mustard", "pom", "hateful_memes", "arrays"]
 
 
 @dataclass(frozen=True)
@@ -25,23 +27,38 @@ class DataOptions:
     dataset: DatasetName = "demo"
     """demo draws its own memes; cmu_mosi also reads CMU-MOSEI and UR-FUNNY in the same layouts"""
     data: Path | None = None
-    """the data set's file: .npz or .pkl (cmu_mosi), sarcasm_data.json (mustard), .npz (pom), train.jsonl (memes)"""
-    folds: Path | None = None
-    """mustard: split_indices.p or a JSON list of folds; default: found beside the annotations"""
+    """the data set's file: .npz or .pkl (cmu_mosi), sarcasm_data.json (mustard), .npz (pom), train.jsonl (memes);
+    own arrays: .npz, a folder of .npy files, or .safetensors"""
+    folds: int | Path | None = None
+    """arrays without splits: number of folds; mustard: split_indices.p or a JSON list of folds, else found beside the
+    annotations"""
     protocol: Literal["speaker_dependent", "speaker_independent"] = "speaker_dependent"
     """mustard: the five released folds, or the split by show in which no speaker is shared"""
     audio: Path | None = None
     """mustard: audio_features.p as released"""
     visual: Path | None = None
     """mustard: resnet_pool5.hdf5 as released"""
-    task: Literal["auto", "regression", "binary"] = "auto"
-    """cmu_mosi: sentiment in [-3, 3], or its polarity; auto takes what the labels are"""
+    task: TaskChoice = "auto"
+    """arrays: what the target is; cmu_mosi: regression of sentiment in [-3, 3], or binary, its polarity; auto takes
+    what the labels are, and says so"""
+    target: str = ArraysConfig.target
+    """arrays: key of the target, without the split"""
+    modalities: tuple[str, ...] = ()
+    """arrays: keys of the modalities, without the split; default: all keys that are not otherwise known"""
+    ignore: tuple[str, ...] = ()
+    """arrays: keys to leave out, without the split"""
+    hold_out: float | None = None
+    """arrays without splits: share of the examples that is held out for test"""
+    split_seed: int = ArraysConfig.split_seed
+    """arrays: seed of the draws that cut test, folds and dev"""
     img_dir: Path | None = None
     """memes: folder of the images"""
     image_encoder: str | None = EncoderConfig.image_encoder
     """memes: resnet50 (default), a Hugging Face name, a local folder or a weights file"""
     text_encoder: str | None = EncoderConfig.text_encoder
     """memes and mustard: a Hugging Face name (default bert-base-uncased) or a local model folder"""
+    features: tuple[str, ...] = ()
+    """memes: MODALITY=FILE of vectors that were encoded elsewhere, by img key; image or text then needs no encoder"""
     cache_dir: Path = Path("cache")
     """where encoded texts and images (and the demo) are kept between runs"""
 
@@ -83,7 +100,7 @@ def memes_source(options: DataOptions) -> MemesSource | None:
 
 
 def _memes_config(options: DataOptions) -> tuple[MemesConfig, EncoderConfig]:
-    data = MemesConfig(options.data, options.img_dir, cache_dir=options.cache_dir)
+    data = MemesConfig(options.data, options.img_dir, cache_dir=options.cache_dir, features=options.features)
     return data, EncoderConfig(image_encoder=options.image_encoder, text_encoder=options.text_encoder)
 
 
@@ -96,6 +113,8 @@ def _cmu_mosi(options: DataOptions, device: str) -> list[Dataset]:
 
 
 def _mustard(options: DataOptions, device: str) -> list[Dataset]:
+    if isinstance(options.folds, int):
+        raise InputError(f"--folds {options.folds}: mustard has folds of its own; give their file, or no flag")
     datasets = load_mustard(
         options.data,
         EncoderConfig(text_encoder=options.text_encoder),
@@ -113,10 +132,18 @@ def _pom(options: DataOptions, device: str) -> list[Dataset]:
     return [load_pom(options.data, "mean_std")]
 
 
+def _arrays(options: DataOptions, device: str) -> list[Dataset]:
+    if isinstance(options.folds, Path):
+        raise InputError(f"--folds {options.folds}: with --dataset arrays, give a number of folds")
+    shared = {one.name: getattr(options, one.name) for one in fields(ArraysConfig)}
+    return load_arrays(ArraysConfig(**shared))
+
+
 _LOADERS: dict[str, Callable[[DataOptions, str], list[Dataset]]] = {
     "demo": _memes,
     "cmu_mosi": _cmu_mosi,
     "mustard": _mustard,
     "pom": _pom,
     "hateful_memes": _memes,
+    "arrays": _arrays,
 }

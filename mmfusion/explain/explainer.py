@@ -79,6 +79,11 @@ class Explainer:
         """One meme that need not be of the run's data, with its maps."""
         if self.run.memes is None:
             raise InputError(f"--image {image}: {self.run.folder} was not trained on memes; give --ids or --split")
+        if self.run.memes.given:
+            given = ", ".join(self.run.memes.given)
+            raise InputError(
+                f"--image {image}: features of {given} came from files (--features); give --ids or --split"
+            )
         try:
             picture = self.read(image)
         except Exception as error:  # a hostile file may raise nearly anything inside Pillow
@@ -265,7 +270,8 @@ class Explainer:
     def map(self, features: Mapping[str, Tensor], examples: Examples, row: int) -> Maps:
         """Regions and words that feed the score of one example, features (1, d_m)."""
         regions, box, words, notes = None, (0.0, 0.0, 1.0, 1.0), {}, []
-        if examples.ids[row] in examples.pictures:
+        is_encoded = self.run.memes and "image" not in self.run.memes.given
+        if examples.ids[row] in examples.pictures and is_encoded:
             try:
                 regions, box = self.regions(examples.pictures[examples.ids[row]], features)
             except ValueError as error:

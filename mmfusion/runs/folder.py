@@ -48,6 +48,7 @@ FREE_SETTINGS = {
     "folds",
     "audio",
     "visual",
+    "features",
 }
 
 
@@ -209,6 +210,9 @@ def settings_of(config: object) -> dict[str, object]:
             flat |= settings_of(value)
         elif isinstance(value, Path):
             flat[field.name] = str(value.expanduser().absolute())
+        elif field.name == "features":  # MODALITY=PATH
+            pairs = [pair.partition("=") for pair in value]
+            flat[field.name] = [f"{modality}={Path(path).expanduser().absolute()}" for modality, _, path in pairs]
         elif field.name.endswith("_encoder") and value and Path(value.removeprefix("random:")).expanduser().exists():
             prefix = "random:" if value.startswith("random:") else ""
             flat[field.name] = prefix + str(Path(value.removeprefix(prefix)).expanduser().absolute())

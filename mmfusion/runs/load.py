@@ -3,6 +3,7 @@
 Two commands leave models behind: `python main_hateful_memes.py` and `python -m experiments.baselines`.
 """
 
+import contextlib
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -76,7 +77,14 @@ class TrainedRun:
         return list(self.ensembles[row].members)[fold :: len(self.data.folds)]
 
     def image_paths(self, ids: Sequence[str]) -> dict[str, Path]:
-        """The image file of each id; for runs on memes. Raises InputError where the folder is gone."""
+        """The image file of each id; for runs on memes. Raises InputError where the folder is gone.
+
+        A run whose image features came from a file needs no pictures: without their folder there are none.
+        """
+        if "image" in self.memes.given:
+            with contextlib.suppress(InputError):
+                return image_paths(ids, self.memes.jsonl.parent, self.memes.img_dir)
+            return {}
         return image_paths(ids, self.memes.jsonl.parent, self.memes.img_dir)
 
     def texts(self, dataset: Dataset, split: str) -> dict[str, list[str]]:
@@ -84,7 +92,8 @@ class TrainedRun:
         if self.encoders is None:
             return {}
         metadata = dataset.splits[split].metadata
-        names = [name for name in dataset.input_dims if TEXT_COLUMNS.get(name) in metadata]
+        given = self.memes.given if self.memes else ()
+        names = [name for name in dataset.input_dims if TEXT_COLUMNS.get(name) in metadata and name not in given]
         return {name: metadata[TEXT_COLUMNS[name]] for name in names}
 
 
