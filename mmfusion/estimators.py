@@ -22,9 +22,9 @@ from torch import Tensor
 
 from mmfusion.cli import pick_device
 from mmfusion.dataset import Dataset, Split, Task
-from mmfusion.explain.account import Account, account_for, exact_layer, latents_of
+from mmfusion.explain.account import Account, account_for, latent_radii, margin_weights
 from mmfusion.models.fusion import FusionEnsemble, ModelConfig
-from mmfusion.robustness.certificates import Norm, certified_class_radius, certified_radius
+from mmfusion.robustness.certificates import Norm
 from mmfusion.training.fit import Method, fit_methods
 from mmfusion.training.recipe import ObjectiveConfig, TrainingConfig
 
@@ -221,29 +221,12 @@ class _FusionEstimator(BaseEstimator):
         return self._predict(X).numpy()
 
     def certified_radius(self, X: Modalities, norm: Norm = 2) -> dict[str, np.ndarray]:
-        """Least l_p change of one modality's latent that changes what a member predicts, exact: (S, N) per modality.
+        """Least l_p change of one modality's latent that changes what a member says, exact: (S, N) per modality.
 
-        For a choice between classes it is the least over the other classes (their margin is affine in the latent); for
-        several labels, the least over labels; for a regression, the least change that brings a value to its mean in
-        training.
-
-        Args:
-            X: as for `fit`.
-            norm: p, one of 1, 2 and infinity.
+        `norm` is p, one of 1, 2 and infinity; see `mmfusion.explain.account.latent_radii`.
         """
         check_is_fitted(self, "ensemble_")
-        features = self._features(X, reset=False)
-        radii: dict[str, list[Tensor]] = {name: [] for name in self.modalities_}
-        for member in self.ensemble_.members:
-            layer, latents = exact_layer(member), latents_of(member, features)
-            if self.ensemble_.task == "regression":
-                layer.bias -= member.rescale.mean.double()
-            for m, name in enumerate(member.modalities):
-                if self.ensemble_.task == "multiclass":
-                    radii[name].append(certified_class_radius(layer, latents, m, norm))
-                else:
-                    radii[name].append(certified_radius(layer, latents, m, norm).amin(-1))
-        return {name: torch.stack(values).numpy() for name, values in radii.items()}
+        return latent_radii(self.ensemble_.members, self._features(X, reset=False), self.ensemble_.task, norm)
 
     def explain(self, X: Modalities, output: int = 0) -> "Explained":
         """Take each prediction apart into bias, modalities and sets of modalities, exactly (`Account`).
@@ -255,10 +238,8 @@ class _FusionEstimator(BaseEstimator):
         features = self._features(X, reset=False)
         pairs, weights = None, output
         if self.ensemble_.task == "multiclass":
-            pairs = self.ensemble_.predict(features).mean(0).topk(2, dim=-1).indices  # (N, 2)
-            eye = torch.eye(len(self.classes_))
-            weights = eye[pairs[:, 0]] - eye[pairs[:, 1]]  # (N, C)
-            pairs = self.classes_[pairs.numpy()]
+            weights = margin_weights(self.ensemble_.predict(features).mean(0))  # (N, C)
+            pairs = self.classes_[torch.stack([weights.argmax(-1), weights.argmin(-1)], -1).numpy()]
         return Explained(account_for(self.ensemble_.members, features, self._reference, weights), pairs)
 
 
@@ -333,6 +314,8 @@ class FusionClassifier(ClassifierMixin, _FusionEstimator):
     def predict_proba(self, X: Modalities) -> np.ndarray:
         """Mean over members: (N, C) of the classes in the order of `classes_`; of labels (N, O) of presence."""
         p = self._predict(X).double().mean(0).numpy()
+        if self.ensemble_.task == "multiclass":
+            return p / p.sum(1, keepdims=True)  # float32 sums to 1 within 1e-7, and log_loss of scikit-learn minds
         return np.stack([1 - p, p], 1) if self.ensemble_.task == "binary" else p
 
     def predict(self, X: Modalities) -> np.ndarray:

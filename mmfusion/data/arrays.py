@@ -97,6 +97,25 @@ def dataset_from_arrays(
     return _datasets(plain, config or ArraysConfig(), name, source, arrays_identity(plain))
 
 
+def arrays_of(dataset: Dataset) -> dict[str, np.ndarray]:
+    """The arrays that `dataset_from_arrays` makes the same dataset of, given its task.
+
+    Classes become columns of 0 and 1, so that they keep their order and their names.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    for name, split in dataset.splits.items():
+        arrays |= {f"{modality}_{name}": x.numpy() for modality, x in split.features.items()}
+        arrays[f"id_{name}"] = np.array(split.ids)
+        arrays |= {f"{c}_{name}": np.array(split.metadata[c]) for c in STRING_COLUMNS if c in split.metadata}
+        if split.target is not None:
+            target = split.target.numpy()
+            if dataset.task in ("binary", "multiclass"):
+                target = np.eye(len(dataset.class_names), dtype=np.float32)[target.astype(int)]
+            arrays[f"target_{name}"] = target
+    names = dataset.class_names if dataset.task in ("binary", "multiclass") else dataset.target_names
+    return arrays | ({NAMES_KEY: np.array(names)} if len(names) else {})
+
+
 def _datasets(
     arrays: Mapping[str, np.ndarray], config: ArraysConfig, name: str, source: str, identity: dict[str, object]
 ) -> list[Dataset]:

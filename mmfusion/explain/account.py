@@ -28,7 +28,7 @@ from mmfusion.explain.saliency import Box, RegionMap
 from mmfusion.models.decomposition import Subset, recentred_parts
 from mmfusion.models.fusion import FusionModel
 from mmfusion.models.heads import FusedWidthHead
-from mmfusion.robustness.certificates import least_change
+from mmfusion.robustness.certificates import Norm, certified_class_radius, certified_radius, least_change
 
 TOLERANCE = 1e-5  # of what the account sums to, relative to a prediction above 1
 
@@ -246,6 +246,42 @@ def account_for(
         residual,
         *({name: np.array(values) for name, values in part.items()} for part in (slope, radius, latent_std)),
     )
+
+
+def margin_weights(probabilities: Tensor) -> Tensor:
+    """(N, C) -> weights (N, C) of the logits: 1 of the likeliest class, -1 of the runner-up."""
+    first, second = probabilities.topk(2, dim=-1).indices.unbind(-1)  # (N,) each
+    eye = torch.eye(probabilities.shape[-1])
+    return eye[first] - eye[second]
+
+
+@torch.no_grad()
+def latent_radii(
+    members: Sequence[FusionModel], features: Mapping[str, Tensor | np.ndarray], task: Task, norm: Norm = 2
+) -> dict[str, np.ndarray]:
+    """Least l_p change of one modality's latent that changes what a member says, exact: (S, N) per modality.
+
+    Of a choice between classes it is the least over the other classes (their margin is affine in the latent); of
+    several labels, the least over the labels; of a regression, the least change that brings a value to its mean in
+    training.
+
+    Args:
+        features: raw, (N, d_m).
+        norm: p, one of 1, 2 and infinity.
+    """
+    features = {name: torch.as_tensor(features[name], dtype=torch.float32) for name in members[0].modalities}
+    radii: dict[str, list[np.ndarray]] = {name: [] for name in members[0].modalities}
+    for member in members:
+        layer, latents = exact_layer(member), latents_of(member, features)
+        if task == "regression":
+            layer.bias -= member.rescale.mean.double()
+        for m, name in enumerate(member.modalities):
+            if task == "multiclass":
+                radius = certified_class_radius(layer, latents, m, norm)
+            else:
+                radius = certified_radius(layer, latents, m, norm).amin(-1)
+            radii[name].append(radius.numpy())
+    return {name: np.stack(values) for name, values in radii.items()}
 
 
 def _residual(total: np.ndarray, whole: np.ndarray) -> float:

@@ -1,6 +1,7 @@
 """Loading of a finished run: its models, its data and its encoders.
 
-Two commands leave models behind: `python main_hateful_memes.py` and `python -m experiments.baselines`.
+Three commands leave models behind: `python main_hateful_memes.py`, `python -m mmfusion.train` and `python -m
+experiments.baselines`; `mmfusion.train.fit` leaves what the second does.
 """
 
 import contextlib
@@ -13,6 +14,8 @@ from typing import TypeVar
 import torch
 
 from hateful_memes_loader import find_annotations, image_paths
+from mmfusion.data.array_files import read_arrays
+from mmfusion.data.arrays import ArraysConfig, dataset_from_arrays, load_arrays
 from mmfusion.data.folds import FoldedDataset, fold_datasets
 from mmfusion.data.memes import MemesConfig, MemesSource, find_source, load_memes
 from mmfusion.data.registry import DataOptions, load_datasets, memes_source
@@ -26,6 +29,8 @@ from mmfusion.runs.folder import config_from, is_complete, read_run, same_data
 
 Settings = TypeVar("Settings")
 
+ARRAYS = "arrays.npz"
+"""arrays that were given from Python are kept in the run's own folder"""
 MODEL_KEEPERS = ("baselines", "train")  # experiments whose runs keep models; "train" is what baselines was called
 # columns of the metadata that hold what a modality was encoded from
 TEXT_COLUMNS = {"text": "transcript", "utterance": "transcript", "context": "context"}
@@ -116,7 +121,17 @@ def load_run(folder: Path, device: str = "cpu") -> TrainedRun:
     ensembles = _read_ensembles(folder)
     device = _features_device(begun["data"], device)
     memes = encoders = None
-    if "experiment" in begun["data"]:
+    if begun["data"].get("loader") == "arrays":
+        config = config_from(ArraysConfig, settings, path)
+        kept = folder / ARRAYS  # arrays that were given from Python
+        if kept.exists():
+            datasets = dataset_from_arrays(read_arrays(kept)[0], config, str(begun["data"].get("name")))
+        else:
+            datasets = load_arrays(config)
+        data = fold_datasets(datasets)
+        now = {**datasets[0].description, "loader": "arrays", "folds": len(datasets)}
+        trained_on_dev = False
+    elif "experiment" in begun["data"]:
         options = config_from(DataOptions, settings, path)
         datasets = load_datasets(options, device)
         data = fold_datasets(datasets)
@@ -138,7 +153,7 @@ def load_run(folder: Path, device: str = "cpu") -> TrainedRun:
     if memes is not None:
         memes = replace(memes, jsonl=find_annotations(memes.jsonl)["train"])
         encoders = memes.encoders
-    cache_dir = Path(settings["cache_dir"])
+    cache_dir = Path(settings.get("cache_dir", "cache"))
     seeds = settings["seeds"]
     seeds = list(seeds) if isinstance(seeds, list) else list(range(int(seeds)))  # the main script used to list them
     first_seed = settings.get("first_seed", 0)
@@ -180,8 +195,8 @@ def _read_run(folder: Path) -> dict[str, dict]:
         raise InputError(f"{folder}: this run has not come to its end; go on with it with --resume first")
     if not (folder / "model.safetensors").exists():
         raise InputError(f"{folder}: keeps no model.safetensors; {remedy}")
-    if "seeds" not in begun["settings"] or "cache_dir" not in begun["settings"]:
-        raise InputError(f"{folder / 'run.json'}: damaged (settings without seeds or cache_dir); {remedy}")
+    if "seeds" not in begun["settings"]:
+        raise InputError(f"{folder / 'run.json'}: damaged (settings without seeds); {remedy}")
     return begun
 
 

@@ -88,6 +88,8 @@ def _identified(output: Tensor, task: Task) -> Tensor:
 
 # ---- printed tables ----------------------------------------------------------------------------------------------
 
+OUT_OF_FOLD = "out_of_fold"
+"""what the part is called that holds every fold's test examples, each predicted by models that have not seen it"""
 MOST_PARTS = 12  # that are printed; of six modalities there are 63
 
 
@@ -144,7 +146,7 @@ def print_scores(
             rows[f"  mean of its {len(some.members)} members"] = ensemble_scores[label]
     width = max(map(len, rows))
     for name in next(iter(scores.values())):
-        shared = len(set(parts[name].ids) & set(dataset.splits[dataset.selection].ids)) if name in dataset.splits else 0
+        shared = len(set(parts[name].ids) & set(dataset.splits[dataset.selection].ids)) if name != OUT_OF_FOLD else 0
         mark = f"  ({shared} of them also in {dataset.selection}, which is selected upon)" if shared else ""
         mark = "  (selected upon: optimistic)" if name == dataset.selection else mark
         print(f"\n{name}, n = {len(parts[name])}{mark}")

@@ -33,9 +33,6 @@ class Sections(Protocol):
     objective: ObjectiveConfig
 
 
-OUT_OF_FOLD = "test"
-
-
 @dataclass(frozen=True)
 class Outcome:
     """What a run found."""
@@ -45,7 +42,7 @@ class Outcome:
     histories: dict[str, Trained]
     """{first method of a stack: what `train` returned of it}"""
     parts: dict[str, Split]
-    """what is predicted: the splits, or with several folds all that is tested, under the name "test" """
+    """what is predicted: the splits, or with several folds all that is tested, under the name "out_of_fold" """
     predictions: dict[str, dict[str, Tensor]]
     """{method: {part: (S, N) or (S, N, O)}} probabilities, or a regression's values"""
     scores: dict[str, dict[str, dict[str, Score]]]
@@ -166,7 +163,7 @@ def predict_and_score(
 ) -> Outcome:
     """What every method says of every part, and its scores there."""
     dataset = datasets[0]
-    parts = dict(dataset.splits) if len(datasets) == 1 else {OUT_OF_FOLD: _tested(datasets)}
+    parts = dict(dataset.splits) if len(datasets) == 1 else {report.OUT_OF_FOLD: _tested(datasets)}
     predictions = {
         label: {
             name: ensemble.predict(split.features) if len(datasets) == 1 else _predict_out_of_fold(ensemble, datasets)

@@ -1,0 +1,170 @@
+"""Train jWAE-LMF and its baselines on your own arrays: one command, or one call from Python.
+
+python -m mmfusion.train --data my_arrays.npz                     image_train, text_train, target_train, ...
+python -m mmfusion.train --data digits.npz --target digit --folds 5
+
+run = fit(dataset_from_arrays({"audio": x, "video": z, "target": y}, ArraysConfig(hold_out=0.2)), Config())
+run.scores["jWAE-LMF, rank 4"]["test"]["auroc"].mean
+"""
+
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmfusion.cli import pick_device, run_command
+from mmfusion.data.arrays import ArraysConfig, arrays_of, dataset_from_arrays, load_arrays
+from mmfusion.dataset import Dataset
+from mmfusion.errors import InputError
+from mmfusion.explain.account import Account, account_for, latent_radii, margin_weights
+from mmfusion.files import write_atomically
+from mmfusion.models.fusion import FusionEnsemble, ModelConfig
+from mmfusion.robustness.certificates import Norm
+from mmfusion.runs.folder import MARK_OF_COMPLETION, RunConfig, RunFolder, config_from, find_begun, read_run
+from mmfusion.runs.load import ARRAYS, TrainedRun, load_run
+from mmfusion.runs.run import carry_out
+from mmfusion.training.fit import Method
+from mmfusion.training.objective import Term
+from mmfusion.training.recipe import ObjectiveConfig, TrainingConfig
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train jWAE-LMF and its baselines on arrays of your own (docs/your_data.md)."""
+
+    data: ArraysConfig = field(default_factory=ArraysConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def check(self) -> None:
+        """Raise InputError naming the first flag whose value makes no sense."""
+        for section in (self.training, self.model, self.objective):
+            section.check()
+
+
+class Run:
+    """A finished run: what it scored, its models, and what can be asked of them."""
+
+    def __init__(self, folder: Path, device: str = "cpu") -> None:
+        """Read a run from its folder. Raises InputError where there is none that is whole, or its data have changed."""
+        self.folder = Path(folder)
+        self.trained: TrainedRun = load_run(self.folder, device)
+        self.results: dict[str, object] = json.loads((self.folder / MARK_OF_COMPLETION).read_text(encoding="utf-8"))
+
+    @property
+    def scores(self) -> dict[str, dict[str, dict[str, dict[str, object]]]]:
+        """{method: {part: {score: {"mean", "std", "low", "high", "members"}}}}."""
+        return self.results["scores"]
+
+    @property
+    def ensemble(self) -> FusionEnsemble:
+        """All members of jWAE-LMF."""
+        return self.trained.ensembles[self.trained.main_row]
+
+    def predict(self, features: Mapping[str, Tensor | np.ndarray]) -> np.ndarray:
+        """Mean over members of probabilities, or of a regression's values, of raw features (N, d_m): (N,) or (N, O)."""
+        return self.ensemble.predict(features).double().mean(0).numpy()
+
+    def predict_proba(self, features: Mapping[str, Tensor | np.ndarray]) -> np.ndarray:
+        """Mean over members of the probabilities of raw features (N, d_m): (N,) of class 1 of two, else (N, O)."""
+        return self.ensemble.predict_proba(features).double().mean(0).numpy()
+
+    def explain(self, features: Mapping[str, Tensor | np.ndarray], output: int = 0) -> Account:
+        """Exact account of predictions on raw features (N, d_m); with several folds, by the members of the first.
+
+        Of more than two classes: the logit of the likeliest class less that of the runner-up.
+        """
+        members = self.trained.members(self.trained.main_row)
+        tensors = {name: torch.as_tensor(features[name], dtype=torch.float32) for name in members[0].modalities}
+        train = self.trained.datasets[0].splits["train"].features
+        weights = output
+        if self.trained.task == "multiclass":
+            weights = margin_weights(self.ensemble.part(0, len(self.trained.datasets)).predict(tensors).mean(0))
+        return account_for(members, tensors, train, weights)
+
+    def robustness(self, features: Mapping[str, Tensor | np.ndarray], norm: Norm = 2) -> dict[str, np.ndarray]:
+        """Exact certified radii of each modality's latent, (S, N) each (`mmfusion.explain.account.latent_radii`)."""
+        return latent_radii(self.trained.members(self.trained.main_row), features, self.trained.task, norm)
+
+
+def fit(
+    data: Mapping[str, np.ndarray] | Dataset,
+    config: Config | None = None,
+    stacks: Sequence[Sequence[Method]] | None = None,
+    further_terms: Mapping[str, tuple[float, Term]] | None = None,
+) -> Run:
+    """Train on arrays in memory and leave the same folder as the command line: runs/NAME.
+
+    Args:
+        data: arrays under the keys of docs/your_data.md, or a dataset with splits of its own.
+        config: with `data` saying how the arrays are cut; default: all defaults.
+        stacks: methods to train, those of one shape together; default: jWAE-LMF and its baselines.
+        further_terms: {name: (weight, term)} added to the objective.
+
+    Raises InputError naming key, setting or folder.
+    """
+    config = config or Config()
+    config.check()
+    name = "arrays"
+    if isinstance(data, Dataset):
+        name = data.name
+        data, config = arrays_of(data), replace(config, data=ArraysConfig(task=data.task))
+    device = pick_device(config.training.device)
+    datasets = dataset_from_arrays(data, config.data, name)
+    run = RunFolder.claim(config, name)
+    if run.begin(describe(datasets), device):
+        write_atomically(run.path / ARRAYS, lambda temporary: _save(temporary, data))
+        carry_out(run, datasets, config, device, stacks, further_terms)
+    return Run(run.path, config.training.device if config.training.device != "auto" else "cpu")
+
+
+def _save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    with path.open("wb") as file:
+        np.savez(file, **{key: np.asarray(value) for key, value in arrays.items()})
+
+
+def main(config: Config) -> None:
+    """Everything from the file to the report. Raises InputError for what the user can put right."""
+    config.check()
+    device = pick_device(config.training.device)
+    run = RunFolder.claim(config, default_name(config))
+    datasets = load_arrays(config.data)
+    if run.begin(describe(datasets), device):
+        carry_out(run, datasets, config, device)
+
+
+def describe(datasets: Sequence[Dataset]) -> dict[str, object]:
+    """What run.json says of the data."""
+    return datasets[0].description | {"loader": "arrays", "folds": len(datasets)}
+
+
+def default_name(config: Config) -> str:
+    """The run's name where none is given: the file's."""
+    if config.data.data is None:
+        raise InputError("--data: name the file of your arrays; docs/your_data.md has the keys")
+    return re.sub(r"[^\w.-]+", "-", config.data.data.stem).strip(".-") or "arrays"
+
+
+def begun(config: Config) -> Config | None:
+    """With --resume the settings of the run to go on with, so that no flag need be given again."""
+    if not config.run.resume:
+        return None
+    folder = find_begun(config.run.name, config.run.name or default_name(config))
+    return config_from(Config, read_run(folder)["settings"], folder / "run.json")
+
+
+def run(arguments: list[str]) -> int:
+    """`python -m mmfusion.train FLAGS`; returns the exit code."""
+    return run_command(main, Config, arguments, begun)
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))
