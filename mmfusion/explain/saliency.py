@@ -9,6 +9,7 @@ over the cells, exactly. For a text it is the sum over a token's embedding of gr
 added up. The score is not linear in its inputs: these are not shares of it.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -46,7 +47,7 @@ def region_map(
     """Gradient x input on the grid of cells whose average is the image vector.
 
     Args:
-        encoder: whose vector is the average of a feature map (ResNet).
+        encoder: whose vector is the average of a feature map (ResNet, EfficientNet, Swin).
         pixels: uint8 (S, S, 3), as the encoder sees the picture.
         score: of image vectors (1, d).
         reference: (d,) what the input is counted from, such as the mean vector of train; default 0.
@@ -55,21 +56,42 @@ def region_map(
         None where the encoder's vector is not the average of such a map (a projection follows, or there is none).
     """
     pools = [module for module in encoder.model.modules() if isinstance(module, nn.AdaptiveAvgPool2d)]
-    if not pools:
-        return None
     seen: list[Tensor] = []
-    with pools[-1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])):
+
+    def keep_last(_: nn.Module, __: tuple, output: object) -> None:
+        """timm has pools of its own; its models and those of Hugging Face name the map that they pool."""
+        if hasattr(output, "last_hidden_state"):
+            seen.append(output.last_hidden_state)
+
+    with contextlib.ExitStack() as hooks:
+        for pool in pools:
+            hooks.enter_context(pool.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])))
+        hooks.enter_context(encoder.model.register_forward_hook(keep_last))
         x = torch.from_numpy(pixels.copy()).to(encoder.device).permute(2, 0, 1)[None].float()
         with torch.no_grad():
             vector = encoder.features(x)
-    cells = seen[0][0].float()  # (c, h, w)
-    if cells.shape[0] != vector.shape[1] or not torch.allclose(cells.mean((1, 2)), vector[0], rtol=1e-2, atol=1e-3):
+    cells = _averaged_map(seen, vector[0])
+    if cells is None:
         return None
     vector = vector.detach().requires_grad_(True)
     (gradient,) = torch.autograd.grad(score(vector).sum(), vector)
     counted = cells if reference is None else cells - reference.to(cells)[:, None, None]
     weighted = torch.einsum("c,chw->hw", gradient[0], counted) / (cells.shape[1] * cells.shape[2])
     return RegionMap(weighted.cpu().numpy(), gradient[0].cpu().numpy(), vector.detach()[0].cpu().numpy())
+
+
+def _averaged_map(maps: list[Tensor], vector: Tensor) -> Tensor | None:
+    """Of the candidates, (1, c, h, w) or (1, h, w, c), the last whose average is `vector` (c,), as (c, h, w)."""
+    for candidate in reversed(maps):
+        if candidate.ndim != 4:
+            continue
+        for cells in (candidate[0].float(), candidate[0].float().permute(2, 0, 1)):
+            if cells.shape[0] != len(vector):
+                continue
+            # relative to the vector: deep networks with random weights give numbers far below 1
+            if (cells.mean((1, 2)) - vector).norm() <= 1e-2 * vector.norm():
+                return cells
+    return None
 
 
 def word_map(encoder: TextEncoder, text: str, score: Score) -> list[tuple[str, float]]:
