@@ -1,12 +1,15 @@
-"""Saliency of words and picture regions: gradient x input through the frozen encoders.
+"""Saliency of picture regions (gradient x input) and of words (what the score loses without each).
 
-A first-order account (Shrikumar et al., 2016; Ancona et al., 2018). For a picture the input is the last feature map,
-whose average is the image vector x: cell (i, j) of the h x w grid gets
+For a picture the account is of first order (Shrikumar et al., 2016; Ancona et al., 2018). The input is the last feature
+map, whose average is the image vector x: cell (i, j) of the h x w grid gets
 
     sum_c dscore/dx_c (a_cij - reference_c) / (h w),    summing to    dscore/dx . (x - reference)
 
-over the cells, exactly. For a text it is the sum over a token's embedding of gradient x embedding; pieces of a word are
-added up. The score is not linear in its inputs: these are not shares of it.
+over the cells, exactly. The score is not linear in its input: these are not shares of it.
+
+For a text each word is left out in turn (Li et al., 2016). Gradient x embedding, the cheaper way, points the wrong way
+through a trained encoder: its first layer norm takes the embeddings' scale away, so that the derivative along them says
+little (`benchmarks.real_encoders` compares the two).
 """
 
 import contextlib
@@ -24,7 +27,7 @@ from mmfusion.encoders.images import Preprocessing, crop_box
 if TYPE_CHECKING:
     from transformers import BatchEncoding  # imported late elsewhere
 
-SPECIAL = "[special]"
+TEXTS_AT_ONCE = 32
 RAISES, LOWERS = (217, 116, 26), (31, 111, 180)  # orange, blue: told apart by colour-blind readers too
 Box = tuple[float, float, float, float]  # left, top, right, bottom, as fractions of width and height
 Score = Callable[[Tensor], Tensor]  # vectors (b, d) -> (b,), differentiable
@@ -94,36 +97,24 @@ def _averaged_map(maps: list[Tensor], vector: Tensor) -> Tensor | None:
     return None
 
 
+@torch.no_grad()
 def word_map(encoder: TextEncoder, text: str, score: Score) -> list[tuple[str, float]]:
-    """(word, gradient x input) in the order of the text, in units of the score; `SPECIAL` last, where there is any.
+    """(word, score of the text minus its score without that word), in the order of the text, in units of the score.
 
-    Pieces of a word are added up, and so are the tokens that the encoder adds itself ([CLS], [SEP]). What lies beyond
-    the encoder's longest text is left out.
+    What lies beyond the encoder's longest text is left out.
     """
     tokens = encoder.tokenizer(text, truncation=True, max_length=encoder.max_length)
-    embeddings: list[Tensor] = []
-
-    def keep(_: nn.Module, __: tuple, output: Tensor) -> Tensor:
-        embeddings.append(output.detach().requires_grad_(True))
-        return embeddings[-1]
-
-    with token_embedding(encoder.model).register_forward_hook(keep):
-        value = score(encoder.features([tokens["input_ids"]])).sum()
-    (gradient,) = torch.autograd.grad(value, embeddings[0])
-    length = len(tokens["input_ids"])
-    per_token = (gradient * embeddings[0].detach()).sum(-1)[0, :length].tolist()
-
-    words: dict[object, float] = {}  # dicts keep the order in which words are first seen
-    for word, contribution in zip(_words(tokens, text), per_token, strict=True):
-        words[word] = words.get(word, 0.0) + contribution
-    special = words.pop(None, None)
-    named = [(text[start:end], value) for (start, end), value in words.items()]
-    return named + ([] if special is None else [(SPECIAL, special)])
-
-
-def token_embedding(model: nn.Module) -> nn.Module:
-    """The table of token embeddings of a Hugging Face text model, or of a two-tower model's text tower."""
-    return getattr(model, "text_model", model).get_input_embeddings()
+    ids, words = tokens["input_ids"], _words(tokens, text)
+    spans = [span for span in dict.fromkeys(words) if span is not None]  # dicts keep the order in which words come
+    # a tokenizer without tokens of its own leaves nothing of a text of one word: one token of padding stands for it
+    nothing = [encoder.tokenizer.pad_token_id or 0]
+    without = [[i for i, word in zip(ids, words, strict=True) if word != span] or nothing for span in spans]
+    values: list[float] = []
+    for start in range(0, len(without), TEXTS_AT_ONCE):
+        vectors = encoder.features(without[start : start + TEXTS_AT_ONCE])
+        values += [score(vector[None]).item() for vector in vectors]
+    whole = score(encoder.features([ids or nothing])).item()
+    return [(text[start:end], whole - value) for (start, end), value in zip(spans, values, strict=True)]
 
 
 def _words(tokens: "BatchEncoding", text: str) -> list[tuple[int, int] | None]:
