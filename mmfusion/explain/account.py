@@ -79,7 +79,7 @@ class RankAccount:
 
 @dataclass(frozen=True)
 class Maps:
-    """Which regions and words feed one prediction, to first order (`attribution`)."""
+    """Which regions and words feed one prediction (`saliency`)."""
 
     regions: RegionMap | None
     box: Box

@@ -92,7 +92,7 @@ def _draw_words(axis: Axes, explanation: Explanation, row: int) -> None:
     axis.barh(y, values, color=np.where(values > 0, RAISES, LOWERS))
     axis.set_yticks(y, [plain(_short(word, 18)) for word, _ in words], fontsize=10)
     axis.axvline(0, color="black", lw=0.8)
-    axis.set_title(f"words: gradient x input of {explanation.mapped}", fontsize=10)
+    axis.set_title(f"words: {explanation.mapped} with each, minus without it", fontsize=10)
 
 
 def _draw_waterfall(axis: Axes, explanation: Explanation, row: int) -> None:

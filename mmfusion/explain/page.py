@@ -186,7 +186,7 @@ def _seen(explanation: Explanation, row: int, picture: "Image.Image | str | None
         seen += f'<img src="{_uri(picture)}" alt="{_escape(alt)}" title="{_escape(key)}">'
         if maps is not None and maps.regions is not None:
             drawn = overlay(picture, maps.regions.cells, maps.box)
-            what = _escape(f"the regions that feed {explanation.mapped}, to first order")
+            what = _escape(f"regions that feed {explanation.mapped}, to first order; words: with minus without each")
             seen += f'<img src="{_uri(drawn)}" alt="{what}"><small>{what}</small>'
     if maps is not None:
         seen += "".join(f'<p class="note">{_escape(note)}</p>' for note in maps.notes)

@@ -195,7 +195,7 @@ def _print_maps(explanation: Explanation, row: int) -> None:
     if maps is None:
         return
     for name, words in maps.words.items():
-        print(f"\nwords of {name} that feed {explanation.mapped} (gradient x input)")
+        print(f"\nwords of {name} that feed {explanation.mapped} (with the word minus without it)")
         print("  " + "  ".join(f"{plain(word)} {value:+.3f}" for word, value in words))
     if maps.regions is not None:
         print(f"\nregions of the picture that feed {explanation.mapped} (gradient x (input - mean of train))")
