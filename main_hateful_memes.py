@@ -14,7 +14,7 @@ from mmfusion.distributed import end_process, join_processes, leave_processes
 from mmfusion.encoders.frozen import EncoderConfig
 from mmfusion.errors import InputError
 from mmfusion.models.fusion import ModelConfig
-from mmfusion.runs.folder import RunConfig, RunFolder, config_from, find_begun, read_run
+from mmfusion.runs.folder import RunConfig, RunFolder, defaults_for
 from mmfusion.runs.run import carry_out
 from mmfusion.training.recipe import ObjectiveConfig, TrainingConfig
 
@@ -89,11 +89,8 @@ def default_name(config: Config) -> str:
 
 
 def begun(config: Config) -> Config | None:
-    """With --resume the settings of the run to go on with, so that no flag need be given again."""
-    if not config.run.resume:
-        return None
-    folder = find_begun(config.run.name, default_name(replace(config, data=locate(config.data))))
-    return config_from(Config, read_run(folder)["settings"], folder / "run.json")
+    """With --resume or --config the settings of that run, so that no flag need be given again."""
+    return defaults_for(Config, config.run, lambda: default_name(replace(config, data=locate(config.data))))
 
 
 def run(arguments: list[str]) -> int:

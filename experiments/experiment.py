@@ -23,7 +23,8 @@ from mmfusion.data.registry import DataOptions, load_folded
 from mmfusion.errors import InputError
 from mmfusion.files import write_atomically, write_text
 from mmfusion.metrics.statistics import Contrast, Difference, Verdict, corrected_contrasts, grouped
-from mmfusion.runs.folder import RunFolder, config_from, find_begun, read_run
+from mmfusion.runs.folder import RunFolder, find_begun
+from mmfusion.runs.settings import config_from, read_run
 from mmfusion.training.grid import Grid, Recipe, Setting, train_grid
 
 Settings = TypeVar("Settings")

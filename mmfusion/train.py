@@ -26,7 +26,7 @@ from mmfusion.explain.account import Account, account_for, latent_radii, margin_
 from mmfusion.files import write_atomically
 from mmfusion.models.fusion import FusionEnsemble, ModelConfig
 from mmfusion.robustness.certificates import Norm
-from mmfusion.runs.folder import MARK_OF_COMPLETION, RunConfig, RunFolder, config_from, find_begun, read_run
+from mmfusion.runs.folder import MARK_OF_COMPLETION, RunConfig, RunFolder, defaults_for
 from mmfusion.runs.load import ARRAYS, TrainedRun, load_run
 from mmfusion.runs.run import carry_out
 from mmfusion.training.fit import Method
@@ -154,11 +154,8 @@ def default_name(config: Config) -> str:
 
 
 def begun(config: Config) -> Config | None:
-    """With --resume the settings of the run to go on with, so that no flag need be given again."""
-    if not config.run.resume:
-        return None
-    folder = find_begun(config.run.name, config.run.name or default_name(config))
-    return config_from(Config, read_run(folder)["settings"], folder / "run.json")
+    """With --resume or --config the settings of that run, so that no flag need be given again."""
+    return defaults_for(Config, config.run, lambda: default_name(config))
 
 
 def run(arguments: list[str]) -> int:
