@@ -83,6 +83,11 @@ class RunFolder:
         return cls(RUNS / name, config, resume, False)
 
     @property
+    def writes_events(self) -> bool:
+        """True where --tensorboard is given."""
+        return bool(settings_of(self.config).get("tensorboard"))
+
+    @property
     def is_complete(self) -> bool:
         """True where the run has come to its end."""
         return is_complete(self.path)

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -17,6 +16,7 @@ from mmfusion.metrics.scores import Score, binary_scores
 from mmfusion.metrics.tasks import ALL_SCORES, can_score, task_scores
 from mmfusion.models.fusion import FusionEnsemble, ModelConfig
 from mmfusion.runs import report
+from mmfusion.runs.card import write_card
 from mmfusion.runs.folder import RunFolder
 from mmfusion.runs.outputs import MetricsLog, save_ensembles, write_predictions
 from mmfusion.training.fit import Method, fit_methods
@@ -93,7 +93,8 @@ def carry_out(
     dataset, folder = datasets[0], run.path
     report.print_dataset(datasets, folder, device)
     stacks = methods(tuple(dataset.input_dims), config) if stacks is None else stacks
-    ensembles, histories = train_stacks(folder, datasets, stacks, config, device, further_terms)
+    with MetricsLog(folder, datasets[0].task, run.writes_events) as log:
+        ensembles, histories = train_stacks(log, datasets, stacks, config, device, further_terms)
     outcome = predict_and_score(datasets, ensembles, histories)
     report.print_scores(dataset, outcome.parts, outcome.scores, outcome.ensemble_scores, outcome.thresholds)
     results: dict[str, object] = {"selection": dataset.selection, "task": dataset.task, "scores": outcome.scores}
@@ -106,6 +107,7 @@ def carry_out(
         report.print_ranks(ranks, dataset.selection, dataset.task)
         results["ranks"] = ranks
     save_ensembles(folder, ensembles)
+    write_card(folder, dataset, main, outcome.scores, len(datasets))
     write_predictions(folder, dataset, outcome.parts, outcome.predictions[outcome.main_row])
     shown = shown_part(dataset, outcome)
     report.draw(
@@ -119,42 +121,40 @@ def carry_out(
     )
     run.close(results)
     print(
-        f"\nkept in {folder}/: report.png, results.json, metrics.jsonl, predictions_*.csv, "
+        f"\nkept in {folder}/: README.md, report.png, results.json, metrics.jsonl, predictions_*.csv, "
         "model.safetensors with config.json (FusionEnsemble.from_pretrained)"
     )
     return outcome
 
 
 def train_stacks(
-    folder: Path,
+    log: MetricsLog,
     datasets: Sequence[Dataset],
     stacks: Sequence[Sequence[Method]],
     config: Sections,
     device: torch.device,
     further_terms: Mapping[str, tuple[float, Term]] | None = None,
 ) -> tuple[dict[str, FusionEnsemble], dict[str, Trained]]:
-    """Train every stack, with its checkpoints and metrics.jsonl in `folder`: ensembles and histories of `Outcome`."""
+    """Train every stack, with checkpoints beside the log: ensembles and histories of `Outcome`."""
     ensembles: dict[str, FusionEnsemble] = {}
     histories: dict[str, Trained] = {}
-    score = "dev_auroc" if datasets[0].task == "binary" else "dev_score"
-    with MetricsLog(folder / "metrics.jsonl", score) as log:
-        for stack in stacks:
-            labels = [method.label for method in stack]
-            name = re.sub(r"[^\w-]+", "-", f"{stack[0].fusion}-{'-'.join(stack[0].modalities)}")[:100]
-            with log.stack(labels, config.training.seeds * len(datasets), config.training.epochs) as on_epoch:
-                fitted, trained = fit_methods(
-                    datasets,
-                    stack,
-                    config.model,
-                    config.objective,
-                    config.training,
-                    further_terms=further_terms,
-                    device=device,
-                    checkpoint=folder / "checkpoints" / f"{name}.safetensors",
-                    on_epoch=on_epoch,
-                )
-            ensembles |= dict(zip(labels, fitted, strict=True))
-            histories[labels[0]] = trained
+    for stack in stacks:
+        labels = [method.label for method in stack]
+        name = re.sub(r"[^\w-]+", "-", f"{stack[0].fusion}-{'-'.join(stack[0].modalities)}")[:100]
+        with log.stack(labels, config.training.seeds * len(datasets), config.training.epochs) as on_epoch:
+            fitted, trained = fit_methods(
+                datasets,
+                stack,
+                config.model,
+                config.objective,
+                config.training,
+                further_terms=further_terms,
+                device=device,
+                checkpoint=log.folder / "checkpoints" / f"{name}.safetensors",
+                on_epoch=on_epoch,
+            )
+        ensembles |= dict(zip(labels, fitted, strict=True))
+        histories[labels[0]] = trained
     return ensembles, histories
 
 
