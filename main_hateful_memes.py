@@ -8,6 +8,8 @@ import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
+
 from mmfusion.cli import pick_device, run_command
 from mmfusion.data.memes import MemesConfig, load_memes
 from mmfusion.distributed import end_process, join_processes, leave_processes
@@ -71,16 +73,13 @@ def main(config: Config) -> None:
     device = pick_device(config.training.device)
     run = RunFolder.claim(config, default_name(config))  # before hours of extraction, not after
 
-    # ---- features, from the cache where they are there; under torchrun all processes extract, and one goes on
+    # ---- features, from the cache where they are there; under torchrun all processes extract
     processes = join_processes(str(device))
     dataset = load_memes(config.data, config.encoders, processes)
-    leave_processes()
-    if not processes.is_main:
-        return
 
-    # ---- training, scores, rank factors, report: what every run does, whichever data it is of
-    if run.begin(dataset.description, device):
-        carry_out(run, [dataset], config, device)
+    # ---- training (each process a share of the members), scores, rank factors, report: what every run does
+    carry_out(run, dataset.description, [dataset], config, torch.device(processes.device))
+    leave_processes()
 
 
 def default_name(config: Config) -> str:

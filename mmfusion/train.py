@@ -21,6 +21,7 @@ from torch import Tensor
 from mmfusion.cli import pick_device, run_command
 from mmfusion.data.arrays import ArraysConfig, arrays_of, dataset_from_arrays, load_arrays
 from mmfusion.dataset import Dataset
+from mmfusion.distributed import end_process, join_processes, leave_processes
 from mmfusion.errors import InputError
 from mmfusion.explain.account import Account, account_for, latent_radii, margin_weights
 from mmfusion.files import write_atomically
@@ -120,9 +121,11 @@ def fit(
     device = pick_device(config.training.device)
     datasets = dataset_from_arrays(data, config.data, name)
     run = RunFolder.claim(config, name)
-    if run.begin(describe(datasets), device):
-        write_atomically(run.path / ARRAYS, lambda temporary: _save(temporary, data))
-        carry_out(run, datasets, config, device, stacks, further_terms)
+
+    def keep_arrays(folder: Path) -> None:
+        write_atomically(folder / ARRAYS, lambda temporary: _save(temporary, data))
+
+    carry_out(run, describe(datasets), datasets, config, device, stacks, further_terms, keep_arrays)
     return Run(run.path, config.training.device if config.training.device != "auto" else "cpu")
 
 
@@ -135,10 +138,12 @@ def main(config: Config) -> None:
     """Everything from the file to the report. Raises InputError for what the user can put right."""
     config.check()
     device = pick_device(config.training.device)
-    run = RunFolder.claim(config, default_name(config))
-    datasets = load_arrays(config.data)
-    if run.begin(describe(datasets), device):
-        carry_out(run, datasets, config, device)
+    processes = join_processes(str(device))
+    with processes.together():
+        run = RunFolder.claim(config, default_name(config))
+        datasets = load_arrays(config.data)
+    carry_out(run, describe(datasets), datasets, config, torch.device(processes.device))
+    leave_processes()
 
 
 def describe(datasets: Sequence[Dataset]) -> dict[str, object]:
@@ -164,4 +169,4 @@ def run(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:]))
+    end_process(run(sys.argv[1:]))

@@ -81,6 +81,18 @@ class MetricsLog:
             raise InputError(f"{self.path}: cannot be written ({error.strerror}); make room, then --resume") from error
 
 
+class SilentLog:
+    """What a process that does not write has in place of `MetricsLog`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @contextmanager
+    def stack(self, methods: Sequence[str], members: int, epochs: int) -> Iterator[None]:
+        """Nothing is called."""
+        yield None
+
+
 def _event_writer() -> type:
     """torch's SummaryWriter. Raises InputError where its package is missing."""
     try:

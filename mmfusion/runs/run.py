@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -12,13 +13,14 @@ from torch import Tensor
 
 from mmfusion.data.folds import tested_split
 from mmfusion.dataset import Dataset, Split
+from mmfusion.distributed import current_processes
 from mmfusion.metrics.scores import Score, binary_scores
 from mmfusion.metrics.tasks import ALL_SCORES, can_score, task_scores
 from mmfusion.models.fusion import FusionEnsemble, ModelConfig
 from mmfusion.runs import report
 from mmfusion.runs.card import write_card
 from mmfusion.runs.folder import RunFolder
-from mmfusion.runs.outputs import MetricsLog, save_ensembles, write_predictions
+from mmfusion.runs.outputs import MetricsLog, SilentLog, save_ensembles, write_predictions
 from mmfusion.training.fit import Method, fit_methods
 from mmfusion.training.objective import Term
 from mmfusion.training.recipe import ObjectiveConfig, TrainingConfig
@@ -74,25 +76,47 @@ def methods(modalities: Sequence[str], config: Sections) -> list[list[Method]]:
 
 def carry_out(
     run: RunFolder,
+    description: Mapping[str, object],
     datasets: Sequence[Dataset],
     config: Sections,
     device: torch.device,
     stacks: Sequence[Sequence[Method]] | None = None,
     further_terms: Mapping[str, tuple[float, Term]] | None = None,
-) -> Outcome:
-    """Train, score, report and write everything into a run's folder that has been begun; results.json comes last.
+    before: Callable[[Path], None] | None = None,
+) -> Outcome | None:
+    """Begin a run, train, score, report and write everything into its folder; results.json comes last.
+
+    Where `join_processes` has joined several processes, each trains a share of the members and the main one does the
+    rest; all call with the same arguments.
 
     Args:
-        run: the folder, begun.
+        run: the folder, claimed.
+        description: of the data, for run.json.
         datasets: one, or the folds of one.
         config: with sections training, model and objective.
         device: where members are trained.
         stacks: default `methods`.
         further_terms: {name: (weight, term)} added to the objective.
+        before: called with the folder once it is there.
+
+    Returns:
+        what was found; None in a process that is not the main one, and where a resumed run is complete already.
     """
-    dataset, folder = datasets[0], run.path
-    report.print_dataset(datasets, folder, device)
+    processes, goes_on = current_processes(), False
+    with processes.together():
+        if processes.is_main:
+            goes_on = run.begin(description, device)
+    goes_on, folder = processes.gather((goes_on, run.path))[0]
+    if not goes_on:
+        return None
+    dataset = datasets[0]
     stacks = methods(tuple(dataset.input_dims), config) if stacks is None else stacks
+    if not processes.is_main:
+        train_stacks(SilentLog(folder), datasets, stacks, config, device, further_terms)
+        return None
+    if before is not None:
+        before(folder)
+    report.print_dataset(datasets, folder, device)
     with MetricsLog(folder, datasets[0].task, run.writes_events) as log:
         ensembles, histories = train_stacks(log, datasets, stacks, config, device, further_terms)
     outcome = predict_and_score(datasets, ensembles, histories)
@@ -128,7 +152,7 @@ def carry_out(
 
 
 def train_stacks(
-    log: MetricsLog,
+    log: MetricsLog | SilentLog,
     datasets: Sequence[Dataset],
     stacks: Sequence[Sequence[Method]],
     config: Sections,
