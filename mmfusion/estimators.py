@@ -28,7 +28,8 @@ from mmfusion.robustness.certificates import Norm
 from mmfusion.training.fit import Method, fit_methods
 from mmfusion.training.recipe import ObjectiveConfig, TrainingConfig
 
-EPOCHS, PATIENCE, VALIDATION_FRACTION = 60, 10, 0.1
+# chosen on inner folds by benchmarks/estimator_defaults.py
+EPOCHS, PATIENCE, VALIDATION_FRACTION, WEIGHT_DECAY, MODALITY_DROPOUT = 60, 10, 0.1, 1.0, 0.3
 ALL = "x"
 """the one modality of an array without column slices"""
 Modalities = Mapping[str, np.ndarray] | Sequence[np.ndarray] | np.ndarray
@@ -65,8 +66,8 @@ class _FusionEstimator(BaseEstimator):
         patience: int = PATIENCE,
         batch_size: int = TrainingConfig.batch_size,
         learning_rate: float = TrainingConfig.learning_rate,
-        weight_decay: float = TrainingConfig.weight_decay,
-        modality_dropout: float = TrainingConfig.modality_dropout,
+        weight_decay: float = WEIGHT_DECAY,
+        modality_dropout: float = MODALITY_DROPOUT,
         annealing: str = TrainingConfig.annealing,
         keep: str = TrainingConfig.keep,
         mmd_weight: float = ObjectiveConfig.mmd_weight,
@@ -276,8 +277,8 @@ class FusionClassifier(ClassifierMixin, _FusionEstimator):
         patience: int = PATIENCE,
         batch_size: int = TrainingConfig.batch_size,
         learning_rate: float = TrainingConfig.learning_rate,
-        weight_decay: float = TrainingConfig.weight_decay,
-        modality_dropout: float = TrainingConfig.modality_dropout,
+        weight_decay: float = WEIGHT_DECAY,
+        modality_dropout: float = MODALITY_DROPOUT,
         annealing: str = TrainingConfig.annealing,
         keep: str = TrainingConfig.keep,
         mmd_weight: float = ObjectiveConfig.mmd_weight,

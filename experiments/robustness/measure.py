@@ -82,6 +82,7 @@ def main(options: Options) -> None:
     device = pick_device(options.device)
     run_folder = RunFolder.claim(options, default_name(options))
     run = load_run(options.run, str(device))
+    run.require_task("binary", "regression")
     if options.pixels and (run.memes is None or "image" in run.memes.given):
         raise InputError(f"--pixels {options.pixels}: {options.run} has no pictures; leave the flag out")
     wanted = conditions(run, options.groups, options.draws)

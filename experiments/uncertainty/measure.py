@@ -261,6 +261,7 @@ def execute(options: Options) -> None:
     device = pick_device(options.device)
     run_folder = RunFolder.claim(options, default_name(options))
     trained = load_run(options.run, str(device))
+    trained.require_task("binary", "regression")
     refuse(trained)
     data, predictor = trained.data, Predictor(trained, str(device))
     start = perf_counter()

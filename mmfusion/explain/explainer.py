@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from mmfusion.explain.account import (
     account_for,
     ensemble_losses,
     join_rank_accounts,
+    latent_radii,
     margin_weights,
 )
 from mmfusion.explain.saliency import Box, RegionMap, region_map, seen_box, word_map
@@ -213,6 +214,7 @@ class Explainer:
             predicted = self.predict(features)
             weights = margin_weights(predicted.mean(0))  # (N, C)
             account = account_for(self.members, features, self.train.features, weights)
+            account = replace(account, radius=latent_radii(self.members, features, self.run.task))  # to any class
             ranks = self.ranks_of_margins(features, weights, own_rows)
             pairs = list(zip(weights.argmax(-1).tolist(), weights.argmin(-1).tolist(), strict=True))
             chances = predicted.double().numpy()
