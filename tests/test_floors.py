@@ -14,7 +14,8 @@ FLOORS = [
     {"mmfusion.data"},
     {"mmfusion.training"},
     {"mmfusion.runs"},
-    {"mmfusion.explain", "mmfusion.estimators", "mmfusion.retrieve"},
+    {"mmfusion.explain"},
+    {"mmfusion.estimators", "mmfusion.train", "mmfusion.retrieve"},
     {"main_hateful_memes", "experiments"},
     {"benchmarks"},
 ]
