@@ -14,7 +14,7 @@ YOUR_DATA = ROOT / "notebooks" / "your_data.ipynb"
 
 def execute(notebook: nbformat.NotebookNode, folder: Path) -> None:
     NotebookClient(
-        notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
     ).execute()
 
 
