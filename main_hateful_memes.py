@@ -8,13 +8,15 @@ import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
+
 from mmfusion.cli import pick_device, run_command
 from mmfusion.data.memes import MemesConfig, load_memes
 from mmfusion.distributed import end_process, join_processes, leave_processes
 from mmfusion.encoders.frozen import EncoderConfig
 from mmfusion.errors import InputError
 from mmfusion.models.fusion import ModelConfig
-from mmfusion.runs.folder import RunConfig, RunFolder, config_from, find_begun, read_run
+from mmfusion.runs.folder import RunConfig, RunFolder, defaults_for
 from mmfusion.runs.run import carry_out
 from mmfusion.training.recipe import ObjectiveConfig, TrainingConfig
 
@@ -71,16 +73,13 @@ def main(config: Config) -> None:
     device = pick_device(config.training.device)
     run = RunFolder.claim(config, default_name(config))  # before hours of extraction, not after
 
-    # ---- features, from the cache where they are there; under torchrun all processes extract, and one goes on
+    # ---- features, from the cache where they are there; under torchrun all processes extract
     processes = join_processes(str(device))
     dataset = load_memes(config.data, config.encoders, processes)
-    leave_processes()
-    if not processes.is_main:
-        return
 
-    # ---- training, scores, rank factors, report: what every run does, whichever data it is of
-    if run.begin(dataset.description, device):
-        carry_out(run, [dataset], config, device)
+    # ---- training (each process a share of the members), scores, rank factors, report: what every run does
+    carry_out(run, dataset.description, [dataset], config, torch.device(processes.device))
+    leave_processes()
 
 
 def default_name(config: Config) -> str:
@@ -89,11 +88,8 @@ def default_name(config: Config) -> str:
 
 
 def begun(config: Config) -> Config | None:
-    """With --resume the settings of the run to go on with, so that no flag need be given again."""
-    if not config.run.resume:
-        return None
-    folder = find_begun(config.run.name, default_name(replace(config, data=locate(config.data))))
-    return config_from(Config, read_run(folder)["settings"], folder / "run.json")
+    """With --resume or --config the settings of that run, so that no flag need be given again."""
+    return defaults_for(Config, config.run, lambda: default_name(replace(config, data=locate(config.data))))
 
 
 def run(arguments: list[str]) -> int:

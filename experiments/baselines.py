@@ -23,8 +23,9 @@ from experiments.experiment import Experiment, Options, Outcome, Run, contrasts_
 from lmf_module import LowRankMultimodalFusion
 from mmfusion.data.folds import FoldedDataset, only, targets, with_dev_in_training
 from mmfusion.metrics.format import mean_std
-from mmfusion.metrics.scores import Score, binary_scores, example_scores, regression_scores
+from mmfusion.metrics.scores import Score, binary_scores, example_scores
 from mmfusion.metrics.statistics import Difference, combine
+from mmfusion.metrics.tasks import probabilities, task_scores
 from mmfusion.models.fusion import FusionEnsemble, FusionModel
 from mmfusion.models.mkl_svm import MultipleKernelSVM
 from mmfusion.runs.outputs import save_ensembles
@@ -158,8 +159,11 @@ def kernel_machines(data: FoldedDataset) -> dict[str, MethodResult]:
         folds = []
         for fold in data.folds:
             features = {name: x.numpy() for name, x in data.pool.features.items()}
-            machine = MultipleKernelSVM(data.task, uniform=uniform)
-            machine.fit({k: x[fold.train] for k, x in features.items()}, data.pool.target[fold.train].numpy())
+            machine = MultipleKernelSVM("regression" if data.task == "regression" else "binary", uniform=uniform)
+            target = data.pool.target[fold.train].numpy()
+            if data.task == "multiclass":  # one class against the rest
+                target = np.eye(data.output_dim, dtype=np.float32)[target.astype(int)]
+            machine.fit({k: x[fold.train] for k, x in features.items()}, target)
             folds.append(machine.decision({k: x[fold.test] for k, x in features.items()}))
         seconds = (time.perf_counter() - start) / len(data.folds)
         results[label] = MethodResult(np.concatenate(folds)[None].astype(np.float32), None, seconds)
@@ -167,11 +171,15 @@ def kernel_machines(data: FoldedDataset) -> dict[str, MethodResult]:
 
 
 def constant(data: FoldedDataset) -> MethodResult:
-    """The training mean, or the majority class, of every fold: what knowing nothing scores."""
+    """The training mean, or the majority class (of each label), of every fold: what knowing nothing scores."""
     folds = []
     for fold in data.folds:
-        mean = data.pool.target[fold.train].mean(0).numpy()
-        value = mean if data.task == "regression" else np.float32(1 if mean >= 0.5 else -1)
+        target = data.pool.target[fold.train]
+        if data.task == "multiclass":
+            value = torch.bincount(target.long(), minlength=data.output_dim).log1p().numpy()
+        else:
+            mean = target.mean(0).numpy()
+            value = mean if data.task == "regression" else np.where(mean >= 0.5, 1, -1).astype(np.float32)
         folds.append(np.broadcast_to(value, (len(fold.test), *np.shape(value))))
     return MethodResult(np.concatenate(folds)[None].astype(np.float32), 0, 0.0)
 
@@ -186,12 +194,15 @@ def fold_scores(data: FoldedDataset, predictions: np.ndarray) -> dict[str, tuple
     for fold in data.folds:
         part = slice(start, start + len(fold.test))
         start = part.stop
+        found = predictions[:, part]
         if data.task == "binary":
             # scores of ranks and signs do not mind that a kernel machine's margin is no logit
-            chances = 1 / (1 + np.exp(-predictions[:, part].astype(np.float64)))
+            chances = 1 / (1 + np.exp(-found.astype(np.float64)))
             folds.append(binary_scores(chances, target[part], names=SCORES))
         else:
-            folds.append(regression_scores(predictions[:, part], target[part], label_range=data.label_range))
+            if data.task != "regression":
+                found = probabilities(torch.from_numpy(found), data.task).numpy()
+            folds.append(task_scores(found, target[part], data.task, label_range=data.label_range))
     return {name: _stack([fold[name] for fold in folds]) for name in folds[0]}
 
 

@@ -4,9 +4,13 @@ An experiment is a function from a study to an `Outcome`; everything around it i
 hand: it follows from the contrasts' intervals (mmfusion.metrics.statistics.judge).
 """
 
+import contextlib
+import io
 import platform
 import resource
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,10 +24,12 @@ from matplotlib.figure import Figure
 from mmfusion.cli import pick_device, run_command
 from mmfusion.data.folds import FoldedDataset
 from mmfusion.data.registry import DataOptions, check_flags, load_folded
+from mmfusion.distributed import end_process, join_processes, leave_processes
 from mmfusion.errors import InputError
 from mmfusion.files import write_atomically, write_text
 from mmfusion.metrics.statistics import Contrast, Difference, Verdict, corrected_contrasts, grouped
-from mmfusion.runs.folder import RunFolder, config_from, find_begun, read_run
+from mmfusion.runs.folder import RunFolder, find_begun
+from mmfusion.runs.settings import config_from, read_run
 from mmfusion.training.grid import Grid, Recipe, Setting, train_grid
 
 Settings = TypeVar("Settings")
@@ -64,7 +70,14 @@ class Run:
 
     options: Options
     folder: Path
+    """where files are left"""
     device: torch.device
+    checkpoints: Path | None = None
+    """where killed trainings go on from; default: in that folder"""
+
+    def __post_init__(self) -> None:
+        if self.checkpoints is None:
+            self.checkpoints = self.folder / "checkpoints"
 
     @property
     def seeds(self) -> list[int]:
@@ -85,7 +98,7 @@ class Run:
             self.recipe,
             compile=self.options.compile,
             device=self.device,
-            checkpoint=self.folder / "checkpoints" / f"{title.replace(' ', '-')}.safetensors",
+            checkpoint=self.checkpoints / f"{title.replace(' ', '-')}.safetensors",
             title=title,
             **shape,
         )
@@ -173,30 +186,48 @@ def execute(experiment: Experiment, options: Options) -> None:
     """Load, measure, print, and leave table.txt, figure.png and results.json in the run's folder."""
     check_options(options)
     device = pick_device(options.device)
-    run_folder = RunFolder.claim(options, f"{experiment.name}-{options.dataset}")
-    data = load_folded(options, str(device))
-    if len(data.input_dims) < experiment.modalities:
-        raise InputError(
-            f"--dataset {options.dataset}: has {', '.join(data.input_dims)} alone; {experiment.name} needs "
-            f"{experiment.modalities} modalities"
+    processes = join_processes(str(device))
+    with processes.together():
+        run_folder = RunFolder.claim(options, f"{experiment.name}-{options.dataset}")
+        data = load_folded(options, processes.device)
+        if len(data.input_dims) < experiment.modalities:
+            raise InputError(
+                f"--dataset {options.dataset}: has {', '.join(data.input_dims)} alone; {experiment.name} needs "
+                f"{experiment.modalities} modalities"
+            )
+    goes_on = False
+    with processes.together():
+        if processes.is_main:
+            goes_on = run_folder.begin({"experiment": experiment.name, **data.description}, device)
+    goes_on, folder = processes.gather((goes_on, run_folder.path))[0]
+    if goes_on and processes.is_main:
+        for note in data.notes:
+            print(f"note: {note}")
+        start = time.perf_counter()
+        outcome = experiment.measure(data, Run(options, folder, torch.device(processes.device)))
+        seconds = time.perf_counter() - start
+        record(
+            experiment,
+            data,
+            outcome,
+            run_folder,
+            seeds=options.seeds,
+            recipe=asdict(options.recipe),
+            seconds=seconds,
+            device=device,
         )
-    if not run_folder.begin({"experiment": experiment.name, **data.description}, device):
-        return
-    for note in data.notes:
-        print(f"note: {note}")
-    start = time.perf_counter()
-    outcome = experiment.measure(data, Run(options, run_folder.path, device))
-    seconds = time.perf_counter() - start
-    record(
-        experiment,
-        data,
-        outcome,
-        run_folder,
-        seeds=options.seeds,
-        recipe=asdict(options.recipe),
-        seconds=seconds,
-        device=device,
-    )
+    elif goes_on:
+        help_to_train(experiment, data, options, folder, torch.device(processes.device))
+    leave_processes()
+
+
+def help_to_train(
+    experiment: Experiment, data: FoldedDataset, options: Options, folder: Path, device: torch.device
+) -> None:
+    """Measure beside the main process, which alone keeps files and prints: every training shares out its members."""
+    with tempfile.TemporaryDirectory() as place, contextlib.redirect_stdout(io.StringIO()):
+        shutil.copy(folder / "run.json", place)
+        experiment.measure(data, Run(options, Path(place), device, folder / "checkpoints"))
 
 
 def record(
@@ -304,4 +335,4 @@ def contrast_table(contrasts: Sequence[Contrast]) -> str:
 
 def main(experiment: Experiment) -> None:
     """Entry point of an experiment's file."""
-    sys.exit(run(experiment, sys.argv[1:]))
+    end_process(run(experiment, sys.argv[1:]))

@@ -21,7 +21,8 @@ from experiments.experiment import options_of as experiment_options
 from experiments.results_pages import Finished, write_pages
 from mmfusion.cli import parse, run_command
 from mmfusion.errors import InputError
-from mmfusion.runs.folder import MARK_OF_COMPLETION, RUNS, check_settings, code_digest, read_run, settings_of
+from mmfusion.runs.folder import MARK_OF_COMPLETION, RUNS, code_digest
+from mmfusion.runs.settings import check_settings, read_run, settings_of
 from mmfusion.training.recipe import Recipe
 
 EXPERIMENTS = (

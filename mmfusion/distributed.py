@@ -17,6 +17,10 @@ from mmfusion.errors import InputError, printable
 Item = TypeVar("Item")
 
 
+class ProcessDied(InputError):
+    """Another process of the group has ended; whoever notices says so."""
+
+
 @dataclass(frozen=True)
 class Processes:
     """One process's view of all K that work together; K = 1 without torchrun."""
@@ -27,7 +31,7 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """True for the one process that trains, prints and writes the run folder."""
+        """True for the one process that prints and writes the run folder."""
         return self.rank == 0
 
     @property
@@ -45,7 +49,10 @@ class Processes:
         if self.world_size == 1:
             return [value]
         values: list[Item | None] = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        try:
+            dist.all_gather_object(values, value)
+        except RuntimeError as error:  # the connection to a process that has died is closed
+            raise ProcessDied("another process of this run has died; begin again, or go on with --resume") from error
         return values
 
     @contextlib.contextmanager
@@ -62,7 +69,9 @@ class Processes:
 
     def stop(self, error: InputError) -> NoReturn:
         """End all processes with code 2 and one line on stderr, printed by the main process."""
-        if int(os.environ.get("RANK", "0")) == 0:  # not `is_main`: before they have joined, all think they are
+        if (
+            isinstance(error, ProcessDied) or int(os.environ.get("RANK", "0")) == 0
+        ):  # not `is_main`: before they have joined, all think they are
             print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
         else:
             time.sleep(1)  # torchrun ends all processes as soon as one has failed: let the main one print first
@@ -93,6 +102,8 @@ def join_processes(device: str = "cpu") -> Processes:
         backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
         # a process may wait hours for the slowest share; one that dies is seen by torchrun, which ends the others
         dist.init_process_group(backend, timeout=timedelta(days=2))
+        if "cuda" not in device:
+            torch.set_num_threads(Processes(dist.get_rank(), dist.get_world_size()).cores)  # torchrun says 1
     return Processes(dist.get_rank(), dist.get_world_size(), device)
 
 

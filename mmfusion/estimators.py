@@ -44,10 +44,11 @@ class _FusionEstimator(BaseEstimator):
         n_members: S, seeds trained at once.
         epochs: at most; see `patience`.
         patience: epochs without a better score on the validation examples after which a member stops.
-        batch_size, learning_rate, weight_decay, modality_dropout: of the training.
+        batch_size, learning_rate, weight_decay, modality_dropout, annealing: of the training (`TrainingConfig`).
+        keep: "last" epoch, or "best" one on the validation examples, which are then cut from those given.
         mmd_weight, reconstruction_weight, alignment_weight: of the objective (`ObjectiveConfig`).
-        validation_fraction: share of the examples that epochs are selected on; 0, or too few examples for it: every
-            epoch is run and the examples themselves select.
+        validation_fraction: with keep="best", share of the examples that epochs are selected on; 0, or too few
+            examples for it: the training examples themselves select.
         random_state: int, RandomState or None; seeds of members, initial values, batches and the validation examples.
         device: "cpu", "cuda" or "auto".
     """
@@ -66,6 +67,8 @@ class _FusionEstimator(BaseEstimator):
         learning_rate: float = TrainingConfig.learning_rate,
         weight_decay: float = TrainingConfig.weight_decay,
         modality_dropout: float = TrainingConfig.modality_dropout,
+        annealing: str = TrainingConfig.annealing,
+        keep: str = TrainingConfig.keep,
         mmd_weight: float = ObjectiveConfig.mmd_weight,
         reconstruction_weight: float = ObjectiveConfig.reconstruction_weight,
         alignment_weight: float = ObjectiveConfig.alignment_weight,
@@ -84,6 +87,8 @@ class _FusionEstimator(BaseEstimator):
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.modality_dropout = modality_dropout
+        self.annealing = annealing
+        self.keep = keep
         self.mmd_weight = mmd_weight
         self.reconstruction_weight = reconstruction_weight
         self.alignment_weight = alignment_weight
@@ -177,6 +182,8 @@ class _FusionEstimator(BaseEstimator):
             learning_rate=self.learning_rate,
             weight_decay=self.weight_decay,
             modality_dropout=self.modality_dropout,
+            annealing=self.annealing,
+            keep=self.keep,
             class_weight="balanced" if balanced else "none",
             select_by="log_loss",
         )
@@ -204,7 +211,7 @@ class _FusionEstimator(BaseEstimator):
         enough = classes is None or np.unique(classes, return_counts=True)[1].min() >= 2
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(f"validation_fraction {self.validation_fraction}: give a share from 0 up to 1")
-        if held_out < max(needed, 2) or len(rows) - held_out < max(needed, 2) or not enough:
+        if self.keep == "last" or held_out < max(needed, 2) or len(rows) - held_out < max(needed, 2) or not enough:
             return {"train": _split(features, target, rows)}, "train"
         train, validation = train_test_split(rows, test_size=held_out, stratify=classes, random_state=seed % 2**32)
         parts = {"train": np.sort(train), "validation": np.sort(validation)}
@@ -272,6 +279,8 @@ class FusionClassifier(ClassifierMixin, _FusionEstimator):
         learning_rate: float = TrainingConfig.learning_rate,
         weight_decay: float = TrainingConfig.weight_decay,
         modality_dropout: float = TrainingConfig.modality_dropout,
+        annealing: str = TrainingConfig.annealing,
+        keep: str = TrainingConfig.keep,
         mmd_weight: float = ObjectiveConfig.mmd_weight,
         reconstruction_weight: float = ObjectiveConfig.reconstruction_weight,
         alignment_weight: float = ObjectiveConfig.alignment_weight,

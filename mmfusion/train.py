@@ -21,12 +21,13 @@ from torch import Tensor
 from mmfusion.cli import pick_device, run_command
 from mmfusion.data.arrays import ArraysConfig, arrays_of, dataset_from_arrays, load_arrays
 from mmfusion.dataset import Dataset
+from mmfusion.distributed import end_process, join_processes, leave_processes
 from mmfusion.errors import InputError
 from mmfusion.explain.account import Account, account_for, latent_radii, margin_weights
 from mmfusion.files import write_atomically
 from mmfusion.models.fusion import FusionEnsemble, ModelConfig
 from mmfusion.robustness.certificates import Norm
-from mmfusion.runs.folder import MARK_OF_COMPLETION, RunConfig, RunFolder, config_from, find_begun, read_run
+from mmfusion.runs.folder import MARK_OF_COMPLETION, RunConfig, RunFolder, defaults_for
 from mmfusion.runs.load import ARRAYS, TrainedRun, load_run
 from mmfusion.runs.run import carry_out
 from mmfusion.training.fit import Method
@@ -123,9 +124,11 @@ def fit(
     device = pick_device(config.training.device)
     datasets = dataset_from_arrays(data, config.data, name)
     run = RunFolder.claim(config, name)
-    if run.begin(describe(datasets), device):
-        write_atomically(run.path / ARRAYS, lambda temporary: _save(temporary, data))
-        carry_out(run, datasets, config, device, stacks, further_terms)
+
+    def keep_arrays(folder: Path) -> None:
+        write_atomically(folder / ARRAYS, lambda temporary: _save(temporary, data))
+
+    carry_out(run, describe(datasets), datasets, config, device, stacks, further_terms, keep_arrays)
     return Run(run.path, config.training.device if config.training.device != "auto" else "cpu")
 
 
@@ -138,10 +141,12 @@ def main(config: Config) -> None:
     """Everything from the file to the report. Raises InputError for what the user can put right."""
     config.check()
     device = pick_device(config.training.device)
-    run = RunFolder.claim(config, default_name(config))
-    datasets = load_arrays(config.data)
-    if run.begin(describe(datasets), device):
-        carry_out(run, datasets, config, device)
+    processes = join_processes(str(device))
+    with processes.together():
+        run = RunFolder.claim(config, default_name(config))
+        datasets = load_arrays(config.data)
+    carry_out(run, describe(datasets), datasets, config, torch.device(processes.device))
+    leave_processes()
 
 
 def describe(datasets: Sequence[Dataset]) -> dict[str, object]:
@@ -157,11 +162,8 @@ def default_name(config: Config) -> str:
 
 
 def begun(config: Config) -> Config | None:
-    """With --resume the settings of the run to go on with, so that no flag need be given again."""
-    if not config.run.resume:
-        return None
-    folder = find_begun(config.run.name, config.run.name or default_name(config))
-    return config_from(Config, read_run(folder)["settings"], folder / "run.json")
+    """With --resume or --config the settings of that run, so that no flag need be given again."""
+    return defaults_for(Config, config.run, lambda: default_name(config))
 
 
 def run(arguments: list[str]) -> int:
@@ -170,4 +172,4 @@ def run(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:]))
+    end_process(run(sys.argv[1:]))

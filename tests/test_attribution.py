@@ -9,7 +9,7 @@ from small_memes import picture, small_encoders, write_bert
 
 from mmfusion.encoders.frozen import EncoderConfig, ImageEncoder, TextEncoder, find_image_encoder, find_text_encoder
 from mmfusion.encoders.images import Preprocessing, preprocess
-from mmfusion.explain.saliency import SPECIAL, overlay, region_map, seen_box, token_embedding, word_map
+from mmfusion.explain.saliency import overlay, region_map, seen_box, word_map
 
 SIZE = 128
 
@@ -142,52 +142,34 @@ def test_overlay_tints_the_cell_that_feeds_the_score_and_nothing_outside_the_box
 # ---- words
 
 
-def test_words_are_those_of_the_text_in_order_with_special_tokens_apart(bert):
+def test_words_are_those_of_the_text_in_order(bert):
     words = word_map(bert, "my dogs  hate YOU, ok?", head(0, 32))
-    assert [word for word, _ in words] == ["my", "dogs", "hate", "YOU", ",", "ok", "?", SPECIAL]
+    assert [word for word, _ in words] == ["my", "dogs", "hate", "YOU", ",", "ok", "?"]
+    assert word_map(bert, "", head(0, 32)) == []
 
 
-def test_word_values_sum_to_gradient_times_embedding_and_pieces_are_joined(bert):
-    text = "dogs love cats"  # dog ##s love cat ##s
-    score = head(1, 32)
-    tokens = bert.tokenize([text])
-    assert len(tokens[0]) == 7
-    table = token_embedding(bert.model)
-    kept = []
+@torch.no_grad()
+def test_value_of_a_word_is_what_the_score_loses_with_the_text_written_without_it(bert):
+    text, score = "dogs love the dogs", head(1, 32)  # dog ##s love the dog ##s
 
-    def keep(_, __, output):
-        kept.append(output.detach().requires_grad_(True))
-        return kept[-1]
+    def value(written: str) -> float:
+        return score(bert(bert.tokenize([written]))).item()
 
-    with table.register_forward_hook(keep):
-        value = score(bert.features(tokens))
-    (gradient,) = torch.autograd.grad(value.sum(), kept[0])
-    per_token = (gradient * kept[0]).sum(-1)[0].tolist()
-    words = dict(word_map(bert, text, score))
-    assert words["dogs"] == pytest.approx(per_token[1] + per_token[2], rel=1e-4, abs=1e-7)
-    assert words[SPECIAL] == pytest.approx(per_token[0] + per_token[-1], rel=1e-4, abs=1e-7)
-    assert sum(words.values()) == pytest.approx(sum(per_token), rel=1e-4, abs=1e-7)
-
-
-def test_word_values_are_the_directional_derivative_in_the_embeddings(bert):
-    # growing all embeddings by a factor 1 + e changes the score by e times the sum of the values
-    text, score = "a big red dog runs", head(2, 32)
-    total = sum(value for _, value in word_map(bert, text, score))
-    tokens, outputs = bert.tokenize([text]), []
-    for factor in (1 - 1e-2, 1 + 1e-2):
-        with token_embedding(bert.model).register_forward_hook(lambda _, __, out, factor=factor: out * factor):
-            outputs.append(score(bert.features(tokens)).item())
-    assert (outputs[1] - outputs[0]) / 2e-2 == pytest.approx(total, rel=1e-2)
+    without = ("love the dogs", "dogs the dogs", "dogs love dogs", "dogs love the")
+    mapped = word_map(bert, text, score)
+    assert [word for word, _ in mapped] == text.split()
+    expected = [value(text) - value(written) for written in without]
+    np.testing.assert_allclose([loss for _, loss in mapped], expected, rtol=1e-3, atol=1e-6)
+    assert len(set(expected)) == 4  # the two "dogs" are told apart
 
 
 def test_text_longer_than_the_encoder_takes_is_mapped_as_far_as_it_is_read(bert):
-    words = word_map(bert, "dog " * 100, head(0, 32))
-    assert len(words) == 62 + 1  # 64 positions, two of them special
+    assert len(word_map(bert, "dog " * 100, head(0, 32))) == 62  # 64 positions, two of them special
 
 
 def test_byte_level_words_do_not_begin_with_a_space(tmp_path):
     from tokenizers import ByteLevelBPETokenizer
-    from tokenizers.processors import RobertaProcessing
+    from tokenizers.processors import RobertaProcessing, TemplateProcessing
     from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaModel
 
     trained = ByteLevelBPETokenizer()
@@ -200,3 +182,6 @@ def test_byte_level_words_do_not_begin_with_a_space(tmp_path):
     config = EncoderConfig(text_encoder=str(tmp_path))
     encoder = TextEncoder(config, find_text_encoder(config), "cpu")
     assert [word for word, _ in word_map(encoder, "you love dogs", head(0, 32))][:2] == ["you", "love"]
+    tokenizer = encoder.tokenizer  # one that adds nothing leaves nothing of a text of one word
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
+    assert len(word_map(encoder, "love", head(0, 32))) == 1

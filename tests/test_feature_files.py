@@ -19,8 +19,9 @@ from mmfusion.dataset import Dataset
 from mmfusion.distributed import Processes
 from mmfusion.errors import InputError
 from mmfusion.explain import __main__ as explain
-from mmfusion.runs.folder import same_data, settings_of
+from mmfusion.runs.folder import same_data
 from mmfusion.runs.load import load_run
+from mmfusion.runs.settings import settings_of
 
 COUNTS = {"train": 22, "dev": 8, "test": 5}
 

@@ -15,7 +15,7 @@ FLOORS = [
     {"mmfusion.training"},
     {"mmfusion.runs"},
     {"mmfusion.explain"},
-    {"mmfusion.estimators", "mmfusion.train", "mmfusion.retrieve"},
+    {"mmfusion.estimators", "mmfusion.train", "mmfusion.diagnose", "mmfusion.retrieve"},
     {"main_hateful_memes", "experiments"},
     {"benchmarks"},
 ]

@@ -80,7 +80,7 @@ def measure(data: FoldedDataset, run: Run) -> Outcome:
     values, notes = probes_of(data)
     planted = {}
     if run.options.dataset == "demo":  # synthetic, needs no data set; goes with the demo so that it runs anywhere
-        planted = planted_recoveries(run.seeds, run.device, run.folder / "checkpoints")
+        planted = planted_recoveries(run.seeds, run.device, run.checkpoints)
     two = len(features) == 2
     others = np.array([other_terms(grid.model(0, s), features, folds[0], s) for s in seeds])  # (S, 2)
     result = SemanticsResult(

@@ -29,9 +29,11 @@ def panels(result: CorruptionResult) -> list[tuple[str, list[tuple[str, str]]]]:
 
 def draw(figure: Figure, run: TrainedRun, result: CorruptionResult, worst: WorstCases) -> None:
     """Curves of every row over severity, and the worst case of the main row between certificate and attack."""
-    axes = figure.subplots(2, 3).ravel()
-    colors = {row: f"C{k}" for k, row in enumerate(result.clean)}
     chosen = panels(result)
+    rows = 2 if len(chosen) > 2 else 1  # an empty second row would take half of the figure
+    figure.set_figheight(figure.get_figheight() * (1 + rows) / 3)
+    axes = figure.subplots(rows, 3).ravel()
+    colors = {row: f"C{k}" for k, row in enumerate(result.clean)}
     for axis, (title, keys) in zip(axes, chosen, strict=False):
         for row, color in colors.items():
             curves = [result.curves[key][row] for key in keys if row in result.curves[key]]

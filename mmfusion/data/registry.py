@@ -123,7 +123,7 @@ class DataOptions:
     img_dir: Path | None = None
     """memes: folder of the images"""
     image_encoder: str | None = EncoderConfig.image_encoder
-    """memes: resnet50 (default), a Hugging Face name, a local folder or a weights file"""
+    """memes: resnet50 (default), a Hugging Face name, timm:NAME, a local folder or a weights file"""
     text_encoder: str | None = EncoderConfig.text_encoder
     """memes and mustard: a Hugging Face name (default bert-base-uncased) or a local model folder"""
     features: tuple[str, ...] = ()

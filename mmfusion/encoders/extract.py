@@ -60,7 +60,7 @@ def encode_images(
     with _cache_held(files, cache, processes), processes.together():
         pending = _pending_batches([(digest, digest) for digest in ordered], cache, processes)
         mine = processes.share(pending)
-        if mine and not only_check and not source.is_folder:
+        if mine and not only_check and source.is_torchvision:
             resnet50_file(source)  # before the first picture is decoded: missing weights show at once
         if mine:
             preprocessing = image_preprocessing(config, source)

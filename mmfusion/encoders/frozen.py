@@ -2,36 +2,35 @@
 
 Which vector: ResNet-50, its global average pool (2048). A Hugging Face image model: its projected image embedding where
 it has one (CLIP, SigLIP), else its pooled output (ResNet, ConvNeXt, DINOv2), else the mean over its tokens (ViT, whose
-pooler most checkpoints lack). A Hugging Face text model: its projected text embedding where it has one (CLIP), else the
-mean over its tokens, or the first, [CLS].
+pooler most checkpoints lack). A timm model: its pooled features before the classifier. A Hugging Face text model: its
+projected text embedding where it has one (CLIP), else the mean over its tokens, or the first, [CLS].
 """
 
-import contextlib
 import itertools
-import json
-import math
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from mmfusion.encoders.images import Preprocessing
-from mmfusion.encoders.weights import CONFIG_BYTES, RANDOM_SEED, EncoderSource, find_encoder, resnet50_file
+from mmfusion.encoders.settings import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    MOST_PIXELS,
+    model_config,
+    own_preprocessing,
+    refuse,
+)
+from mmfusion.encoders.timm_models import MODEL_TYPE, draw_weights
+from mmfusion.encoders.weights import RANDOM_SEED, EncoderSource, find_encoder, resnet50_file
 from mmfusion.errors import InputError
-from mmfusion.files import read_regular_file
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig  # imported late elsewhere: a warm cache needs no transformers
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-IMAGE_SIZES = (32, 4096)  # pixels; ResNet-50 halves its input five times
+IMAGE_SIZES = (32, MOST_PIXELS)  # pixels; ResNet-50 halves its input five times
 # the poolers of these are no part of any feature, and many checkpoints lack their weights
 POOLER_OPTIONAL = {"bert", "roberta", "xlm-roberta", "camembert", "mpnet", "vit", "deit"}
 
@@ -44,14 +43,14 @@ class EncoderConfig:
     """What turns pictures and texts into features; its weights are never trained."""
 
     image_encoder: str | None = None
-    """resnet50 (default), a Hugging Face model by name or folder, or a ResNet-50 weights file; random:X draws X's
-    weights from seed 0 (default in the demo)"""
+    """resnet50 (default), a Hugging Face model by name or folder, timm:NAME, or a ResNet-50 weights file; random:X
+    draws X's weights from seed 0 (default in the demo)"""
     image_weights: Literal["IMAGENET1K_V1", "IMAGENET1K_V2"] = "IMAGENET1K_V1"
     """which of torchvision's ResNet-50 weights; V1 is that of the papers"""
     image_resize: Literal["squash", "crop"] = "squash"
     """squash the whole image to a square, or resize and cut the centre out (which cuts captions off)"""
     image_size: int | None = None
-    """pixels on a side that the image encoder sees, default 224 (demo: 112); a Hugging Face model may fix its own"""
+    """pixels on a side that the image encoder sees, default 224 (demo: 112); a model may fix its own"""
     text_encoder: str | None = None
     """a Hugging Face model by name (default bert-base-uncased) or folder; random:X draws its weights from seed 0"""
     text_pooling: Literal["mean", "cls"] = "mean"
@@ -123,42 +122,12 @@ def text_identity(config: EncoderConfig, source: EncoderSource, device: str) -> 
 def image_preprocessing(config: EncoderConfig, source: EncoderSource) -> Preprocessing:
     """How pictures are brought into the encoder's shape: its own size, mean, standard deviation and filter."""
     config = config.filled()
-    if not source.is_folder:
+    if source.is_torchvision:
         # torchvision's, for an input of 224; by the weights and not by the flag, which other weights leave unused
         shorter = 232 if source.identity.get("weights") == "IMAGENET1K_V2" else 256
         resize = round(config.image_size * shorter / 224)
         return Preprocessing(config.image_resize, config.image_size, resize, IMAGENET_MEAN, IMAGENET_STD)
-    model_config = _model_config(source)  # not config.json itself, which may leave the size to the class's default
-    size = getattr(getattr(model_config, "vision_config", model_config), "image_size", None) or config.image_size
-    with _refuse(source, "its config.json cannot be used"):
-        size = int(size if isinstance(size, int) else size[0])
-        if not 1 <= size <= IMAGE_SIZES[1]:
-            raise ValueError(f"image_size {size}")
-    mean, std, resample = _own_preprocessing(source)
-    return Preprocessing(config.image_resize, size, round(size * 256 / 224), mean, std, resample)
-
-
-def _own_preprocessing(source: EncoderSource) -> tuple[tuple[float, ...], tuple[float, ...], int]:
-    """Mean, standard deviation and Pillow's filter from preprocessor_config.json, or ImageNet's where there is none.
-
-    Raises InputError where they are not what they should be.
-    """
-    path = source.path / "preprocessor_config.json"
-    if not path.is_file():
-        return IMAGENET_MEAN, IMAGENET_STD, Preprocessing.resample
-    content = read_regular_file(path, CONFIG_BYTES, "fetch it again", source.flag)
-    with _refuse(source, "its preprocessor_config.json cannot be used"):
-        own = json.loads(content)
-        mean = tuple(map(float, own.get("image_mean", IMAGENET_MEAN)))
-        std = tuple(map(float, own.get("image_std", IMAGENET_STD)))
-        if (
-            len(mean) != 3
-            or len(std) != 3
-            or not all(0 < s < math.inf for s in std)
-            or not all(map(math.isfinite, mean))
-        ):
-            raise ValueError("image_mean and image_std are three numbers each, those of image_std above 0")
-        return mean, std, int(Image.Resampling(own.get("resample", Preprocessing.resample)))
+    return own_preprocessing(source, config.image_resize, config.image_size)
 
 
 class ImageEncoder:
@@ -172,9 +141,9 @@ class ImageEncoder:
         how = image_preprocessing(config, source)
         self.mean = torch.tensor(how.mean, device=device).view(3, 1, 1) * 255
         self.std = torch.tensor(how.std, device=device).view(3, 1, 1) * 255
-        model = _hugging_face_model(source) if source.is_folder else _resnet50(source)
+        model = _resnet50(source) if source.is_torchvision else _hugging_face_model(source)
         self.model = model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
-        with _refuse(source, "does not encode images"):  # one blank picture tells
+        with refuse(source, "does not encode images"):  # one blank picture tells
             self(np.zeros((1, how.size, how.size, 3), np.uint8))
 
     @torch.inference_mode()
@@ -204,7 +173,7 @@ class TextEncoder:
 
         self.device, self.pooling = device, config.text_pooling
         self.compute = compute or compute_dtype(device)
-        with _refuse(source, "its tokenizer cannot be loaded"):
+        with refuse(source, "its tokenizer cannot be loaded"):
             self.tokenizer = AutoTokenizer.from_pretrained(source.path)
         self.model = _hugging_face_model(source).eval().requires_grad_(False).to(device)
         settings = getattr(self.model.config, "text_config", self.model.config)
@@ -213,7 +182,7 @@ class TextEncoder:
             positions -= settings.pad_token_id + 1
         self.max_length = min(self.tokenizer.model_max_length, positions)
         self.pads_fully = "siglip" in settings.model_type  # it was trained on texts padded to the full length
-        with _refuse(source, "does not encode texts"):  # one empty text tells
+        with refuse(source, "does not encode texts"):  # one empty text tells
             self(self.tokenize([""]))
 
     def tokenize(self, texts: list[str]) -> list[list[int]]:
@@ -256,7 +225,11 @@ def _image_features(model: nn.Module, x: Tensor) -> Tensor:
         return model(x)
     output = model(pixel_values=x)
     pooled = getattr(output, "pooler_output", None)
-    return output.last_hidden_state.mean(1) if pooled is None else pooled.flatten(1)
+    if pooled is None:
+        return output.last_hidden_state.mean(1)
+    if pooled.numel() > pooled.shape[0] * pooled.shape[1]:
+        raise ValueError(f"its pooled output is {tuple(pooled.shape)}, not one vector an image")
+    return pooled.flatten(1)
 
 
 def _text_features(model: nn.Module, ids: Tensor, mask: Tensor, pooling: str) -> Tensor:
@@ -323,25 +296,6 @@ def _read_weights(path: Path, source: EncoderSource) -> dict[str, Tensor]:
     return state
 
 
-@contextlib.contextmanager
-def _refuse(source: EncoderSource, what: str) -> Iterator[None]:
-    """Whatever a library says of a folder that is not what it should be, as one line that names the flag."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:  # the model libraries have dozens of their own
-        reason = " ".join(str(error).split())[:160]
-        raise InputError(f"{source.flag} {source.name}: {what} ({reason})") from error
-
-
-def _model_config(source: EncoderSource) -> "PreTrainedConfig":
-    from transformers import AutoConfig
-
-    with _refuse(source, "its config.json cannot be used"):
-        return AutoConfig.from_pretrained(source.path)
-
-
 def _hugging_face_model(source: EncoderSource) -> nn.Module:
     """A Hugging Face model in float32, with all its weights from disk or all seeded."""
     from transformers import AutoModel
@@ -349,15 +303,18 @@ def _hugging_face_model(source: EncoderSource) -> nn.Module:
 
     logging.set_verbosity_error()  # weights that are missing or left over are judged below
     logging.disable_progress_bar()
-    config = _model_config(source)
+    config = model_config(source)
     options = {"add_pooling_layer": False} if config.model_type in POOLER_OPTIONAL else {}
-    with _refuse(source, "cannot be loaded"):
+    with refuse(source, "cannot be loaded"):
         if source.is_random:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(RANDOM_SEED)
-                return AutoModel.from_config(config, dtype=torch.float32, **options)
+                model = AutoModel.from_config(config, dtype=torch.float32, **options)
+            if config.model_type == MODEL_TYPE:
+                draw_weights(model, RANDOM_SEED)
+            return model
         options |= {"dtype": torch.float32, "local_files_only": True, "output_loading_info": True}
-        model, report = AutoModel.from_pretrained(source.path, **options)
+        model, report = AutoModel.from_pretrained(source.path, config=config, **options)
     missing = sorted(map(str, report["missing_keys"])) + sorted(map(str, report.get("mismatched_keys", [])))
     if missing:  # transformers would fill them with random numbers
         raise InputError(f"{source.flag} {source.name}: its files lack {len(missing)} weights, {missing[0]} among them")

@@ -1,7 +1,8 @@
 """Location and identity of an encoder's weights, found without importing any model library.
 
-A specification is `resnet50`, a local file of ResNet-50 weights, a local folder in Hugging Face layout, or the name of
-a Hugging Face model; `random:` before it keeps the architecture (and the tokenizer) and draws weights from seed 0.
+A specification is `resnet50`, a local file of ResNet-50 weights, a local folder in Hugging Face layout, the name of a
+Hugging Face model, or `timm:` and the name of a timm model; `random:` before it keeps the architecture (and the
+tokenizer) and draws weights from seed 0.
 """
 
 import fnmatch
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from mmfusion.encoders.timm_models import MODEL_TYPE, PREFIX, hub_repository, registered_settings, require_timm
 from mmfusion.errors import InputError
 from mmfusion.files import WEIGHT_BYTES, check_regular_file, read_regular_file
 
@@ -44,9 +46,11 @@ class EncoderSource:
     flag: str
     """the flag that chooses it, for error messages"""
     path: Path | None
-    """folder in Hugging Face layout, file of ResNet-50 weights, or None for torchvision's own ResNet-50"""
+    """folder in Hugging Face layout, file of ResNet-50 weights, or None: torchvision's own ResNet-50, `timm_name`"""
     identity: dict[str, object]
     """what fixes its values: revision or hash; no path, so that a moved folder keeps its cache"""
+    timm_name: str | None = None
+    """a timm model whose weights are drawn at random: there is no folder"""
 
     @property
     def is_random(self) -> bool:
@@ -54,9 +58,9 @@ class EncoderSource:
         return self.name.startswith("random:")
 
     @property
-    def is_folder(self) -> bool:
-        """True for a Hugging Face model, False for torchvision's ResNet-50."""
-        return self.path is not None and self.path.is_dir()
+    def is_torchvision(self) -> bool:
+        """True for torchvision's ResNet-50, False for a Hugging Face or timm model."""
+        return self.timm_name is None and (self.path is None or not self.path.is_dir())
 
 
 def find_encoder(name: str, flag: str, image_weights: str | None = None) -> EncoderSource:
@@ -66,6 +70,8 @@ def find_encoder(name: str, flag: str, image_weights: str | None = None) -> Enco
     """
     bare = name.removeprefix("random:")
     is_random = bare != name
+    if image_weights and bare.startswith(PREFIX):
+        return _find_timm(name, bare.removeprefix(PREFIX), flag, is_random)
     path = Path(os.path.expanduser(bare))  # as it is where the home of ~NAME is not known
     if image_weights and bare == "resnet50":
         return EncoderSource(name, flag, None, _resnet50_identity(is_random, image_weights))
@@ -171,17 +177,32 @@ def _folder_identity(folder: Path, name: str, flag: str, is_random: bool) -> dic
     if not is_random:
         files |= set(weights)
     lines = [f"{path.name} {_sha256(path, flag)}" for path in sorted(files) if path.is_file()]
-    identity: dict[str, object] = {"model": _model_type(folder, name, flag)}
+    kind = model_type(folder, name, flag)
+    identity: dict[str, object] = {"model": kind}
     identity["files_sha256"] = hashlib.sha256("\n".join(lines).encode()).hexdigest()
-    return identity | (_random_identity("transformers") if is_random else {})
+    if is_random and kind == MODEL_TYPE:
+        require_timm(f"{flag} {name}")
+    return identity | (_random_identity("timm" if kind == MODEL_TYPE else "transformers") if is_random else {})
 
 
-def _model_type(folder: Path, name: str, flag: str) -> str:
+def model_type(folder: Path, name: str, flag: str) -> str:
+    """What transformers calls the kind of model in a folder. Raises InputError where its config.json is of no model."""
     try:
         content = read_regular_file(folder / "config.json", CONFIG_BYTES, "fetch it again", flag)
-        return str(json.loads(content)["model_type"])
+        config = json.loads(content)
+        # as timm's own repositories are, which transformers knows by this key
+        return MODEL_TYPE if "model_type" not in config and "pretrained_cfg" in config else str(config["model_type"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{flag} {name}: its config.json is not that of a Hugging Face model") from error
+
+
+def _find_timm(name: str, model: str, flag: str, is_random: bool) -> EncoderSource:
+    """A timm model by its own name: on the hub, or drawn at random without it."""
+    where = f"{flag} {name}"
+    if not is_random:
+        return _find_on_hub(name, hub_repository(model, where), flag, is_random)
+    registered_settings(model, where)  # says so where there is no such model
+    return EncoderSource(name, flag, None, {"model": f"timm {model}", **_random_identity("timm")}, model)
 
 
 def _find_on_hub(name: str, repository: str, flag: str, is_random: bool) -> EncoderSource:

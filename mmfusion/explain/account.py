@@ -25,7 +25,7 @@ from torch import Tensor
 from lmf_module import LowRankMultimodalFusion
 from mmfusion.dataset import Dataset, Task
 from mmfusion.explain.saliency import Box, RegionMap
-from mmfusion.models.decomposition import Subset, recentred_parts
+from mmfusion.models.decomposition import Subset, contrast_layer, recentred_parts
 from mmfusion.models.fusion import FusionModel
 from mmfusion.models.heads import FusedWidthHead
 from mmfusion.robustness.certificates import Norm, certified_class_radius, certified_radius, least_change
@@ -59,16 +59,18 @@ class RankAccount:
     canonical: bool
     """canonical components of two modalities; else the layer's own rank terms"""
     weight: np.ndarray
-    """(R,) what the product of the coordinates is multiplied by: s_k, or w_r"""
+    """(N, R) what the product of the coordinates is multiplied by: s_k, or w_r; the same in every row unless these
+    account for margins between different classes"""
     std: np.ndarray
-    """(R,) standard deviation of each term on train"""
+    """(N, R) standard deviation of each term on train"""
     coordinates: np.ndarray
     """(N, R, M) what is multiplied: of variance 1 on train for canonical components, A_m[r] z_m + c_m[r] else"""
     terms: np.ndarray
     """(N, R)"""
     raw_terms: np.ndarray
     """(N, R) the layer's own rank terms; with the layer's own bias they sum to the prediction"""
-    raw_bias: float
+    raw_bias: np.ndarray
+    """(N,) the layer's own bias"""
     residual: float
     """the largest difference between the sum of the terms and what they sum to"""
     neighbours: np.ndarray
@@ -77,7 +79,7 @@ class RankAccount:
 
 @dataclass(frozen=True)
 class Maps:
-    """Which regions and words feed one prediction, to first order (`attribution`)."""
+    """Which regions and words feed one prediction (`saliency`)."""
 
     regions: RegionMap | None
     box: Box
@@ -126,26 +128,51 @@ class Explanation:
     account: Account
     ranks: RankAccount
     maps: list[Maps | None]
-    class_names: tuple[str, str] = Dataset.class_names
+    class_names: tuple[str, ...] = Dataset.class_names
+    pairs: list[tuple[int, int]] | None = None
+    """N of a choice between more than two classes: the likeliest and the runner-up, whose logits' difference, the
+    margin, is what is accounted for"""
+    chances: np.ndarray | None = None
+    """(S, N, C) probabilities, with `pairs`"""
     notes: list[str] = field(default_factory=list)
     """what the reader of a score or a prediction must know of the data"""
 
+    @property
+    def chooses(self) -> bool:
+        """True of classes, False of values."""
+        return self.task != "regression"
+
+    def names(self, row: int) -> tuple[str, str]:
+        """What a prediction below and above 0 says, in words."""
+        if self.pairs is None:
+            return self.class_names[0], self.class_names[1]
+        likeliest, other = self.pairs[row]
+        return self.class_names[other], self.class_names[likeliest]
+
     def probability(self, row: int) -> np.ndarray:
-        """(S,) of label 1, one per member."""
+        """(S,) of label 1, or of the class that is likeliest by the mean over members; one per member."""
+        if self.pairs is not None:
+            return self.chances[:, row, self.pairs[row][0]]
         return expit(self.account.prediction[:, row])
+
+    def says(self, row: int) -> int:
+        """Number of the class that the mean probability decides for."""
+        return self.pairs[row][0] if self.pairs is not None else int(self.probability(row).mean() >= 0.5)
 
     def loss(self, row: int) -> float | None:
         """Loss of the mean over members (`ensemble_losses`); None where the example is unlabelled."""
         target = self.examples.targets[row]
         if target is None:
             return None
+        if self.pairs is not None:
+            return float(-np.log(self.chances[:, row, int(target)].mean()))
         return float(ensemble_losses(self.account.prediction[:, [row]], np.array([target]), self.task)[0])
 
     def label(self, target: float | None) -> str:
         """A target in words: its class, or a regression's value; empty where there is none."""
         if target is None:
             return ""
-        return self.class_names[int(target)] if self.task == "binary" else f"{target:.2f}"
+        return self.class_names[int(target)] if self.chooses else f"{target:.2f}"
 
 
 def ensemble_losses(prediction: np.ndarray, target: np.ndarray, task: Task) -> np.ndarray:
@@ -292,13 +319,33 @@ def _residual(total: np.ndarray, whole: np.ndarray) -> float:
     return float(difference.max(initial=0.0))
 
 
+def join_rank_accounts(parts: Mapping[int, RankAccount], place: np.ndarray) -> RankAccount:
+    """One account of N examples from those of their groups; `place` (N,) says in which group an example is.
+
+    Groups keep the order of their examples. All have the same number of ranks.
+    """
+    order = np.argsort(place, kind="stable")  # rows of the joined account, group after group
+    back = np.argsort(order, kind="stable")
+    joined = {
+        name: np.concatenate([getattr(parts[k], name) for k in sorted(parts)])[back]
+        for name in ("weight", "std", "coordinates", "terms", "raw_terms", "raw_bias", "neighbours")
+    }
+    first = parts[min(parts)]
+    return RankAccount(canonical=first.canonical, residual=max(part.residual for part in parts.values()), **joined)
+
+
 class RankComponents:
     """The terms that one member's ranks contribute: canonical components for two modalities, else the layer's own."""
 
-    def __init__(self, member: FusionModel, train: Mapping[str, Tensor], output: int = 0) -> None:
-        """`train`: raw features (n, d_m) that means, covariances and neighbours are taken from."""
-        self.member, self.output = member, output
-        self.layer = exact_layer(member)
+    def __init__(self, member: FusionModel, train: Mapping[str, Tensor], output: int | Tensor = 0) -> None:
+        """Of one output, or of the outputs weighed by a Tensor (O,): a difference of two has the ranks of both.
+
+        `train`: raw features (n, d_m) that means, covariances and neighbours are taken from.
+        """
+        self.member = member
+        layer = exact_layer(member)
+        contrast = torch.eye(layer.output_dim)[output] if isinstance(output, int) else output
+        self.layer = contrast_layer(layer, contrast.double())
         reference = latents_of(member, train)
         self.means = [z.mean(0) for z in reference]
         self.canonical = len(reference) == 2
@@ -307,10 +354,9 @@ class RankComponents:
             covariances = [z.T.cov() for z in reference]
             covariances = [c + 1e-9 * c.diagonal().mean() * torch.eye(len(c), dtype=c.dtype) for c in covariances]
             spectrum, directions = self.layer.canonical_factors(covariances)
-            self.weight, self.directions = spectrum[output], [p[output] for p in directions]  # (R,), (R, L) each
+            self.weight, self.directions = spectrum[0], [p[0] for p in directions]  # (R,), (R, L) each
         else:
-            weights = self.layer.rank_weights  # (R,), or (R, O) of shared factors
-            self.weight = (weights[:, output] if self.layer.shared_factors else weights) * self.layer.rank_mask
+            self.weight = self.layer.rank_weights
         self.train_coordinates = self.coordinates(reference)  # (n, R, M)
         self.train_terms = self.terms(reference)  # (n, R)
 
@@ -324,16 +370,13 @@ class RankComponents:
         if self.canonical:
             pairs = zip(latents, self.means, self.directions, strict=True)
             return torch.stack([(z - mean) @ direction.T for z, mean, direction in pairs], -1)
-        split = (self.layer.rank, 1 if self.layer.shared_factors else self.layer.output_dim)
-        own = 0 if self.layer.shared_factors else self.output
-        projected = [p(z).unflatten(-1, split)[..., own] for z, p in zip(latents, self.layer.projections, strict=True)]
-        return torch.stack(projected, -1)
+        return torch.stack([p(z) for z, p in zip(latents, self.layer.projections, strict=True)], -1)
 
     def terms(self, latents: Sequence[Tensor]) -> Tensor:
         """(N, R), differentiable in float64 latents (N, L)."""
         if self.canonical:
             return self.weight * self.coordinates(latents).prod(-1)
-        return self.layer.rank_terms(latents)[..., self.output]
+        return self.layer.rank_terms(latents)[..., 0]
 
     @torch.no_grad()
     def account(self, features: Mapping[str, Tensor], neighbours: int, skip: Sequence[int | None]) -> RankAccount:
@@ -343,9 +386,9 @@ class RankComponents:
         """
         latents = latents_of(self.member, features)
         terms, coordinates = self.terms(latents), self.coordinates(latents)
-        raw = self.layer.rank_terms(latents)[..., self.output]
-        whole = self.layer(latents)[..., self.output] - self.layer.bias[self.output]
-        together = recentred_parts(self.layer, latents, self.means)[(0, 1)][:, self.output] if self.canonical else whole
+        raw = self.layer.rank_terms(latents)[..., 0]
+        whole = self.layer(latents)[..., 0] - self.layer.bias[0]
+        together = recentred_parts(self.layer, latents, self.means)[(0, 1)][:, 0] if self.canonical else whole
         residual = _residual(terms.sum(-1).numpy(), together.numpy())
         scale = self.train_coordinates.std(0).clamp_min(1e-12)  # (R, M)
         nearest = []
@@ -357,12 +400,12 @@ class RankComponents:
             nearest.append(distance.topk(min(neighbours, distance.shape[1]), largest=False).indices)
         return RankAccount(
             self.canonical,
-            self.weight.numpy(),
-            self.train_terms.std(0).numpy(),
+            np.broadcast_to(self.weight.numpy(), terms.shape),
+            np.broadcast_to(self.train_terms.std(0).numpy(), terms.shape),
             coordinates.numpy(),
             terms.numpy(),
             raw.numpy(),
-            self.layer.bias[self.output].item(),
+            np.full(len(terms), self.layer.bias.item()),
             residual,
             torch.stack(nearest, 1).numpy(),
         )

@@ -20,9 +20,20 @@ from mmfusion.encoders.frozen import (
 )
 from mmfusion.encoders.images import decode_rgb, preprocess, reason_unreadable
 from mmfusion.errors import InputError
-from mmfusion.explain.account import Examples, Explanation, Maps, RankComponents, account_for, ensemble_losses
+from mmfusion.explain.account import (
+    Examples,
+    Explanation,
+    Maps,
+    RankAccount,
+    RankComponents,
+    account_for,
+    ensemble_losses,
+    join_rank_accounts,
+    margin_weights,
+)
 from mmfusion.explain.saliency import Box, RegionMap, region_map, seen_box, word_map
 from mmfusion.explain.summary import Summary, summarise
+from mmfusion.metrics.tasks import probabilities
 from mmfusion.models.fusion import FusionModel
 from mmfusion.models.heads import ConcatenationHead
 from mmfusion.runs.load import TrainedRun
@@ -69,7 +80,13 @@ class Explainer:
         if choices.output >= outputs:
             raise InputError(f"--output {choices.output}: this run's outputs are 0 to {outputs - 1}")
         self.output = output_name(self.dataset, choices.output)
-        self.ranks = RankComponents(self.members[self.seeds.index(self.seed)], self.train.features, choices.output)
+        self.own = self.members[self.seeds.index(self.seed)]
+        """the member whose rank terms are shown"""
+        self.ranks = RankComponents(self.own, self.train.features, choices.output)
+        if run.task == "multiclass" and (choices.output or choices.rank is not None or choices.maps):
+            raise InputError(
+                "--output, --rank, --maps: choose between two classes or values; this run has more classes"
+            )
         if choices.rank is not None and choices.rank > self.ranks.rank:
             raise InputError(f"--rank {choices.rank}: this run has ranks 1 to {self.ranks.rank}")
 
@@ -124,11 +141,24 @@ class Explainer:
                 raise InputError(
                     f"--worst: {name} has no labels to be wrong about; leave it out, or name another split"
                 )
-            account = account_for(self.members, split.features, self.train.features, self.choices.output)
-            target = split.target.reshape(len(split), -1)[:, self.choices.output].double().numpy()
-            losses = ensemble_losses(account.prediction, target, self.run.task)
+            losses = self.losses(split)
             order = np.argsort(-losses, kind="stable")[:worst].tolist()
         return [(name, row) for row in order]
+
+    def losses(self, split: Split) -> np.ndarray:
+        """(N,) loss of the mean over members, of a labelled split."""
+        if self.run.task == "multiclass":
+            chances = self.predict(split.features).mean(0).double()  # (N, C)
+            return -chances.gather(1, split.target.long()[:, None])[:, 0].log().numpy()
+        account = account_for(self.members, split.features, self.train.features, self.choices.output)
+        target = split.target.reshape(len(split), -1)[:, self.choices.output].double().numpy()
+        return ensemble_losses(account.prediction, target, self.run.task)
+
+    @torch.inference_mode()
+    def predict(self, features: Mapping[str, Tensor]) -> Tensor:
+        """(S, N, C) probabilities of this fold's members."""
+        outputs = torch.stack([member(features, reconstruct=False).prediction for member in self.members])
+        return probabilities(outputs, self.run.task)
 
     def explain_places(self, places: Sequence[Place]) -> Explanation:
         """Examples of the run's own data, from their cached features."""
@@ -178,8 +208,17 @@ class Explainer:
         self, features: Mapping[str, Tensor], examples: Examples, own_rows: Sequence[int | None], maps: bool
     ) -> Explanation:
         """Account for raw features (N, d_m); `own_rows` (N,) are their own rows of train, if any."""
-        account = account_for(self.members, features, self.train.features, self.choices.output)
-        ranks = self.ranks.account(features, self.choices.neighbours, own_rows)
+        pairs = chances = None
+        if self.run.task == "multiclass":
+            predicted = self.predict(features)
+            weights = margin_weights(predicted.mean(0))  # (N, C)
+            account = account_for(self.members, features, self.train.features, weights)
+            ranks = self.ranks_of_margins(features, weights, own_rows)
+            pairs = list(zip(weights.argmax(-1).tolist(), weights.argmin(-1).tolist(), strict=True))
+            chances = predicted.double().numpy()
+        else:
+            account = account_for(self.members, features, self.train.features, self.choices.output)
+            ranks = self.ranks.account(features, self.choices.neighbours, own_rows)
         kind = "component" if ranks.canonical else "rank"
         mapped = f"the {self.output}"
         if self.choices.rank is not None:
@@ -193,7 +232,7 @@ class Explainer:
         return Explanation(
             run=str(self.run.folder),
             row=self.run.main_row,
-            task=self.run.task,
+            task="binary" if self.run.task == "multilabel" else self.run.task,
             output=self.output,
             seeds=self.seeds,
             seed=self.seed,
@@ -203,9 +242,32 @@ class Explainer:
             account=account,
             ranks=ranks,
             maps=mappings,
-            class_names=self.dataset.class_names,
+            class_names=self.class_names,
+            pairs=pairs,
+            chances=chances,
             notes=self.notes(),
         )
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """In words: the classes, or a label that is absent or present."""
+        if self.run.task == "multilabel":
+            name = self.dataset.target_names[self.choices.output]
+            return f"no {name}", name
+        return self.dataset.class_names
+
+    def ranks_of_margins(
+        self, features: Mapping[str, Tensor], weights: Tensor, own_rows: Sequence[int | None]
+    ) -> RankAccount:
+        """Rank terms of each example's own margin (N, C): examples of one pair of classes share their terms."""
+        pairs, place = weights.unique(dim=0, return_inverse=True)
+        parts = {}
+        for k, contrast in enumerate(pairs):
+            rows = (place == k).nonzero().flatten()
+            components = RankComponents(self.own, self.train.features, contrast)
+            chosen = {name: x[rows] for name, x in features.items()}
+            parts[k] = components.account(chosen, self.choices.neighbours, [own_rows[row] for row in rows.tolist()])
+        return join_rank_accounts(parts, place.numpy())
 
     def examples(self, split: str, rows: Sequence[int]) -> Examples:
         """What the given rows of a split look like."""
@@ -292,7 +354,9 @@ def _is_same(vector: Tensor, known: Tensor) -> bool:
 
 
 def output_name(dataset: Dataset, output: int) -> str:
-    """What is predicted: "logit" of a binary label, else the target's name."""
-    if dataset.task == "binary":
+    """What is taken apart: "logit" of a label, "margin" between two of several classes, else the target's name."""
+    if dataset.task == "multiclass":
+        return "margin"
+    if dataset.task in ("binary", "multilabel"):
         return "logit"
     return dataset.target_names[output] if dataset.target_names else "value"

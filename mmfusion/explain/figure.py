@@ -92,7 +92,7 @@ def _draw_words(axis: Axes, explanation: Explanation, row: int) -> None:
     axis.barh(y, values, color=np.where(values > 0, RAISES, LOWERS))
     axis.set_yticks(y, [plain(_short(word, 18)) for word, _ in words], fontsize=10)
     axis.axvline(0, color="black", lw=0.8)
-    axis.set_title(f"words: gradient x input of {explanation.mapped}", fontsize=10)
+    axis.set_title(f"words: {explanation.mapped} with each, minus without it", fontsize=10)
 
 
 def _draw_waterfall(axis: Axes, explanation: Explanation, row: int) -> None:
@@ -117,8 +117,9 @@ def _draw_waterfall(axis: Axes, explanation: Explanation, row: int) -> None:
         f"what each part adds to the {explanation.output}, {mean}\n(bias: what is predicted for the mean of train)",
         fontsize=10,
     )
-    if explanation.task == "binary":
-        axis.set_xlabel("logit: {1} above 0, {0} below".format(*explanation.class_names))
+    if explanation.chooses:
+        below, above = explanation.names(row)
+        axis.set_xlabel(f"{explanation.output}: {above} above 0, {below} below")
     else:
         axis.set_xlabel(f"{explanation.output}, from the bias on")
 
@@ -127,10 +128,12 @@ def _draw_ranks(axis: Axes, explanation: Explanation, row: int) -> None:
     ranks, names = explanation.ranks, explanation.account.modalities
     terms = ranks.terms[row]
     y = np.arange(len(terms))
-    axis.barh(y, ranks.std * 2, left=-ranks.std, color=GREY, alpha=0.25, height=0.8, label="+- 1 std on train")
+    axis.barh(
+        y, ranks.std[row] * 2, left=-ranks.std[row], color=GREY, alpha=0.25, height=0.8, label="+- 1 std on train"
+    )
     axis.barh(y, terms, color=np.where(terms > 0, RAISES, LOWERS), height=0.4)
     kind = "component" if ranks.canonical else "rank"
-    reach = 1.12 * max(*ranks.std, *np.abs(terms))
+    reach = 1.12 * max(*ranks.std[row], *np.abs(terms))
     axis.set_xlim(-reach, reach)
     labels = []
     for k in y:
@@ -146,7 +149,7 @@ def _draw_ranks(axis: Axes, explanation: Explanation, row: int) -> None:
         title = f"canonical; they sum to its {' x '.join(names)}, {terms.sum():+.2f}"
     else:
         what = f"rank terms of seed {explanation.seed}: weight x product of coordinates\n"
-        title = f"with its bias {ranks.raw_bias:+.2f} they sum to {terms.sum() + ranks.raw_bias:+.2f}"
+        title = f"with its bias {ranks.raw_bias[row]:+.2f} they sum to {terms.sum() + ranks.raw_bias[row]:+.2f}"
     axis.set_title(what + title, fontsize=10)
     axis.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.05))
 

@@ -114,12 +114,14 @@ def _introduction(explanation: Explanation) -> str:
     """How many are right, whose predictions they are, and how to read a bar."""
     count, labelled = len(explanation.examples), [target is not None for target in explanation.examples.targets]
     counts = counted(count, "example")
-    if explanation.task == "binary" and any(labelled):
+    if explanation.chooses and any(labelled):
         wrong = sum(is_wrong(explanation, row) for row in range(count))
         counts += f", {wrong} wrong and {sum(labelled) - wrong} right"
     seeds = counted(len(explanation.seeds), "seed")
     ways = f"; thin lines are standard deviations over {seeds}" if len(explanation.seeds) > 1 else ""
-    positive = f": above 0 it says {explanation.class_names[1]}" if explanation.task == "binary" else ""
+    positive = f": above 0 it says {explanation.class_names[1]}" if explanation.chooses else ""
+    if explanation.pairs is not None:
+        positive = ", the logit of the likeliest class less that of the runner-up"
     return (
         f"{counts}, predicted by {explanation.row}, {seeds}. Each bar chart takes one {explanation.output} apart"
         f"{positive}. Its parts are exact and sum to it (largest difference {explanation.account.residual:.0e}); the "
@@ -130,8 +132,9 @@ def _introduction(explanation: Explanation) -> str:
 def _controls(explanation: Explanation) -> str:
     """The form that sorts and filters; hidden until the script shows it."""
     labelled = any(target is not None for target in explanation.examples.targets)
-    binary = explanation.task == "binary"
+    binary = explanation.chooses
     value = f"probability of {explanation.class_names[1]}" if binary else explanation.output
+    value = "probability of the likeliest" if explanation.pairs is not None else value
     orders = {"given": "as given"} | ({"loss": "loss, largest first"} if labelled else {})
     orders |= {"value": f"{value}, largest first", "id": "id"}
     options = "".join(f'<option value="{key}">{_escape(text)}</option>' for key, text in orders.items())
@@ -156,7 +159,7 @@ def _reading(explanation: Explanation) -> str:
 def _card(explanation: Explanation, row: int, picture: "Image.Image | str | None", largest: int) -> str:
     """One example: the sentence, what it looks like, the numbers."""
     key, wrong, loss = explanation.examples.ids[row], is_wrong(explanation, row), explanation.loss(row)
-    binary = explanation.task == "binary"
+    binary = explanation.chooses
     value = (explanation.probability(row) if binary else explanation.account.prediction[:, row]).mean()
     data = f'data-id="{_escape(key)}" data-value="{value:.9g}" data-wrong="{int(wrong)}"'
     data += "" if loss is None else f' data-loss="{loss:.9g}"'
@@ -183,7 +186,7 @@ def _seen(explanation: Explanation, row: int, picture: "Image.Image | str | None
         seen += f'<img src="{_uri(picture)}" alt="{_escape(alt)}" title="{_escape(key)}">'
         if maps is not None and maps.regions is not None:
             drawn = overlay(picture, maps.regions.cells, maps.box)
-            what = _escape(f"the regions that feed {explanation.mapped}, to first order")
+            what = _escape(f"regions that feed {explanation.mapped}, to first order; words: with minus without each")
             seen += f'<img src="{_uri(drawn)}" alt="{what}"><small>{what}</small>'
     if maps is not None:
         seen += "".join(f'<p class="note">{_escape(note)}</p>' for note in maps.notes)
@@ -226,7 +229,7 @@ def _ranks(explanation: Explanation, row: int, largest: int) -> str:
         cells = "".join(f'<td class="n">{value:+.2f}</td>' for value in ranks.coordinates[row, k])
         near = ", ".join(train.ids[i] for i in ranks.neighbours[row, k])
         rows += (
-            f'<tr><td>{k + 1}</td>{cells}<td class="n">{term:+.2f}</td><td class="n">{ranks.std[k]:.2f}</td></tr>'
+            f'<tr><td>{k + 1}</td>{cells}<td class="n">{term:+.2f}</td><td class="n">{ranks.std[row, k]:.2f}</td></tr>'
             f'<tr><td class="from" colspan="{len(modalities) + 3}">nearest in train: {_escape(near)}</td></tr>'
         )
     figures = ""

@@ -1,14 +1,18 @@
-"""Saliency of words and picture regions: gradient x input through the frozen encoders.
+"""Saliency of picture regions (gradient x input) and of words (what the score loses without each).
 
-A first-order account (Shrikumar et al., 2016; Ancona et al., 2018). For a picture the input is the last feature map,
-whose average is the image vector x: cell (i, j) of the h x w grid gets
+For a picture the account is of first order (Shrikumar et al., 2016; Ancona et al., 2018). The input is the last feature
+map, whose average is the image vector x: cell (i, j) of the h x w grid gets
 
     sum_c dscore/dx_c (a_cij - reference_c) / (h w),    summing to    dscore/dx . (x - reference)
 
-over the cells, exactly. For a text it is the sum over a token's embedding of gradient x embedding; pieces of a word are
-added up. The score is not linear in its inputs: these are not shares of it.
+over the cells, exactly. The score is not linear in its input: these are not shares of it.
+
+For a text each word is left out in turn (Li et al., 2016). Gradient x embedding, the cheaper way, points the wrong way
+through a trained encoder: its first layer norm takes the embeddings' scale away, so that the derivative along them says
+little (`benchmarks.real_encoders` compares the two).
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -23,7 +27,7 @@ from mmfusion.encoders.images import Preprocessing, crop_box
 if TYPE_CHECKING:
     from transformers import BatchEncoding  # imported late elsewhere
 
-SPECIAL = "[special]"
+TEXTS_AT_ONCE = 32
 RAISES, LOWERS = (217, 116, 26), (31, 111, 180)  # orange, blue: told apart by colour-blind readers too
 Box = tuple[float, float, float, float]  # left, top, right, bottom, as fractions of width and height
 Score = Callable[[Tensor], Tensor]  # vectors (b, d) -> (b,), differentiable
@@ -46,7 +50,7 @@ def region_map(
     """Gradient x input on the grid of cells whose average is the image vector.
 
     Args:
-        encoder: whose vector is the average of a feature map (ResNet).
+        encoder: whose vector is the average of a feature map (ResNet, EfficientNet, Swin).
         pixels: uint8 (S, S, 3), as the encoder sees the picture.
         score: of image vectors (1, d).
         reference: (d,) what the input is counted from, such as the mean vector of train; default 0.
@@ -55,15 +59,22 @@ def region_map(
         None where the encoder's vector is not the average of such a map (a projection follows, or there is none).
     """
     pools = [module for module in encoder.model.modules() if isinstance(module, nn.AdaptiveAvgPool2d)]
-    if not pools:
-        return None
     seen: list[Tensor] = []
-    with pools[-1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])):
+
+    def keep_last(_: nn.Module, __: tuple, output: object) -> None:
+        """timm has pools of its own; its models and those of Hugging Face name the map that they pool."""
+        if hasattr(output, "last_hidden_state"):
+            seen.append(output.last_hidden_state)
+
+    with contextlib.ExitStack() as hooks:
+        for pool in pools:
+            hooks.enter_context(pool.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])))
+        hooks.enter_context(encoder.model.register_forward_hook(keep_last))
         x = torch.from_numpy(pixels.copy()).to(encoder.device).permute(2, 0, 1)[None].float()
         with torch.no_grad():
             vector = encoder.features(x)
-    cells = seen[0][0].float()  # (c, h, w)
-    if cells.shape[0] != vector.shape[1] or not torch.allclose(cells.mean((1, 2)), vector[0], rtol=1e-2, atol=1e-3):
+    cells = _averaged_map(seen, vector[0])
+    if cells is None:
         return None
     vector = vector.detach().requires_grad_(True)
     (gradient,) = torch.autograd.grad(score(vector).sum(), vector)
@@ -72,36 +83,38 @@ def region_map(
     return RegionMap(weighted.cpu().numpy(), gradient[0].cpu().numpy(), vector.detach()[0].cpu().numpy())
 
 
-def word_map(encoder: TextEncoder, text: str, score: Score) -> list[tuple[str, float]]:
-    """(word, gradient x input) in the order of the text, in units of the score; `SPECIAL` last, where there is any.
+def _averaged_map(maps: list[Tensor], vector: Tensor) -> Tensor | None:
+    """Of the candidates, (1, c, h, w) or (1, h, w, c), the last whose average is `vector` (c,), as (c, h, w)."""
+    for candidate in reversed(maps):
+        if candidate.ndim != 4:
+            continue
+        for cells in (candidate[0].float(), candidate[0].float().permute(2, 0, 1)):
+            if cells.shape[0] != len(vector):
+                continue
+            # relative to the vector: deep networks with random weights give numbers far below 1
+            if (cells.mean((1, 2)) - vector).norm() <= 1e-2 * vector.norm():
+                return cells
+    return None
 
-    Pieces of a word are added up, and so are the tokens that the encoder adds itself ([CLS], [SEP]). What lies beyond
-    the encoder's longest text is left out.
+
+@torch.no_grad()
+def word_map(encoder: TextEncoder, text: str, score: Score) -> list[tuple[str, float]]:
+    """(word, score of the text minus its score without that word), in the order of the text, in units of the score.
+
+    What lies beyond the encoder's longest text is left out.
     """
     tokens = encoder.tokenizer(text, truncation=True, max_length=encoder.max_length)
-    embeddings: list[Tensor] = []
-
-    def keep(_: nn.Module, __: tuple, output: Tensor) -> Tensor:
-        embeddings.append(output.detach().requires_grad_(True))
-        return embeddings[-1]
-
-    with token_embedding(encoder.model).register_forward_hook(keep):
-        value = score(encoder.features([tokens["input_ids"]])).sum()
-    (gradient,) = torch.autograd.grad(value, embeddings[0])
-    length = len(tokens["input_ids"])
-    per_token = (gradient * embeddings[0].detach()).sum(-1)[0, :length].tolist()
-
-    words: dict[object, float] = {}  # dicts keep the order in which words are first seen
-    for word, contribution in zip(_words(tokens, text), per_token, strict=True):
-        words[word] = words.get(word, 0.0) + contribution
-    special = words.pop(None, None)
-    named = [(text[start:end], value) for (start, end), value in words.items()]
-    return named + ([] if special is None else [(SPECIAL, special)])
-
-
-def token_embedding(model: nn.Module) -> nn.Module:
-    """The table of token embeddings of a Hugging Face text model, or of a two-tower model's text tower."""
-    return getattr(model, "text_model", model).get_input_embeddings()
+    ids, words = tokens["input_ids"], _words(tokens, text)
+    spans = [span for span in dict.fromkeys(words) if span is not None]  # dicts keep the order in which words come
+    # a tokenizer without tokens of its own leaves nothing of a text of one word: one token of padding stands for it
+    nothing = [encoder.tokenizer.pad_token_id or 0]
+    without = [[i for i, word in zip(ids, words, strict=True) if word != span] or nothing for span in spans]
+    values: list[float] = []
+    for start in range(0, len(without), TEXTS_AT_ONCE):
+        vectors = encoder.features(without[start : start + TEXTS_AT_ONCE])
+        values += [score(vector[None]).item() for vector in vectors]
+    whole = score(encoder.features([ids or nothing])).item()
+    return [(text[start:end], whole - value) for (start, end), value in zip(spans, values, strict=True)]
 
 
 def _words(tokens: "BatchEncoding", text: str) -> list[tuple[int, int] | None]:

@@ -16,7 +16,7 @@ def sentence(explanation: Explanation, row: int) -> str:
     "Hateful with probability 0.93 (5 of 5 seeds agree); wrong: labelled benign. Image and text together push most:
     +2.1 in a logit of +2.6." The first line of the printed text, the title of the figure, the heading on the page.
     """
-    if explanation.task == "binary":
+    if explanation.chooses:
         return f"{_decision(explanation, row)}. {_largest_part(explanation, row)}"
     value, target = explanation.account.prediction[:, row], explanation.examples.targets[row]
     seeds = counted(len(value), "seed") + (f", {value.min():.2f} to {value.max():.2f}" if len(value) > 1 else "")
@@ -28,37 +28,41 @@ def sentence(explanation: Explanation, row: int) -> str:
 def is_wrong(explanation: Explanation, row: int) -> bool:
     """True where the decision of a classification, that of the mean probability, is not the label."""
     target = explanation.examples.targets[row]
-    if explanation.task != "binary" or target is None:
+    if not explanation.chooses or target is None:
         return False
-    return (explanation.probability(row).mean() >= 0.5) != (target == 1)
+    return explanation.says(row) != int(target)
 
 
 def _decision(explanation: Explanation, row: int) -> str:
     """Class, probability, agreement of the seeds, and the label."""
     p, target = explanation.probability(row), explanation.examples.targets[row]
-    positive = bool(p.mean() >= 0.5)
-    agreeing = int(((p >= 0.5) == positive).sum())
-    seeds = "1 seed" if len(p) == 1 else f"{agreeing} of {len(p)} seeds agree"
-    name = explanation.class_names[positive]
+    several = explanation.pairs is not None
+    positive = several or bool(p.mean() >= 0.5)
+    agree = explanation.chances[:, row].argmax(-1) == explanation.says(row) if several else (p >= 0.5) == positive
+    seeds = "1 seed" if len(p) == 1 else f"{int(agree.sum())} of {len(p)} seeds agree"
+    name = explanation.names(row)[positive]
     chosen = p.mean() if positive else 1 - p.mean()
     probability = f"{chosen:.2f}" if chosen < 0.995 else "above 0.99"
     verdict = "unlabelled"
     if target is not None:
         verdict = ("wrong" if is_wrong(explanation, row) else "right") + f": labelled {explanation.label(target)}"
-    return f"{name[:1].upper()}{name[1:]} with probability {probability} ({seeds}); {verdict}"
+    rather = f", rather than {explanation.names(row)[0]}" if several else ""
+    return f"{name[:1].upper()}{name[1:]} with probability {probability}{rather} ({seeds}); {verdict}"
 
 
 def _largest_part(explanation: Explanation, row: int) -> str:
     """The part that pushes the mean prediction furthest towards where it ends: from 0, or from a regression's bias."""
     parts = {name: part[:, row].mean() for name, part in explanation.account.parts.items()}
     bias = parts.pop("bias")
-    binary = explanation.task == "binary"
+    binary = explanation.chooses
     total = sum(parts.values()) + (bias if binary else 0.0)
     positive = bool(total >= 0)
-    if binary and positive != (explanation.probability(row).mean() >= 0.5):
-        return f"The seeds disagree: their mean logit is {_signed(total)}."  # one far-off seed outweighs the others
+    said = explanation.pairs is not None or explanation.probability(row).mean() >= 0.5
+    if binary and positive != said:
+        # one far-off seed outweighs the others
+        return f"The seeds disagree: their mean {explanation.output} is {_signed(total)}."
     name = max(parts, key=lambda part: parts[part] if positive else -parts[part])
-    whole = f"in a logit of {_signed(total)}" if binary else f"from {bias:.2f} at the mean of train"
+    whole = f"in a {explanation.output} of {_signed(total)}" if binary else f"from {bias:.2f} at the mean of train"
     if binary and (parts[name] > 0) != positive:
         return f"No part of the example pushes that way: the bias does, {_signed(bias)} {whole}."
     *others, last = name.removesuffix(" alone").split(" x ")
@@ -85,8 +89,8 @@ def plain(text: str) -> str:
 def headline(explanation: Explanation, row: int) -> str:
     """The prediction with its spread over seeds, and the loss where there is a label."""
     count = len(explanation.seeds)
-    if explanation.task == "binary":
-        value, name = explanation.probability(row), f"probability of {explanation.class_names[1]}"
+    if explanation.chooses:
+        value, name = explanation.probability(row), f"probability of {explanation.names(row)[1]}"
         cost = "cross-entropy"
     else:
         value, name = explanation.account.prediction[:, row], explanation.output
@@ -103,13 +107,13 @@ def reach(explanation: Explanation, row: int) -> str:
     """
     account, cells = explanation.account, []
     for name in account.modalities:
-        if explanation.task == "binary":
+        if explanation.chooses:
             radius = account.radius[name][:, row] / account.latent_std[name]
             mean = f" (seeds' mean {radius.mean():.2f})" if len(radius) > 1 else ""
             cells.append(f"{name} {radius.min():.2f}{mean}")
         else:
             cells.append(f"{name} {(account.slope[name][:, row] * account.latent_std[name]).mean():.2g}")
-    if explanation.task == "binary":
+    if explanation.chooses:
         who = "no seed changes its" if len(explanation.seeds) > 1 else "the seed does not change its"
         return f"certified: {who} decision before one latent alone moves by, in standard deviations: {', '.join(cells)}"
     return (
@@ -127,7 +131,7 @@ def print_explanation(explanation: Explanation, row: int = 0) -> None:
     for note in explanation.notes:
         print(f"note: {plain(note)}")
 
-    binary = explanation.task == "binary"
+    binary = explanation.chooses
     print(f"\n{'certified radius (l2)' if binary else 'largest change (l2)':24}", end="")
     print(
         "the least change of one latent that changes a seed's own decision, in its rms std on train"
@@ -166,7 +170,7 @@ def _print_ranks(explanation: Explanation, row: int) -> None:
     for k, term in enumerate(ranks.terms[row]):
         coordinates = "".join(f"{value:12.3f}" for value in ranks.coordinates[row, k])
         own = f"{ranks.raw_terms[row, k]:28.3f}" if ranks.canonical else ""
-        print(f"  {k + 1:<20}{coordinates}{ranks.weight[k]:12.3f}{term:12.3f}{ranks.std[k]:15.3f}{own}")
+        print(f"  {k + 1:<20}{coordinates}{ranks.weight[row, k]:12.3f}{term:12.3f}{ranks.std[row, k]:15.3f}{own}")
     what = " x ".join(account.modalities) if ranks.canonical else f"{explanation.output} less its bias"
     width = 12 * len(account.modalities) + 12
     print(f"  {'sum: ' + what:<{20 + width}}{ranks.terms[row].sum():12.3f}   (difference {ranks.residual:.0e})")
@@ -191,7 +195,7 @@ def _print_maps(explanation: Explanation, row: int) -> None:
     if maps is None:
         return
     for name, words in maps.words.items():
-        print(f"\nwords of {name} that feed {explanation.mapped} (gradient x input)")
+        print(f"\nwords of {name} that feed {explanation.mapped} (with the word minus without it)")
         print("  " + "  ".join(f"{plain(word)} {value:+.3f}" for word, value in words))
     if maps.regions is not None:
         print(f"\nregions of the picture that feed {explanation.mapped} (gradient x (input - mean of train))")

@@ -17,39 +17,23 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import UnionType
-from typing import Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import TypeVar
 
 import torch
 from filelock import FileLock, Timeout
 
 from mmfusion.errors import InputError
-from mmfusion.files import write_json
+from mmfusion.files import read_regular_file, write_json
+from mmfusion.runs.settings import MOST_BYTES, check_settings, config_from, read_run, settings_of
 
 Config = TypeVar("Config")
 RUNS = Path("runs")
 PACKAGES = ("torch", "torchvision", "transformers", "numpy", "scikit-learn", "safetensors")
 MARK_OF_COMPLETION = "results.json"
-MOST_BYTES = 2**26  # of run.json: a list of a million skipped images has less
-# settings that do not change a result, and so need not agree when a run is resumed
-FREE_SETTINGS = {
-    "resume",
-    "name",
-    "workers",
-    "jsonl",
-    "img_dir",
-    "download",
-    "cache_dir",
-    "data",
-    "folds",
-    "audio",
-    "visual",
-    "features",
-}
 
 
 @dataclass(frozen=True)
@@ -60,6 +44,10 @@ class RunConfig:
     """the run is kept in runs/NAME; default: the data's name, with a number if that is taken"""
     resume: bool = False
     """go on with the run of that name where it was killed"""
+    config: Path | None = None
+    """repeat a run: config.json (or run.json) of its folder gives all flags that are not named here"""
+    tensorboard: bool = False
+    """write event files for TensorBoard into the run's folder too (needs the package tensorboard)"""
 
 
 class RunFolder:
@@ -93,6 +81,11 @@ class RunFolder:
         if _is_taken(RUNS / name):
             raise InputError(f"{RUNS / name}: this run exists; choose another --name, or go on with it with --resume")
         return cls(RUNS / name, config, resume, False)
+
+    @property
+    def writes_events(self) -> bool:
+        """True where --tensorboard is given."""
+        return bool(settings_of(self.config).get("tensorboard"))
 
     @property
     def is_complete(self) -> bool:
@@ -198,99 +191,34 @@ def _first_free(default: str) -> Path:
     return next(RUNS / name for name in names if not _is_taken(RUNS / name))
 
 
-# ---- settings ----------------------------------------------------------------------------------------------------
+def defaults_for(config_class: type[Config], run: RunConfig, default: Callable[[], str]) -> Config | None:
+    """The settings that stand in for flags that are left out: with --resume or --config those of another run.
 
-
-def settings_of(config: object) -> dict[str, object]:
-    """Every flag's value, JSON-able, sections flattened; paths are absolute: a run can be read from anywhere."""
-    flat: dict[str, object] = {}
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if is_dataclass(value):
-            flat |= settings_of(value)
-        elif isinstance(value, Path):
-            flat[field.name] = str(value.expanduser().absolute())
-        elif field.name == "features":  # MODALITY=PATH
-            pairs = [pair.partition("=") for pair in value]
-            flat[field.name] = [f"{modality}={Path(path).expanduser().absolute()}" for modality, _, path in pairs]
-        elif field.name.endswith("_encoder") and value and Path(value.removeprefix("random:")).expanduser().exists():
-            prefix = "random:" if value.startswith("random:") else ""
-            flat[field.name] = prefix + str(Path(value.removeprefix(prefix)).expanduser().absolute())
-        else:
-            flat[field.name] = value
-    return json.loads(json.dumps(flat, default=str))
-
-
-def config_from(config_class: type[Config], settings: Mapping[str, object], path: Path) -> Config:
-    """The dataclass whose flags were written to run.json (`path`); flags that came later have their defaults.
-
-    Raises InputError naming the first setting of a wrong type.
+    `default` gives the name of the run to resume where none is given. Raises InputError.
     """
-    values: dict[str, object] = {}
-    hints = get_type_hints(config_class)
-    for field in fields(config_class):
-        kind = hints[field.name]
-        if is_dataclass(kind):
-            values[field.name] = config_from(kind, settings, path)
-        elif field.name in settings:
-            value = settings[field.name]
-            if field.name == "seeds" and isinstance(value, list):  # the main script used to list them
-                value = len(value)
-            values[field.name] = _typed(value, kind, f"{path}: setting {field.name}")
-    return config_class(**values)
-
-
-def _typed(value: object, kind: object, where: str) -> object:
-    """A JSON value as the type of a flag. Raises InputError."""
-    if get_origin(kind) is Literal and value in get_args(kind):
-        return value
-    kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
-    for one in kinds:
-        if one is type(None) and value is None:
-            return None
-        if one is Path and isinstance(value, str) and "\0" not in value:
-            return Path(value)
-        if get_origin(one) is tuple and isinstance(value, list):
-            return tuple(value)
-        if one is float and type(value) in (int, float):
-            return value
-        if one in (int, str, bool) and type(value) is one:
-            return value
-        if get_origin(one) is Literal and value in get_args(one):
-            return value
-    raise InputError(f"{where} is {json.dumps(value)[:60]}, which it cannot be; begin anew under another --name")
-
-
-def check_settings(folder: Path, settings: Mapping[str, object]) -> None:
-    """Raise InputError naming the first setting that differs from those of the run to resume; needs no data."""
-    begun = read_run(folder)["settings"]
-    for key, value in settings.items():
-        was = begun.get(key)
-        if key == "seeds" and isinstance(was, list):
-            was = len(was)
-        if key not in FREE_SETTINGS and was != value:
-            raise InputError(
-                f"{folder}: was begun with --{key.replace('_', '-')} {was}, not {value}; "
-                "leave the flag out to resume it, or give another --name"
-            )
-
-
-def read_run(folder: Path) -> dict[str, dict]:
-    """run.json of a run that was begun: its settings, data and device. Raises InputError."""
-    path = folder / "run.json"
+    if run.resume and run.config is not None:
+        raise InputError("--resume and --config: one goes on with a run, the other begins it anew; give one of the two")
+    if run.resume:
+        folder = find_begun(run.name, run.name or default())
+        return config_from(config_class, read_run(folder)["settings"], folder / "run.json")
+    if run.config is None:
+        return None
+    path = run.config.expanduser()
+    path = path / "run.json" if path.is_dir() else path
+    remedy = "give config.json or run.json of a run's folder"
     try:
-        if not path.is_file() or path.stat().st_size > MOST_BYTES:
-            raise ValueError("no regular file of a run's size")
-        begun = json.loads(path.read_text(encoding="utf-8"))
-        run = {key: begun[key] for key in ("settings", "data", "device")}
-        if not isinstance(run["settings"], dict) or not isinstance(run["data"], dict):
-            raise TypeError("settings and data must be objects")
-        return run
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:80]
-        raise InputError(
-            f"{path}: damaged ({type(error).__name__}: {reason}); begin anew under another --name"
-        ) from None
+        content = json.loads(read_regular_file(path, MOST_BYTES, remedy, "--config"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"--config {path}: is no JSON ({type(error).__name__}); {remedy}") from error
+    settings = content.get("run", content) if isinstance(content, dict) else None
+    settings = settings.get("settings") if isinstance(settings, dict) else None
+    if not isinstance(settings, dict):
+        raise InputError(f"--config {path}: holds no settings; give config.json or run.json of a run's folder")
+    unknown = sorted(set(settings) - set(settings_of(config_class())))
+    if unknown:
+        raise InputError(f"--config {path}: is of another command (this one has no --{unknown[0].replace('_', '-')})")
+    own = {"name": None, "resume": False, "config": None}
+    return config_from(config_class, settings | own, path)
 
 
 def same_data(begun: Mapping[str, object], now: Mapping[str, object]) -> bool:

@@ -25,7 +25,8 @@ from mmfusion.encoders.frozen import EncoderConfig, compute_dtype
 from mmfusion.errors import InputError
 from mmfusion.models.fusion import FusionEnsemble, FusionModel
 from mmfusion.models.pretrained import read_config
-from mmfusion.runs.folder import config_from, is_complete, read_run, same_data
+from mmfusion.runs.folder import is_complete, same_data
+from mmfusion.runs.settings import config_from, read_run
 
 Settings = TypeVar("Settings")
 

@@ -1,9 +1,11 @@
 """Files of a run: metrics.jsonl, saved models, predictions as CSV."""
 
+import contextlib
 import csv
 import io
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,27 +15,33 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
-from mmfusion.dataset import Dataset, Split
+from mmfusion.dataset import Dataset, Split, Task
 from mmfusion.errors import InputError
 from mmfusion.files import write_text
 from mmfusion.models.fusion import FusionEnsemble
+
+EVENTS = "tensorboard"
 
 
 class MetricsLog:
     """metrics.jsonl: one line per method and epoch, on disk as soon as the epoch is over.
 
-    It is written anew when a run is resumed: the training replays the epochs that its checkpoint holds.
+    It is written anew when a run is resumed: the training replays the epochs that its checkpoint holds. With `events`
+    the same numbers go into event files for TensorBoard, in the folder `tensorboard`.
     """
 
-    def __init__(self, path: Path, score: str = "dev_auroc") -> None:
-        """`score`: what the selection score is called in a line."""
-        self.path, self.score = path, score
+    def __init__(self, folder: Path, task: Task = "binary", events: bool = False) -> None:
+        """Raises InputError where `events` is wanted and the package tensorboard is not there."""
+        self.folder, self.path = folder, folder / "metrics.jsonl"
+        self.score = "dev_auroc" if task == "binary" else "dev_score"
+        self._writer_class = _event_writer() if events else None
 
     def __enter__(self) -> "MetricsLog":
         try:
             self._file: TextIO = self.path.open("w", encoding="utf-8")
         except OSError as error:
             raise InputError(f"{self.path}: cannot be written ({error.strerror})") from error
+        shutil.rmtree(self.folder / EVENTS, ignore_errors=True)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -42,19 +50,24 @@ class MetricsLog:
     @contextmanager
     def stack(self, methods: Sequence[str], members: int, epochs: int) -> Iterator[Callable[[dict], None]]:
         """A progress bar, and a callback for the epochs of methods trained in one stack, `members` of each in turn."""
-        with tqdm(total=epochs, desc=f"train {methods[0]}", unit="epoch", mininterval=0.5) as bar:
+        with contextlib.ExitStack() as stack:
+            bar = stack.enter_context(tqdm(total=epochs, desc=f"train {methods[0]}", unit="epoch", mininterval=0.5))
+            writers = []
+            if self._writer_class is not None:
+                places = [str(self.folder / EVENTS / plain_name(method)) for method in methods]
+                writers = [stack.enter_context(self._writer_class(place)) for place in places]
 
             def on_epoch(record: dict) -> None:
                 for i, method in enumerate(methods):
                     part = slice(i * members, (i + 1) * members)
                     loss = {term: values[part] for term, values in record["loss"].items()}
-                    line = {
-                        "method": method,
-                        "epoch": record["epoch"],
-                        "loss": loss,
-                        self.score: record["score"][part],
-                    }
+                    score = record["score"][part]
+                    line = {"method": method, "epoch": record["epoch"], "loss": loss, self.score: score}
                     self._write(json.dumps(line) + "\n")
+                    if writers:
+                        means = {f"loss/{term}": values for term, values in loss.items()} | {self.score: score}
+                        for name, values in means.items():
+                            writers[i].add_scalar(name, float(np.mean(values)), record["epoch"])
                 bar.update()
                 bar.set_postfix({self.score: f"{sum(record['score'][:members]) / members:.3f}"})
 
@@ -68,6 +81,32 @@ class MetricsLog:
             raise InputError(f"{self.path}: cannot be written ({error.strerror}); make room, then --resume") from error
 
 
+class SilentLog:
+    """What a process that does not write has in place of `MetricsLog`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @contextmanager
+    def stack(self, methods: Sequence[str], members: int, epochs: int) -> Iterator[None]:
+        """Nothing is called."""
+        yield None
+
+
+def _event_writer() -> type:
+    """torch's SummaryWriter. Raises InputError where its package is missing."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter  # for those who ask for it alone
+    except ImportError as error:
+        raise InputError("--tensorboard: needs the package tensorboard; install it, or leave the flag out") from error
+    return SummaryWriter
+
+
+def plain_name(label: str) -> str:
+    """A label as the name of a folder."""
+    return re.sub(r"[^\w-]+", "-", label)
+
+
 def save_ensembles(folder: Path, ensembles: Mapping[str, FusionEnsemble]) -> None:
     """The first ensemble into `folder` itself, the others (baselines) into folders below it; all can be loaded.
 
@@ -75,7 +114,7 @@ def save_ensembles(folder: Path, ensembles: Mapping[str, FusionEnsemble]) -> Non
     """
     run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     for i, (label, ensemble) in enumerate(ensembles.items()):
-        place = folder if i == 0 else folder / "baselines" / re.sub(r"[^\w-]+", "-", label)
+        place = folder if i == 0 else folder / "baselines" / plain_name(label)
         # weights first: a folder with a config.json is whole
         ensemble.save_pretrained(place, {"method": label, "run": run})
 

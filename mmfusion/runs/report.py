@@ -284,7 +284,7 @@ def _draw_ranks(axis, ranks: RankReport, selection: str) -> None:
         relative = ranks.spectrum / np.maximum(ranks.spectrum.sum(1, keepdims=True), 1e-30)
         series.append((relative, ORANGE, "canonical spectrum / its sum (identified)"))
     spread = "mean and std over seeds" if len(ranks.weight) > 1 else "1 seed"
-    for offset, (values, color, label) in zip((-0.2, 0.2), series, strict=False):
+    for offset, (values, color, label) in zip((-0.2, 0.2) if len(series) > 1 else (0.0,), series, strict=True):
         error = values.std(0, ddof=1) if len(values) > 1 else None
         axis.bar(x + offset, values.mean(0), 0.38, yerr=error, color=color, label=label, capsize=3)
     axis.axhline(0, color="black", linewidth=0.6)
@@ -316,9 +316,10 @@ def _draw_reliability(axis, dataset: Dataset, shown: Shown, where: str) -> None:
         axis.plot(mean_predicted, observed, "o-", color=BLUE, alpha=0.5, markersize=4, label=label)
     axis.plot([0, 1], [0, 1], color=GREY, linestyle=":", label="calibrated")
     of = {"multiclass": " of the likeliest class", "multilabel": ", labels together"}.get(dataset.task, "")
+    line_end = "\n" if of else " "
     came_true = {"multiclass": "share right"}.get(dataset.task, "share positive")
     axis.set(title=f"reliability on {where}", ylabel=came_true)
-    axis.set(xlabel=f"predicted probability{of} (10 equal-mass bins)")
+    axis.set(xlabel=f"predicted probability{of}{line_end}(10 equal-mass bins)")
     axis.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
     _legend_below(axis, 2)
 
@@ -411,4 +412,4 @@ def _draw_latents(axis, member: FusionModel, features: Mapping[str, Tensor], spl
         axis.plot(*circle, color="black", linestyle=style, linewidth=0.8, label=f"N(0, I) holds {share:.0%}")
     axis.set(title=f"latents on {split}, first seed: two main axes, prior", aspect="equal")
     axis.set(xlabel="first axis", ylabel="second axis")
-    _legend_below(axis, 2 if len(latents) < 3 else 4)
+    _legend_below(axis, 2 if len(latents) < 3 else 3)

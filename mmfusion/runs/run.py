@@ -13,12 +13,14 @@ from torch import Tensor
 
 from mmfusion.data.folds import tested_split
 from mmfusion.dataset import Dataset, Split
+from mmfusion.distributed import current_processes
 from mmfusion.metrics.scores import Score, binary_scores
 from mmfusion.metrics.tasks import ALL_SCORES, can_score, task_scores
 from mmfusion.models.fusion import FusionEnsemble, ModelConfig
 from mmfusion.runs import report
+from mmfusion.runs.card import write_card
 from mmfusion.runs.folder import RunFolder
-from mmfusion.runs.outputs import MetricsLog, save_ensembles, write_predictions
+from mmfusion.runs.outputs import MetricsLog, SilentLog, save_ensembles, write_predictions
 from mmfusion.training.fit import Method, fit_methods
 from mmfusion.training.objective import Term
 from mmfusion.training.recipe import ObjectiveConfig, TrainingConfig
@@ -74,26 +76,49 @@ def methods(modalities: Sequence[str], config: Sections) -> list[list[Method]]:
 
 def carry_out(
     run: RunFolder,
+    description: Mapping[str, object],
     datasets: Sequence[Dataset],
     config: Sections,
     device: torch.device,
     stacks: Sequence[Sequence[Method]] | None = None,
     further_terms: Mapping[str, tuple[float, Term]] | None = None,
-) -> Outcome:
-    """Train, score, report and write everything into a run's folder that has been begun; results.json comes last.
+    before: Callable[[Path], None] | None = None,
+) -> Outcome | None:
+    """Begin a run, train, score, report and write everything into its folder; results.json comes last.
+
+    Where `join_processes` has joined several processes, each trains a share of the members and the main one does the
+    rest; all call with the same arguments.
 
     Args:
-        run: the folder, begun.
+        run: the folder, claimed.
+        description: of the data, for run.json.
         datasets: one, or the folds of one.
         config: with sections training, model and objective.
         device: where members are trained.
         stacks: default `methods`.
         further_terms: {name: (weight, term)} added to the objective.
+        before: called with the folder once it is there.
+
+    Returns:
+        what was found; None in a process that is not the main one, and where a resumed run is complete already.
     """
-    dataset, folder = datasets[0], run.path
-    report.print_dataset(datasets, folder, device)
+    processes, goes_on = current_processes(), False
+    with processes.together():
+        if processes.is_main:
+            goes_on = run.begin(description, device)
+    goes_on, folder = processes.gather((goes_on, run.path))[0]
+    if not goes_on:
+        return None
+    dataset = datasets[0]
     stacks = methods(tuple(dataset.input_dims), config) if stacks is None else stacks
-    ensembles, histories = train_stacks(folder, datasets, stacks, config, device, further_terms)
+    if not processes.is_main:
+        train_stacks(SilentLog(folder), datasets, stacks, config, device, further_terms)
+        return None
+    if before is not None:
+        before(folder)
+    report.print_dataset(datasets, folder, device)
+    with MetricsLog(folder, datasets[0].task, run.writes_events) as log:
+        ensembles, histories = train_stacks(log, datasets, stacks, config, device, further_terms)
     outcome = predict_and_score(datasets, ensembles, histories)
     report.print_scores(dataset, outcome.parts, outcome.scores, outcome.ensemble_scores, outcome.thresholds)
     results: dict[str, object] = {"selection": dataset.selection, "task": dataset.task, "scores": outcome.scores}
@@ -106,6 +131,7 @@ def carry_out(
         report.print_ranks(ranks, dataset.selection, dataset.task)
         results["ranks"] = ranks
     save_ensembles(folder, ensembles)
+    write_card(folder, dataset, main, outcome.scores, len(datasets))
     write_predictions(folder, dataset, outcome.parts, outcome.predictions[outcome.main_row])
     shown = shown_part(dataset, outcome)
     report.draw(
@@ -119,42 +145,40 @@ def carry_out(
     )
     run.close(results)
     print(
-        f"\nkept in {folder}/: report.png, results.json, metrics.jsonl, predictions_*.csv, "
+        f"\nkept in {folder}/: README.md, report.png, results.json, metrics.jsonl, predictions_*.csv, "
         "model.safetensors with config.json (FusionEnsemble.from_pretrained)"
     )
     return outcome
 
 
 def train_stacks(
-    folder: Path,
+    log: MetricsLog | SilentLog,
     datasets: Sequence[Dataset],
     stacks: Sequence[Sequence[Method]],
     config: Sections,
     device: torch.device,
     further_terms: Mapping[str, tuple[float, Term]] | None = None,
 ) -> tuple[dict[str, FusionEnsemble], dict[str, Trained]]:
-    """Train every stack, with its checkpoints and metrics.jsonl in `folder`: ensembles and histories of `Outcome`."""
+    """Train every stack, with checkpoints beside the log: ensembles and histories of `Outcome`."""
     ensembles: dict[str, FusionEnsemble] = {}
     histories: dict[str, Trained] = {}
-    score = "dev_auroc" if datasets[0].task == "binary" else "dev_score"
-    with MetricsLog(folder / "metrics.jsonl", score) as log:
-        for stack in stacks:
-            labels = [method.label for method in stack]
-            name = re.sub(r"[^\w-]+", "-", f"{stack[0].fusion}-{'-'.join(stack[0].modalities)}")[:100]
-            with log.stack(labels, config.training.seeds * len(datasets), config.training.epochs) as on_epoch:
-                fitted, trained = fit_methods(
-                    datasets,
-                    stack,
-                    config.model,
-                    config.objective,
-                    config.training,
-                    further_terms=further_terms,
-                    device=device,
-                    checkpoint=folder / "checkpoints" / f"{name}.safetensors",
-                    on_epoch=on_epoch,
-                )
-            ensembles |= dict(zip(labels, fitted, strict=True))
-            histories[labels[0]] = trained
+    for stack in stacks:
+        labels = [method.label for method in stack]
+        name = re.sub(r"[^\w-]+", "-", f"{stack[0].fusion}-{'-'.join(stack[0].modalities)}")[:100]
+        with log.stack(labels, config.training.seeds * len(datasets), config.training.epochs) as on_epoch:
+            fitted, trained = fit_methods(
+                datasets,
+                stack,
+                config.model,
+                config.objective,
+                config.training,
+                further_terms=further_terms,
+                device=device,
+                checkpoint=log.folder / "checkpoints" / f"{name}.safetensors",
+                on_epoch=on_epoch,
+            )
+        ensembles |= dict(zip(labels, fitted, strict=True))
+        histories[labels[0]] = trained
     return ensembles, histories
 
 

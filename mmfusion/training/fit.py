@@ -53,7 +53,7 @@ def fit_methods(
     checkpoint: Path | None = None,
     on_epoch: Callable[[dict], None] | None = None,
 ) -> tuple[list[FusionEnsemble], Trained]:
-    """Train every seed of every method on every fold at once, each member kept at its best epoch on selection.
+    """Train every seed of every method on every fold at once, each member kept at its best epoch, or its last.
 
     Args:
         datasets: one, with splits `train` and the one it names for selection; or the folds of one.
@@ -114,7 +114,9 @@ def fit_methods(
         epochs=training.epochs,
         batch_size=training.batch_size,
         learning_rate=training.learning_rate,
+        annealing=training.annealing,
         patience=training.patience,
+        keep=training.keep,
         compile=training.compile,
     )
     term_weights = objectives.loss_weights(first.task, modalities)

@@ -65,6 +65,10 @@ class TrainingConfig:
     """examples per step"""
     learning_rate: float = 1e-3
     """of Adam"""
+    annealing: Literal["none", "cosine"] = "none"
+    """cosine: the learning rate falls to 0 over all epochs along half a cosine"""
+    keep: Literal["best", "last"] = "best"
+    """which epoch is kept: the best on the selection split, or the last (nothing stops early, nothing is selected)"""
     weight_decay: float = 0.01
     """decoupled, on weight matrices"""
     modality_dropout: float = 0.0

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, stack_module_state, vmap
 
 from mmfusion.dataset import Fold, Split
+from mmfusion.distributed import current_processes
 from mmfusion.errors import InputError, NonFiniteLoss
 from mmfusion.training.checkpoint import read_checkpoint, write_checkpoint
 
@@ -152,6 +153,8 @@ class _State:
         self.best_epoch = [-1] * len(members)
         self.best_score = [-math.inf] * len(members)
         self.history: list[dict] = []
+        self.out_of_patience: list[bool] = []
+        """of every epoch: no member of this process would train on"""
         self.finished = False
 
     def apply(self, gradients: dict[str, Tensor], learning_rate: float) -> None:
@@ -197,6 +200,7 @@ class _State:
             "best_epoch": self.best_epoch,
             "best_score": self.best_score,
             "history": self.history,
+            "out_of_patience": self.out_of_patience,
         }
         write_checkpoint(path, tensors, progress)
 
@@ -214,11 +218,13 @@ class _State:
                 if f"best/{name}" in tensors:
                     self.best[name].copy_(tensors[f"best/{name}"])
                 else:  # the last epoch's are kept
-                    self.best[name] = parameter
+                    self.best = self.parameters
                 self.optimizer.state[parameter] = {
                     key: tensors[f"{key}/{name}"].to(parameter.device) for key in ("step", *MOMENTS)
                 }
         self.finished, self.history = progress["finished"], progress["history"]
+        last = [self.finished] if self.history else []
+        self.out_of_patience = progress.get("out_of_patience", [False] * (len(self.history) - 1) + last)
         self.best_epoch, self.best_score = progress["best_epoch"], progress["best_score"]
 
 
@@ -260,41 +266,125 @@ def train(
         checkpoint: file to save progress to, and to go on from where it exists.
         on_epoch: called with each epoch's record; after a resume it gets the past epochs' records first.
 
+    Where `join_processes` has joined several processes (torchrun), each trains its share of the members, and every one
+    returns all of them. All must call with the same arguments; `checkpoint` then names a file for each.
+
     On the CPU the result is a function of the arguments, bit for bit, also across a kill and a resume.
     Raises NonFiniteLoss (the last good checkpoint stays), InputError for a checkpoint of other settings.
     """
-    device = torch.device(device)
+    processes = current_processes()
+    own = list(range(len(members)))[processes.rank :: processes.world_size]
+    if checkpoint is not None and processes.world_size > 1:
+        checkpoint = checkpoint.with_stem(f"{checkpoint.stem}-{processes.rank + 1}-of-{processes.world_size}")
+    with processes.together():  # a checkpoint of other settings, in one of them, ends all
+        training = _Training(problem, [members[s] for s in own], data, schedule, torch.device(device), checkpoint)
+    history: list[dict] = []
+    finished = False
+    while not finished:
+        failure, part = None, None
+        try:
+            part = training.epoch(len(history))
+        except NonFiniteLoss as error:
+            failure = error
+        everyone = processes.gather((part, str(failure) if failure else None))
+        if failed := next((message for _, message in everyone if message), None):
+            raise failure or NonFiniteLoss(failed)
+        parts = [part for part, _ in everyone if part is not None]
+        history.append(_merge([record for record, _ in parts]))
+        finished = all(out for _, out in parts) or len(history) == schedule.epochs
+        with processes.together():  # a full disk, in one of them, ends all
+            training.save(finished)
+        if on_epoch:
+            on_epoch(history[-1])
+    state = training.state
+    if processes.world_size == 1:
+        return Trained(training.models(), state.best_epoch, state.best_score, history)
+    states = [model.state_dict() for model in training.models()]
+    found = processes.gather(list(zip(own, states, state.best_epoch, state.best_score, strict=True)))
+    rows = sorted(itertools.chain.from_iterable(found), key=lambda row: row[0])
     models = build_members(problem.build, members)
-    state = _State(models, members, schedule, device)
-    folds = data.folds or [Fold(torch.arange(len(data.train)), torch.arange(len(data.selection)))]
-    data = data._replace(folds=folds)
-    identity = _identity(members, schedule, data, models[0])
-    if checkpoint is not None and checkpoint.exists():
-        state.load(checkpoint, identity)
-    for record in state.history:
-        if on_epoch:
-            on_epoch(record)
+    for model, (_, values, *_) in zip(models, rows, strict=True):
+        model.load_state_dict(values)
+    return Trained(models, [row[2] for row in rows], [row[3] for row in rows], history)
 
-    skeleton = models[0].to(device)  # lends its forward; its own parameters are never read
-    step = vectorized_step(skeleton, problem.objective, schedule.compile)
-    feed = _Feed(data.train, members, folds, schedule.batch_size, device)
-    selection = _Selection(data.selection, members, folds, problem, device)
-    saved_at = time.monotonic()
-    for epoch in range(len(state.history), 0 if state.finished else schedule.epochs):
-        losses = _train_epoch(epoch, state, step, feed, members, schedule)
-        scores = selection.scores(skeleton, state, epoch)
-        record = {"epoch": epoch, "loss": losses, "score": scores}
-        state.history.append(record)
-        out_of_patience = state.select(epoch, scores, schedule)
-        state.finished = out_of_patience or epoch + 1 == schedule.epochs
-        if checkpoint is not None and (state.finished or time.monotonic() - saved_at >= schedule.checkpoint_seconds):
-            state.save(checkpoint, identity)
-            saved_at = time.monotonic()
-        if on_epoch:
-            on_epoch(record)
-        if state.finished:
-            break
-    return Trained(_load_best(models, state), state.best_epoch, state.best_score, state.history)
+
+def _merge(records: list[dict]) -> dict:
+    """One record of an epoch from those of K processes, whose members are every K-th."""
+    if len(records) == 1:
+        return records[0]
+
+    def interleave(columns: list[list]) -> list:
+        return [x for row in itertools.zip_longest(*columns) for x in row if x is not None]
+
+    losses = [record["loss"] for record in records]
+    loss = {name: interleave([part[name] for part in losses]) for name in losses[0]}
+    return {"epoch": records[0]["epoch"], "loss": loss, "score": interleave([r["score"] for r in records])}
+
+
+class _Training:
+    """One process's members and how far they are."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        members: list[Member],
+        data: TrainingData,
+        schedule: Schedule,
+        device: torch.device,
+        checkpoint: Path | None,
+    ) -> None:
+        self.members, self.schedule, self.checkpoint = members, schedule, checkpoint
+        self.is_ahead = False
+        """an epoch has been trained that the checkpoint does not hold"""
+        self.built = build_members(problem.build, members)
+        self.state = _State(self.built, members, schedule, device) if members else _NoMembers()
+        if not members:  # more processes than members: this one has nothing to do but to listen
+            return
+        folds = data.folds or [Fold(torch.arange(len(data.train)), torch.arange(len(data.selection)))]
+        data = data._replace(folds=folds)
+        self.identity = _identity(members, schedule, data, self.built[0])
+        if checkpoint is not None and checkpoint.exists():
+            self.state.load(checkpoint, self.identity)
+        self.skeleton = self.built[0].to(device)  # lends its forward; its own parameters are never read
+        self.step = vectorized_step(self.skeleton, problem.objective, schedule.compile)
+        self.feed = _Feed(data.train, members, folds, schedule.batch_size, device)
+        self.selection = _Selection(data.selection, members, folds, problem, device)
+        self.saved_at = time.monotonic()
+
+    def epoch(self, epoch: int) -> tuple[dict, bool] | None:
+        """(record, whether no member would train on) of an epoch, from the checkpoint or trained now."""
+        if not self.members:
+            return None
+        state = self.state
+        if epoch == len(state.history):
+            self.is_ahead = True
+            losses = _train_epoch(epoch, state, self.step, self.feed, self.members, self.schedule)
+            scores = self.selection.scores(self.skeleton, state, epoch)
+            state.history.append({"epoch": epoch, "loss": losses, "score": scores})
+            state.out_of_patience.append(state.select(epoch, scores, self.schedule))
+        return state.history[epoch], state.out_of_patience[epoch]
+
+    def save(self, finished: bool) -> None:
+        """Write the checkpoint where it is due."""
+        if self.checkpoint is None or not self.is_ahead:
+            return
+        if not finished and time.monotonic() - self.saved_at < self.schedule.checkpoint_seconds:
+            return
+        self.is_ahead = False
+        self.state.finished = finished
+        self.state.save(self.checkpoint, self.identity)
+        self.saved_at = time.monotonic()
+
+    def models(self) -> list[nn.Module]:
+        """Every member at its best epoch, or its last."""
+        return _load_best(self.built, self.state) if self.members else []
+
+
+class _NoMembers:
+    """The state of a process without members."""
+
+    best_epoch: ClassVar[list[int]] = []
+    best_score: ClassVar[list[float]] = []
 
 
 class _Feed:

@@ -1,0 +1,118 @@
+"""Members shared out over the processes of torchrun: the results of one process, and an end when one of them dies."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = """
+import sys
+import numpy as np
+import torch
+from torch import nn
+from mmfusion.cli import run_command
+from mmfusion.dataset import Split
+from mmfusion.distributed import end_process, join_processes, leave_processes
+from mmfusion.training.trainer import Member, Problem, Schedule, TrainingData, train
+from dataclasses import dataclass
+from pathlib import Path
+
+@dataclass(frozen=True)
+class Config:
+    out: str
+    epochs: int = 12
+    rate: float = 1e-2
+
+def main(config):
+    processes = join_processes()
+    torch.set_num_threads(1)
+    drawn = torch.from_numpy(np.random.default_rng(0).standard_normal((64, 6)).astype(np.float32))
+    split = Split({"a": drawn[:, :5]}, drawn[:, 5], [str(n) for n in range(64)])
+    problem = Problem(
+        lambda _: nn.Sequential(nn.Linear(5, 16), nn.GELU(), nn.Linear(16, 1)),
+        lambda model, batch: {"loss": (model(batch.features["a"]).squeeze(-1) - batch.target).square().mean()},
+        lambda model, features: model(features["a"]).squeeze(-1),
+        lambda prediction, target: -float(np.abs(prediction - target).mean()),
+    )
+    members = [Member(seed, {"loss": 1.0}) for seed in range(5)]
+    schedule = Schedule(epochs=config.epochs, batch_size=16, learning_rate=config.rate, patience=3,
+                        checkpoint_seconds=0.0)
+    def on_epoch(record):
+        if record["epoch"] == 0 and processes.is_main:
+            print("begun", flush=True)
+    trained = train(problem, members, TrainingData(split, split), schedule,
+                    checkpoint=Path(config.out).with_suffix(".safetensors"), on_epoch=on_epoch)
+    torch.save({"states": [model.state_dict() for model in trained.models], "history": trained.history,
+                "best": trained.best_epoch}, f"{config.out}-{processes.rank}.pt")
+    leave_processes()
+
+end_process(run_command(main, Config, sys.argv[1:]))
+"""
+
+
+def start(folder: Path, processes: int, *flags: object) -> subprocess.Popen:
+    """SCRIPT on so many processes."""
+    script = folder / "script.py"
+    script.write_text(textwrap.dedent(SCRIPT))
+    command = [sys.executable, str(script)]
+    if processes > 1:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        command.append(str(script))
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([*command, *map(str, flags)], cwd=folder, env=environment, **pipes)
+
+
+def run(folder: Path, processes: int, *flags: object) -> list[dict]:
+    """What every process was returned."""
+    process = start(folder, processes, "--out", f"of{processes}", *flags)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    return [torch.load(folder / f"of{processes}-{rank}.pt", weights_only=False) for rank in range(processes)]
+
+
+def test_two_and_three_processes_train_what_one_does(tmp_path):
+    """Up to rounding: a reduction over the stack adds in another order where a member stands elsewhere in it."""
+    (alone,) = run(tmp_path, 1)
+    for processes in (2, 3):
+        for found in run(tmp_path, processes):
+            assert found["best"] == alone["best"] and len(found["history"]) == len(alone["history"])
+            for mine, reference in zip(found["states"], alone["states"], strict=True):
+                for name, value in reference.items():
+                    torch.testing.assert_close(mine[name], value, rtol=1e-6, atol=1e-6)
+            for mine, reference in zip(found["history"], alone["history"], strict=True):
+                torch.testing.assert_close(mine["score"], reference["score"], rtol=1e-6, atol=1e-6)
+                torch.testing.assert_close(mine["loss"]["loss"], reference["loss"]["loss"], rtol=1e-6, atol=1e-6)
+
+
+def test_process_that_dies_ends_the_run_within_seconds_and_it_goes_on(tmp_path):
+    flags = ("--epochs", 300, "--rate", 1e-4)
+    process = start(tmp_path, 2, "--out", "of2", *flags)
+    assert process.stdout.readline() == "begun\n"
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    killed = time.monotonic()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert time.monotonic() - killed < 10 and process.returncode != 0
+    assert "another process of this run has died" in errors
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    for found, expected in zip(run(tmp_path, 2, *flags), run(whole, 2, *flags), strict=True):
+        assert found["best"] == expected["best"]
+        for mine, reference in zip(found["states"], expected["states"], strict=True):
+            assert all(torch.equal(mine[name], reference[name]) for name in reference)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_exploding_loss_is_one_line_in_however_many_processes(tmp_path, processes):
+    process = start(tmp_path, processes, "--out", "x", "--rate", "1e30")
+    _, errors = process.communicate(timeout=120)
+    lines = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert process.returncode != 0 and len(lines) == 1 and "lower --learning-rate" in lines[0]
