@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 
 from mmfusion.cli import pick_device, run_command
 from mmfusion.data.folds import FoldedDataset
-from mmfusion.data.registry import DataOptions, load_folded
+from mmfusion.data.registry import DataOptions, check_flags, load_folded
 from mmfusion.distributed import end_process, join_processes, leave_processes
 from mmfusion.errors import InputError
 from mmfusion.files import write_atomically, write_text
@@ -35,25 +35,6 @@ from mmfusion.training.grid import Grid, Recipe, Setting, train_grid
 Settings = TypeVar("Settings")
 SCORE_EFFECT = 0.01
 """smallest effect of interest: one point of accuracy, or a hundredth of the target's standard deviation"""
-
-
-# flags that only some data sets have a use for
-FLAGS_OF = {
-    "folds": ("mustard", "arrays"),
-    "protocol": ("mustard",),
-    "audio": ("mustard",),
-    "visual": ("mustard",),
-    "task": ("cmu_mosi", "arrays"),
-    "target": ("arrays",),
-    "modalities": ("arrays",),
-    "ignore": ("arrays",),
-    "hold_out": ("arrays",),
-    "split_seed": ("arrays",),
-    "img_dir": ("hateful_memes",),
-    "image_encoder": ("hateful_memes",),
-    "text_encoder": ("hateful_memes", "mustard"),
-    "features": ("hateful_memes",),
-}
 
 
 @dataclass(frozen=True)
@@ -300,10 +281,7 @@ def record(
 
 def check_options(options: Options) -> None:
     """Raise InputError for flags out of range or without a use, before anything is loaded."""
-    for name, datasets in FLAGS_OF.items():
-        if options.dataset not in datasets and getattr(options, name) != getattr(Options, name):
-            flag = f"--{name.replace('_', '-')}"
-            raise InputError(f"{flag}: has no use with --dataset {options.dataset}, only with {' or '.join(datasets)}")
+    check_flags(options)
     if options.seeds < 2:
         raise InputError(f"--seeds {options.seeds}: give at least 2; one seed has no spread")
     for name in ("epochs", "hidden_dim"):

@@ -194,9 +194,10 @@ class _FusionEstimator(BaseEstimator):
             section.check()
         method = Method("jWAE-LMF", self.modalities_, active_rank=rank)
         device = pick_device(self.device)
-        (ensemble,), trained = fit_methods(
-            dataset, [method], model, objective, training, class_weights=class_weights, device=device
-        )
+        with torch.random.fork_rng(devices=[]):  # a new model draws values, which the members' seeds then overwrite
+            (ensemble,), trained = fit_methods(
+                dataset, [method], model, objective, training, class_weights=class_weights, device=device
+            )
         self.ensemble_: FusionEnsemble = ensemble
         self.history_ = trained.history
         self.n_iter_ = len(trained.history)

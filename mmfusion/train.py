@@ -31,7 +31,7 @@ from mmfusion.runs.folder import MARK_OF_COMPLETION, RunConfig, RunFolder, defau
 from mmfusion.runs.load import ARRAYS, TrainedRun, load_run
 from mmfusion.runs.run import carry_out
 from mmfusion.training.fit import Method
-from mmfusion.training.objective import Term
+from mmfusion.training.objective import FIT_TERM, Term
 from mmfusion.training.recipe import ObjectiveConfig, TrainingConfig
 
 
@@ -110,10 +110,13 @@ def fit(
         stacks: methods to train, those of one shape together; default: jWAE-LMF and its baselines.
         further_terms: {name: (weight, term)} added to the objective.
 
-    Raises InputError naming key, setting or folder.
+    Raises InputError naming key, setting or folder, ValueError for a further term by the name of one there is.
     """
     config = config or Config()
     config.check()
+    known = {*FIT_TERM.values(), *config.objective.loss_weights("binary", ("two", "modalities"))}
+    if taken := sorted(known & set(further_terms or {})):
+        raise ValueError(f"further_terms: the objective has a term {taken[0]!r} of its own; choose another name")
     name = "arrays"
     if isinstance(data, Dataset):
         name = data.name

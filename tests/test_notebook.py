@@ -1,4 +1,4 @@
-"""The notebook runs as committed and shows what its text says."""
+"""The notebooks run as committed and show what their text says."""
 
 import json
 from pathlib import Path
@@ -9,19 +9,24 @@ from nbclient import NotebookClient
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOK = ROOT / "notebooks" / "lmf_tour.ipynb"
+YOUR_DATA = ROOT / "notebooks" / "your_data.ipynb"
 
 
 def execute(notebook: nbformat.NotebookNode, folder: Path) -> None:
     NotebookClient(
-        notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
     ).execute()
 
 
 @pytest.fixture
-def notebook(monkeypatch: pytest.MonkeyPatch) -> nbformat.NotebookNode:
+def notebook(environment: None) -> nbformat.NotebookNode:
+    return nbformat.read(NOTEBOOK, as_version=4)
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # on a busy machine spinning threads cost more than they bring
-    return nbformat.read(NOTEBOOK, as_version=4)
 
 
 def figures(notebook: nbformat.NotebookNode) -> int:
@@ -55,8 +60,19 @@ def test_notebook_finds_the_modules_from_the_repository_root(notebook):
     assert "input_dims=(2, 3)" in notebook.cells[-1].outputs[0].text
 
 
-def test_committed_notebook_is_small_and_names_no_machine():
-    text = NOTEBOOK.read_text()
+def test_a_first_hour_with_own_data_goes_as_the_notebook_says(environment):
+    notebook = nbformat.read(YOUR_DATA, as_version=4)
+    execute(notebook, YOUR_DATA.parent)  # its cells assert what its text says
+    assert figures(notebook) == 1
+    summary = json.loads(notebook.cells[-2].outputs[0].text)
+    assert len(summary["accuracy"]) == 8 and summary["accuracy"]["jWAE-LMF"] > 0.93
+    assert summary["margin"] > 0 and set(summary["radii"]) == {"upper", "lower", "rows", "columns", "fourier", "edges"}
+    assert not (YOUR_DATA.parent / "runs").exists()
+
+
+@pytest.mark.parametrize(("path", "count"), [(NOTEBOOK, 3), (YOUR_DATA, 1)], ids=lambda one: getattr(one, "stem", ""))
+def test_committed_notebook_is_small_and_names_no_machine(path, count):
+    text = path.read_text()
     assert len(text) < 300_000
-    assert figures(nbformat.read(NOTEBOOK, as_version=4)) == 3
-    assert not any(path in text for path in ("/home/", "/tmp/", "/root/", "/work/"))
+    assert figures(nbformat.read(path, as_version=4)) == count
+    assert not any(place in text for place in ("/home/", "/tmp/", "/root/", "/work/"))

@@ -6,11 +6,13 @@ import re
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from experiments import baselines, experiment, reproduce, robustness, uncertainty
 from main_hateful_memes import Config
+from mmfusion import train
 from mmfusion.explain import __main__ as explain
 
 ROOT = Path(__file__).parent.parent
@@ -36,6 +38,41 @@ def test_the_layer_in_six_lines_gives_the_shapes_it_says():
     assert torch.is_tensor(scope["image"])
 
 
+@pytest.fixture
+def own_arrays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """mine.npz of the widths that the snippet says, three classes, in an empty working folder."""
+    rng, arrays = np.random.default_rng(0), {}
+    for split, count in {"train": 60, "dev": 20, "test": 20}.items():
+        target = np.arange(count) % 3
+        for name, width in {"image": 512, "text": 384}.items():
+            arrays[f"{name}_{split}"] = rng.normal(size=(count, width)) + 0.3 * (
+                target[:, None] == np.arange(width) % 3
+            )
+        arrays[f"target_{split}"] = target
+    np.savez(tmp_path / "mine.npz", **arrays)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_your_own_data_takes_five_lines_and_one_command(own_arrays):
+    snippet = next(s for s in SNIPPETS if "mine.npz" in s)
+    lines = [line for line in snippet.splitlines() if line]
+    assert len(lines) == 5
+    scope: dict[str, object] = {}
+    exec("\n".join(lines[:-1]), scope)
+    scores, probabilities, parts, radii = eval(lines[-1], scope)
+    assert (own_arrays / "runs/arrays/report.png").exists()
+    assert scores["jWAE-LMF, rank 4"]["test"]["accuracy"]["mean"] > 0.5
+    assert probabilities.shape == (3, 3) and np.allclose(probabilities.sum(1), 1)
+    assert list(parts) == ["bias", "image alone", "text alone", "image x text"]
+    assert {name: radius.shape for name, radius in radii.items()} == {"image": (5, 3), "text": (5, 3)}
+    (command,) = (c.strip() for c in COMMANDS if "mine.npz" in c)
+    prefix = "python -m mmfusion.train "
+    assert command.startswith(prefix) and train.run(command.removeprefix(prefix).split()) == 0
+    same = train.Run(own_arrays / "runs/mine").scores
+    assert same == scores  # the same data and defaults: the same scores
+
+
 def test_setup_commands_are_the_promised_ones_and_ci_calls_the_test_command():
     assert COMMANDS[0].strip() == "pip install -r requirements.txt && python main_hateful_memes.py"
     assert COMMANDS[1].strip() == "pip install -r requirements-dev.txt && python -m pytest"
@@ -53,7 +90,7 @@ def test_four_modules_stand_at_the_top_level_and_are_what_is_packaged():
 def test_every_flag_and_benchmark_that_is_named_exists():
     configs = (explain.Config, experiment.Options, baselines.TrainOptions, reproduce.Config)
     configs += (robustness.Options, uncertainty.Options)
-    sections = [getattr(Config(), field.name) for field in dataclasses.fields(Config)]
+    sections = [getattr(c(), field.name) for c in (Config, train.Config) for field in dataclasses.fields(c)]
     names = [field.name for config in (*configs, *sections) for field in dataclasses.fields(config)]
     known = {f"--{name.replace('_', '-')}" for name in names}
     others = {"--help", "--nproc_per_node", "--no-deps"}
@@ -72,6 +109,10 @@ def test_linked_files_exist(link):
 def test_every_experiment_is_in_the_table_of_questions():
     named = set(re.findall(r"^\| .*`python -m experiments\.(\w+)`", README, re.MULTILINE))
     assert {*reproduce.EXPERIMENTS, "reproduce"} <= named
+
+
+def test_readme_is_short():
+    assert len(README.split()) <= 1300
 
 
 def test_nothing_is_left_to_fill_in():

@@ -1,7 +1,11 @@
-"""Registry of the datasets: their flags, their loaders, and a check that all values are finite."""
+"""Registry of the datasets: their loaders, the flags they take, and a check that all values are finite.
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+A new one is a loader that returns `Dataset`s, and its line in CORPORA; a flag of its own, if it needs one, is a field
+of `DataOptions` (docs/extend.md).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +21,72 @@ from mmfusion.distributed import Processes
 from mmfusion.encoders.frozen import EncoderConfig
 from mmfusion.errors import InputError
 
-DatasetName = Literal["demo", "cmu_mosi", "mustard", "pom", "hateful_memes", "arrays"]
+
+@dataclass(frozen=True)
+class Corpus:
+    """One dataset by name: everything that commands know of it."""
+
+    load: Callable[["DataOptions", str], list[Dataset]]
+    """(flags, device) -> one dataset per fold"""
+    flags: tuple[str, ...] = ()
+    """fields of `DataOptions`, beside `data`, that it has a use for; any other that is given is refused"""
+    texts: Mapping[str, str] = field(default_factory=dict)
+    """modalities that the text encoder made -> column of the metadata that holds their texts"""
+
+
+def _memes_config(options: "DataOptions") -> tuple[MemesConfig, EncoderConfig]:
+    data = MemesConfig(options.data, options.img_dir, cache_dir=options.cache_dir, features=options.features)
+    return data, EncoderConfig(image_encoder=options.image_encoder, text_encoder=options.text_encoder)
+
+
+def _memes(options: "DataOptions", device: str) -> list[Dataset]:
+    return [load_memes(*_memes_config(options), Processes(device=device))]
+
+
+def _cmu_mosi(options: "DataOptions", device: str) -> list[Dataset]:
+    return [load_cmu_mosi(options.data, options.task)]
+
+
+def _mustard(options: "DataOptions", device: str) -> list[Dataset]:
+    if isinstance(options.folds, int):
+        raise InputError(f"--folds {options.folds}: mustard has folds of its own; give their file, or no flag")
+    datasets = load_mustard(
+        options.data,
+        EncoderConfig(text_encoder=options.text_encoder),
+        options.cache_dir,
+        folds=options.folds,
+        audio=options.audio,
+        visual=options.visual,
+        protocol=options.protocol,
+        device=device,
+    )
+    return [replace(dataset, name="mustard") for dataset in datasets]
+
+
+def _pom(options: "DataOptions", device: str) -> list[Dataset]:
+    return [load_pom(options.data, "mean_std")]
+
+
+def _arrays(options: "DataOptions", device: str) -> list[Dataset]:
+    if isinstance(options.folds, Path):
+        raise InputError(f"--folds {options.folds}: with --dataset arrays, give a number of folds")
+    shared = {one.name: getattr(options, one.name) for one in fields(ArraysConfig)}
+    return load_arrays(ArraysConfig(**shared))
+
+
+CORPORA: dict[str, Corpus] = {
+    "demo": Corpus(_memes, (), {"text": "transcript"}),
+    "cmu_mosi": Corpus(_cmu_mosi, ("task",)),
+    "mustard": Corpus(
+        _mustard,
+        ("folds", "protocol", "audio", "visual", "text_encoder"),
+        {"utterance": "transcript", "context": "context"},
+    ),
+    "pom": Corpus(_pom),
+    "hateful_memes": Corpus(_memes, ("img_dir", "image_encoder", "text_encoder", "features"), {"text": "transcript"}),
+    "arrays": Corpus(_arrays, ("folds", "task", "target", "modalities", "ignore", "hold_out", "split_seed")),
+}
+DatasetName = Literal[*CORPORA]
 
 
 @dataclass(frozen=True)
@@ -74,7 +143,7 @@ def load_datasets(options: DataOptions, device: str = "cpu") -> list[Dataset]:
         raise InputError(f"--data: --dataset {options.dataset} needs the path of its file")
     if options.dataset == "demo" and options.data is not None:
         raise InputError(f"--data {options.data}: say which data set it is with --dataset; the demo draws its own")
-    datasets = _LOADERS[options.dataset](options, device)
+    datasets = CORPORA[options.dataset].load(options, device)
     for dataset in datasets:
         _check_finite(dataset, options)
     return datasets
@@ -99,51 +168,11 @@ def memes_source(options: DataOptions) -> MemesSource | None:
     return None
 
 
-def _memes_config(options: DataOptions) -> tuple[MemesConfig, EncoderConfig]:
-    data = MemesConfig(options.data, options.img_dir, cache_dir=options.cache_dir, features=options.features)
-    return data, EncoderConfig(image_encoder=options.image_encoder, text_encoder=options.text_encoder)
-
-
-def _memes(options: DataOptions, device: str) -> list[Dataset]:
-    return [load_memes(*_memes_config(options), Processes(device=device))]
-
-
-def _cmu_mosi(options: DataOptions, device: str) -> list[Dataset]:
-    return [load_cmu_mosi(options.data, options.task)]
-
-
-def _mustard(options: DataOptions, device: str) -> list[Dataset]:
-    if isinstance(options.folds, int):
-        raise InputError(f"--folds {options.folds}: mustard has folds of its own; give their file, or no flag")
-    datasets = load_mustard(
-        options.data,
-        EncoderConfig(text_encoder=options.text_encoder),
-        options.cache_dir,
-        folds=options.folds,
-        audio=options.audio,
-        visual=options.visual,
-        protocol=options.protocol,
-        device=device,
-    )
-    return [replace(dataset, name="mustard") for dataset in datasets]
-
-
-def _pom(options: DataOptions, device: str) -> list[Dataset]:
-    return [load_pom(options.data, "mean_std")]
-
-
-def _arrays(options: DataOptions, device: str) -> list[Dataset]:
-    if isinstance(options.folds, Path):
-        raise InputError(f"--folds {options.folds}: with --dataset arrays, give a number of folds")
-    shared = {one.name: getattr(options, one.name) for one in fields(ArraysConfig)}
-    return load_arrays(ArraysConfig(**shared))
-
-
-_LOADERS: dict[str, Callable[[DataOptions, str], list[Dataset]]] = {
-    "demo": _memes,
-    "cmu_mosi": _cmu_mosi,
-    "mustard": _mustard,
-    "pom": _pom,
-    "hateful_memes": _memes,
-    "arrays": _arrays,
-}
+def check_flags(options: DataOptions) -> None:
+    """Raise InputError naming the first flag that was given and has no use with this dataset."""
+    known = {flag for corpus in CORPORA.values() for flag in corpus.flags}
+    for one in fields(DataOptions):
+        if one.name in known - set(CORPORA[options.dataset].flags) and getattr(options, one.name) != one.default:
+            users = " or ".join(name for name, corpus in CORPORA.items() if one.name in corpus.flags)
+            flag = f"--{one.name.replace('_', '-')}"
+            raise InputError(f"{flag}: has no use with --dataset {options.dataset}, only with {users}")

@@ -18,7 +18,7 @@ from mmfusion.data.array_files import read_arrays
 from mmfusion.data.arrays import ArraysConfig, dataset_from_arrays, load_arrays
 from mmfusion.data.folds import FoldedDataset, fold_datasets
 from mmfusion.data.memes import MemesConfig, MemesSource, find_source, load_memes
-from mmfusion.data.registry import DataOptions, load_datasets, memes_source
+from mmfusion.data.registry import CORPORA, DataOptions, load_datasets, memes_source
 from mmfusion.dataset import Dataset, Task
 from mmfusion.distributed import Processes
 from mmfusion.encoders.frozen import EncoderConfig, compute_dtype
@@ -33,8 +33,8 @@ Settings = TypeVar("Settings")
 ARRAYS = "arrays.npz"
 """arrays that were given from Python are kept in the run's own folder"""
 MODEL_KEEPERS = ("baselines", "train")  # experiments whose runs keep models; "train" is what baselines was called
-# columns of the metadata that hold what a modality was encoded from
-TEXT_COLUMNS = {"text": "transcript", "utterance": "transcript", "context": "context"}
+TEXT_COLUMNS = {modality: column for corpus in CORPORA.values() for modality, column in corpus.texts.items()}
+"""columns of the metadata that hold what a modality was encoded from"""
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def load_run(folder: Path, device: str = "cpu") -> TrainedRun:
         data = fold_datasets(datasets)
         now = {"experiment": begun["data"]["experiment"], **data.description}
         memes = memes_source(options)
-        if options.dataset == "mustard":
+        if memes is None and CORPORA[options.dataset].texts:
             encoders = EncoderConfig(text_encoder=options.text_encoder).filled()
         # where dev itself is tested on, nothing but train was trained on
         overlap = any(bool(torch.isin(fold.dev, fold.test).any()) for fold in data.folds)

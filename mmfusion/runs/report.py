@@ -90,13 +90,14 @@ def _identified(output: Tensor, task: Task) -> Tensor:
 
 OUT_OF_FOLD = "out_of_fold"
 """what the part is called that holds every fold's test examples, each predicted by models that have not seen it"""
+CELL = len("0.998 +- 0.001 [0.993, 1.000]")
 MOST_PARTS = 12  # that are printed; of six modalities there are 63
 
 
 def print_dataset(datasets: Sequence[Dataset], folder: Path, device: torch.device) -> None:
     """What is trained on, and whatever the reader of the scores must know."""
     dataset = datasets[0]
-    noun = "memes" if "image" in dataset.input_dims and "text" in dataset.input_dims else "examples"
+    noun = "memes" if "hateful" in dataset.class_names else "examples"
     if len(datasets) > 1:
         print(f"{len(datasets)} folds; sizes of the first:")
     for name, split in dataset.splits.items():
@@ -151,10 +152,10 @@ def print_scores(
         mark = "  (selected upon: optimistic)" if name == dataset.selection else mark
         print(f"\n{name}, n = {len(parts[name])}{mark}")
         shown = [score for score in TABLE_SCORES[dataset.task] if score in next(iter(scores.values()))[name]]
-        print(f"{'':{width}}" + "".join(f"  {score:^26}" for score in shown))
+        print((f"{'':{width}}" + "".join(f"  {score:^{CELL}}" for score in shown)).rstrip())
         for label, by_part in rows.items():
             columns = (by_part[name][score] for score in shown)
-            cells = "".join(f"  {mean_std(x.members, interval=(x.low, x.high)):26}" for x in columns)
+            cells = "".join(f"  {mean_std(x.members, interval=(x.low, x.high)):{CELL}}" for x in columns)
             print(f"{label:{width}}{cells}".rstrip())
         if name in thresholds.get("scores", {}):
             found = ", ".join(f"{k} {mean_std(v.members)}" for k, v in thresholds["scores"][name].items())
@@ -171,7 +172,7 @@ def print_ranks(ranks: RankReport, split: str, task: Task) -> None:
     columns = (np.abs(ranks.weight), ranks.strength, ranks.share, *([ranks.spectrum] if canonical else []))
     for r in range(ranks.weight.shape[1]):
         print(f"{r + 1:4}  " + "  ".join(f"{mean_std(column[:, r]):>16}" for column in columns))
-    print(f"\nwhere the {said}'s variance comes from (exact: the parts of each prediction sum to its {said})")
+    print(f"\nwhere the variance of the {said} comes from (exact: the parts of each prediction sum to its {said})")
     largest = sorted(ranks.part_share, key=lambda name: -abs(ranks.part_share[name].mean()))
     shown = set(largest[:MOST_PARTS])
     width = max(24, *(len(name) + 10 for name in shown))
