@@ -30,6 +30,7 @@ from mmfusion.training.recipe import ObjectiveConfig, TrainingConfig
 
 # chosen on inner folds by benchmarks/estimator_defaults.py
 EPOCHS, PATIENCE, VALIDATION_FRACTION, WEIGHT_DECAY, MODALITY_DROPOUT = 60, 10, 0.1, 1.0, 0.3
+SMALLEST_BATCH, STEPS = 8, 16
 ALL = "x"
 """the one modality of an array without column slices"""
 Modalities = Mapping[str, np.ndarray] | Sequence[np.ndarray] | np.ndarray
@@ -45,7 +46,8 @@ class _FusionEstimator(BaseEstimator):
         n_members: S, seeds trained at once.
         epochs: at most; see `patience`.
         patience: epochs without a better score on the validation examples after which a member stops.
-        batch_size, learning_rate, weight_decay, modality_dropout, annealing: of the training (`TrainingConfig`).
+        batch_size: examples per step; "auto": as many as leave 16 steps to an epoch, from 8 to 64.
+        learning_rate, weight_decay, modality_dropout, annealing: of the training (`TrainingConfig`).
         keep: "last" epoch, or "best" one on the validation examples, which are then cut from those given.
         mmd_weight, reconstruction_weight, alignment_weight: of the objective (`ObjectiveConfig`).
         validation_fraction: with keep="best", share of the examples that epochs are selected on; 0, or too few
@@ -64,7 +66,7 @@ class _FusionEstimator(BaseEstimator):
         n_members: int = TrainingConfig.seeds,
         epochs: int = EPOCHS,
         patience: int = PATIENCE,
-        batch_size: int = TrainingConfig.batch_size,
+        batch_size: int | str = "auto",
         learning_rate: float = TrainingConfig.learning_rate,
         weight_decay: float = WEIGHT_DECAY,
         modality_dropout: float = MODALITY_DROPOUT,
@@ -174,12 +176,15 @@ class _FusionEstimator(BaseEstimator):
         self.modalities_ = tuple(features)
         dataset = Dataset("arrays", task, splits, selection, class_names=class_names)
         rank = int(self.rank) if len(features) > 1 else 1
+        batch_size = self.batch_size
+        if batch_size == "auto":
+            batch_size = max(SMALLEST_BATCH, min(TrainingConfig.batch_size, len(splits["train"]) // STEPS))
         training = TrainingConfig(
             seeds=self.n_members,
             first_seed=first_seed,
             epochs=self.epochs,
             patience=self.patience,
-            batch_size=self.batch_size,
+            batch_size=batch_size,
             learning_rate=self.learning_rate,
             weight_decay=self.weight_decay,
             modality_dropout=self.modality_dropout,
@@ -276,7 +281,7 @@ class FusionClassifier(ClassifierMixin, _FusionEstimator):
         n_members: int = TrainingConfig.seeds,
         epochs: int = EPOCHS,
         patience: int = PATIENCE,
-        batch_size: int = TrainingConfig.batch_size,
+        batch_size: int | str = "auto",
         learning_rate: float = TrainingConfig.learning_rate,
         weight_decay: float = WEIGHT_DECAY,
         modality_dropout: float = MODALITY_DROPOUT,

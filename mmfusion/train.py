@@ -105,7 +105,8 @@ def fit(
     """Train on arrays in memory and leave the same folder as the command line: runs/NAME.
 
     Args:
-        data: arrays under the keys of docs/your_data.md, or a dataset with splits of its own.
+        data: arrays under the keys of docs/your_data.md, or a dataset with splits of its own (whose notes, provenance
+            and range of labels the run does not keep).
         config: with `data` saying how the arrays are cut; default: all defaults.
         stacks: methods to train, those of one shape together; default: jWAE-LMF and its baselines.
         further_terms: {name: (weight, term)} added to the objective.
@@ -128,7 +129,7 @@ def fit(
     def keep_arrays(folder: Path) -> None:
         write_atomically(folder / ARRAYS, lambda temporary: _save(temporary, data))
 
-    carry_out(run, describe(datasets), datasets, config, device, stacks, further_terms, keep_arrays)
+    carry_out(run, describe(datasets, further_terms), datasets, config, device, stacks, further_terms, keep_arrays)
     return Run(run.path, config.training.device if config.training.device != "auto" else "cpu")
 
 
@@ -149,9 +150,12 @@ def main(config: Config) -> None:
     leave_processes()
 
 
-def describe(datasets: Sequence[Dataset]) -> dict[str, object]:
-    """What run.json says of the data."""
-    return datasets[0].description | {"loader": "arrays", "folds": len(datasets)}
+def describe(
+    datasets: Sequence[Dataset], further_terms: Mapping[str, tuple[float, Term]] | None = None
+) -> dict[str, object]:
+    """What run.json says of the data, and of what no flag says: a resumed run must agree in it."""
+    further = {"further_terms": {name: weight for name, (weight, _) in further_terms.items()}} if further_terms else {}
+    return datasets[0].description | {"loader": "arrays", "folds": len(datasets)} | further
 
 
 def default_name(config: Config) -> str:

@@ -138,6 +138,7 @@ def load_run(folder: Path, device: str = "cpu") -> TrainedRun:
             datasets = load_arrays(config)
         data = fold_datasets(datasets)
         now = {**datasets[0].description, "loader": "arrays", "folds": len(datasets)}
+        now |= {key: begun["data"][key] for key in ("further_terms",) if key in begun["data"]}
         trained_on_dev = False
     elif "experiment" in begun["data"]:
         options = config_from(DataOptions, settings, path)
