@@ -14,7 +14,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 from mmfusion.estimators import FusionClassifier, FusionRegressor
 from mmfusion.explain.account import exact_layer, latents_of
 
-QUICK = {"n_members": 1, "random_state": 0, "epochs": 25, "learning_rate": 5e-3, "hidden_dim": 16, "latent_dim": 4}
+QUICK = {"n_members": 1, "random_state": 0, "epochs": 12, "learning_rate": 5e-3, "hidden_dim": 16, "latent_dim": 4}
 SLICES = {"audio": slice(0, 4), "video": [4, 5, 6]}
 
 
@@ -196,9 +196,9 @@ def test_several_labels_have_a_probability_each():
 def test_a_regression_of_several_targets_keeps_their_units():
     x, _ = audio_and_video()
     target = np.stack([1000 + 100 * x["audio"][:, 0], 0.01 * x["video"][:, 1]], 1)
-    model = FusionRegressor(**QUICK | {"epochs": 60, "patience": 60}).fit(x, target)
+    model = FusionRegressor(**QUICK | {"epochs": 30, "patience": 30}).fit(x, target)
     assert model.predict(x).shape == (150, 2) and model.score(x, target) > 0.8
-    one = FusionRegressor(**QUICK | {"epochs": 60, "patience": 60}).fit(x, target[:, 0])
+    one = FusionRegressor(**QUICK | {"epochs": 30, "patience": 30}).fit(x, target[:, 0])
     assert one.predict(x).shape == (150,) and one.score(x, target[:, 0]) > 0.8
     assert not hasattr(one, "predict_proba")
 
