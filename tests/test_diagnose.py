@@ -10,13 +10,14 @@ import torch
 from mmfusion.data.arrays import ArraysConfig, dataset_from_arrays
 from mmfusion.diagnose import Budget, diagnose, diagnosis_page, diagnosis_text
 from mmfusion.diagnose.__main__ import run
-from mmfusion.diagnose.measure import chance_scores, emap_outputs, inner_folds
+from mmfusion.diagnose.additive import emap_outputs
+from mmfusion.diagnose.inner import chance_scores, inner_folds
 from mmfusion.models.decomposition import emap, values_by_definition
 from mmfusion.training.grid import Setting, train_grid
 from mmfusion.training.recipe import Recipe
 
 TASKS = ("binary", "multiclass", "multilabel", "regression")
-SMALL = Budget(inner_folds=2, inner_epochs=50, ranks=(1, 4))
+SMALL = Budget(inner_folds=2, inner_steps=150, ranks=(1, 4))
 
 
 def arrays(kind: str, task: str, count: int = 500, modalities: int = 2, seed: int = 0) -> dict[str, np.ndarray]:
@@ -48,8 +49,9 @@ def found():
 def test_a_planted_product_is_found_and_a_sum_is_not_taken_for_one(found, task):
     product, additive = found["product", task], found["additive", task]
     assert product.interaction.verdict == "supported" and product.interaction.low > 0.1
-    assert product.interaction_loss > 0
-    assert additive.interaction.verdict != "supported" and abs(additive.interaction.estimate) < 0.03
+    assert product.interaction_loss > 0 and product.interacts == "supported"
+    assert product.over_readout.low > 0.05 and additive.interacts != "supported"
+    assert additive.interaction.verdict != "supported" and additive.interaction.estimate < 0.03
     assert product.parts["view0", "view1"] > 0.5 > additive.parts["view0", "view1"]
     assert product.full > product.chance + 0.15 and additive.full > additive.chance + 0.15
 
@@ -58,6 +60,14 @@ def test_a_planted_product_is_found_and_a_sum_is_not_taken_for_one(found, task):
 def test_rank_1_suffices_for_a_product_and_not_for_a_sum(found, task):
     assert found["product", task].rank == 1
     assert found["additive", task].rank == 4  # a sum of two modalities is of rank 2
+
+
+def test_an_interaction_that_is_used_and_not_needed_is_not_called_for():
+    rng = np.random.default_rng(0)
+    label = rng.integers(0, 6, 500)  # both modalities tell the class, with noise: products help nobody
+    x = {name: np.eye(6)[label] + 0.1 * rng.normal(size=(500, 6)) for name in ("first", "second")}
+    result = diagnose(dataset_from_arrays(x | {"target": label.astype(str)}, ArraysConfig(hold_out=0.2))[0], SMALL)
+    assert result.over_readout.high < 0.05 and result.interacts != "supported"
 
 
 def test_modalities_that_are_noise_carry_nothing():
@@ -95,9 +105,9 @@ def test_chance_is_the_score_of_the_most_frequent_class():
 def test_no_test_example_is_looked_at():
     whole = dataset("product", "binary")
     other = replace(whole.splits["test"], features={n: x * torch.nan for n, x in whole.splits["test"].features.items()})
-    quick = replace(SMALL, inner_epochs=2)
+    quick = replace(SMALL, inner_steps=6)
     results = [diagnose(d, quick) for d in (whole, replace(whole, splits=whole.splits | {"test": other}))]
-    assert diagnosis_text(results[0]).rsplit(" epochs, ", 1)[0] == diagnosis_text(results[1]).rsplit(" epochs, ", 1)[0]
+    assert diagnosis_text(results[0]).rsplit(" steps, ", 1)[0] == diagnosis_text(results[1]).rsplit(" steps, ", 1)[0]
     assert results[0].examples == len(whole.splits["train"]) + len(whole.splits["dev"])
 
 
@@ -114,7 +124,7 @@ def test_groups_are_kept_whole_and_resampled_as_such():
     groups = np.array(data.pool.metadata["group"])
     for fold in data.folds:
         assert not set(groups[fold.train]) & set(groups[fold.test])
-    assert diagnose(whole, replace(SMALL, inner_epochs=2)).groups == len(set(groups))
+    assert diagnose(whole, replace(SMALL, inner_steps=6)).groups == len(set(groups))
 
 
 def test_one_modality_is_diagnosed_without_an_interaction():
@@ -128,7 +138,7 @@ def test_text_and_page_answer_the_same_and_name_the_budget(found, kind, words):
     result = replace(found[kind, "binary"], name="<b>data</b>")
     text, page = diagnosis_text(result), diagnosis_page(result)
     assert words in text and words in page and "<b>" not in page.replace("&lt;b&gt;", "")
-    assert "Budget: 16 trainings (2 inner folds x 2 seeds x settings) of 50 epochs" in text
+    assert "Budget: 16 trainings (2 inner folds x 2 seeds x settings) of 150 steps" in text
     assert all(answer in page for answer in re.findall(r"^Rank \d+: .*(?= \()", text, re.M))
     assert max(map(len, text.splitlines())) < 400 and "nan" not in page.lower()
 
@@ -138,7 +148,7 @@ def test_the_command_writes_one_page_of_a_file_without_splits(tmp_path, capsys):
     flags = [
         "--inner-folds",
         "2",
-        "--inner-epochs",
+        "--inner-steps",
         "2",
         "--ranks",
         "1",

@@ -3,10 +3,11 @@
 python -m mmfusion.diagnose --data my_arrays.npz          prints one page and writes diagnosis-my_arrays.html
 
 found = diagnose(dataset_from_arrays({"audio": x, "video": z, "target": y}, ArraysConfig(hold_out=0.2)))
-found.interaction.verdict, found.rank, found.detectable
+found.interacts, found.rank, found.detectable
 """
 
-from mmfusion.diagnose.measure import Budget, Diagnosis, Modality, diagnose
+from mmfusion.diagnose.inner import Budget
+from mmfusion.diagnose.measure import Diagnosis, Modality, diagnose
 from mmfusion.diagnose.page import diagnosis_page, diagnosis_text
 
 __all__ = ["Budget", "Diagnosis", "Modality", "diagnose", "diagnosis_page", "diagnosis_text"]

@@ -11,7 +11,8 @@ from pathlib import Path
 from mmfusion.cli import pick_device, run_command
 from mmfusion.data.array_files import read_arrays
 from mmfusion.data.arrays import SPLIT_KEY, ArraysConfig, dataset_from_arrays
-from mmfusion.diagnose.measure import Budget, diagnose
+from mmfusion.diagnose.inner import Budget
+from mmfusion.diagnose.measure import diagnose
 from mmfusion.diagnose.page import diagnosis_page, diagnosis_text
 from mmfusion.errors import InputError, printable
 from mmfusion.files import write_text

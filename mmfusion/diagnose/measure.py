@@ -5,7 +5,8 @@ split are pooled and cut into K inner folds. d[s, n] is the paired difference of
 (`mmfusion.metrics.statistics`); the score is `FoldedDataset.score_name`: accuracy, or -MAE / std of the target.
 
     interaction   score of a fusion model - score of its EMAP, the best additive approximation of that very model
-                  (Hessel & Lee, EMNLP 2020); about 0, or below, where the modalities only add up
+                  (Hessel & Lee, EMNLP 2020): about 0, or below, where it only adds up; and less a linear readout of
+                  the same latents, fitted anew: about 0 where interactions are used but not needed
     rank          the smallest rank that no larger one beats, over all pairs of ranks, Holm's correction
     detectable    (z_.975 + z_.8) standard errors of the difference between the two largest ranks, from its variance
                   components: what these examples and seeds would show in four cases of five between two models as
@@ -23,54 +24,35 @@ import numpy as np
 import torch
 from scipy.special import ndtri
 
-from mmfusion.data.array_cuts import cut_folds
-from mmfusion.data.folds import FoldedDataset
-from mmfusion.dataset import Dataset, Fold, Split, Task, take
-from mmfusion.errors import InputError, check_numbers
+from mmfusion.dataset import Dataset, Task
+from mmfusion.diagnose.additive import emap_outputs, readout_outputs
+from mmfusion.diagnose.inner import (
+    Budget,
+    chance_scores,
+    hidden_scores,
+    inner_folds,
+    inner_recipe,
+    inner_settings,
+    tested_groups,
+)
 from mmfusion.metrics.scores import example_losses, example_scores
 from mmfusion.metrics.statistics import (
     Contrast,
     Difference,
+    Verdict,
+    combine,
     corrected_contrasts,
     crossed_bootstrap,
     grouped,
     seeds_needed,
     variance_components,
 )
-from mmfusion.models.decomposition import contributions, recentred, variance_shares
+from mmfusion.models.decomposition import contributions, variance_shares
 from mmfusion.models.exact import exact_layer, latents_of
-from mmfusion.training.grid import Grid, Setting, per_example, train_grid
-from mmfusion.training.recipe import Recipe
+from mmfusion.training.grid import Grid, per_example, train_grid
 
-TERMS = ("mmd", "reconstruction")  # the pair alignment would let a left-out modality shape the others' encoders
 MOST_SUBSETS = 10  # modalities: 2^10 parts of the variance
 POWER = float(ndtri(0.975) + ndtri(0.8))
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What a diagnosis may cost: seconds to minutes, not an answer's last digit."""
-
-    seeds: int = 2
-    """trainings of every setting on every inner fold"""
-    inner_folds: int = 3
-    """inner folds, cut from train and dev"""
-    inner_epochs: int = 25
-    """passes over an inner training part; the last epoch is kept"""
-    ranks: tuple[int, ...] = (1, 2, 4, 8)
-    """ranks that are compared"""
-    effect: float = 0.01
-    """smallest difference of score that would matter to you"""
-    most_examples: int = 4000
-    """more are not used: as many are drawn at random"""
-
-    def check(self) -> None:
-        """Raise InputError naming the first flag out of range."""
-        bounds = {"seeds": (2, 64), "inner_folds": (2, 50), "inner_epochs": (1, 10_000), "effect": (1e-6, 10)}
-        check_numbers(self, bounds | {"most_examples": (20, 1e7)})
-        if not self.ranks or min(self.ranks) < 1 or max(self.ranks) > 64 or len(set(self.ranks)) < len(self.ranks):
-            given = " ".join(map(str, self.ranks))
-            raise InputError(f"--ranks {given}: give different ranks from 1 to 64, such as 1 2 4")
 
 
 @dataclass(frozen=True)
@@ -105,6 +87,8 @@ class Diagnosis:
     reference_rank: int
     interaction: Contrast | None
     """full model less its EMAP; None for one modality"""
+    over_readout: Contrast | None
+    """full model less a linear readout of its latents, fitted anew: whether interactions are needed"""
     interaction_loss: float | None
     """by how much the EMAP's loss (cross-entropy, or squared error / variance) is larger than the model's"""
     rank_scores: dict[int, np.ndarray]
@@ -128,6 +112,13 @@ class Diagnosis:
     notes: list[str]
 
     @property
+    def interacts(self) -> Verdict | None:
+        """The interaction is used, and it is needed; None for one modality."""
+        if self.interaction is None:
+            return None
+        return combine([self.interaction.verdict, self.over_readout.verdict], "all")
+
+    @property
     def enough_data(self) -> bool:
         """True where the smallest effect of interest would be seen."""
         return self.detectable <= self.budget.effect
@@ -140,7 +131,7 @@ def diagnose(
 
     Args:
         datasets: one, or the folds of one, of which the first's training and selection examples are taken.
-        budget: default about a minute for 2000 examples of six modalities on two cores.
+        budget: default: 2000 examples of six modalities, 649 numbers each, take about a minute on two quiet cores.
         device: where the members are trained.
 
     Raises InputError where there are too few examples for the inner folds, or a setting is out of range.
@@ -155,27 +146,29 @@ def diagnose(
     reference = min(ranks, key=lambda rank: (abs(rank - 4), rank))
     grid = train_grid(
         data,
-        _settings(names, ranks, reference),
+        inner_settings(names, ranks, reference),
         list(range(budget.seeds)),
-        _recipe(data, budget),
+        inner_recipe(data, budget),
         device=device,
         title=f"diagnose {data.name}",
     )
-    scores = _scores(grid)
-    groups = _groups(data)
+    scores = hidden_scores(grid)
+    groups = tested_groups(data)
 
     full = scores[f"rank {reference}"]
-    interaction = loss = None
+    interaction = over_readout = loss = None
     rank_contrasts: list[Contrast] = []
     if several:
-        additive = emap_outputs(grid, grid.index(f"rank {reference}"))
-        gap = full - per_example(data, additive, "test", example_scores)
-        claim = "the modalities interact: the model is better than the additive part of itself"
-        interaction = corrected_contrasts(
-            {"fusion over its EMAP": Difference(grouped(gap, groups), claim)}, budget.effect
-        )[0]
-        of_model = grid.losses()[grid.index(f"rank {reference}")]
-        loss = float((per_example(data, additive, "test", example_losses) - of_model).mean())
+        place = grid.index(f"rank {reference}")
+        additive, readout = emap_outputs(grid, place), readout_outputs(grid, place)
+        gaps = [full - per_example(data, said, "test", example_scores) for said in (additive, readout)]
+        claims = {
+            "fusion over its EMAP": "the model makes use of interactions",
+            "fusion over a linear readout": "interactions are needed: a linear readout of the same latents does worse",
+        }
+        named = {name: Difference(grouped(d, groups), claims[name]) for name, d in zip(claims, gaps, strict=True)}
+        interaction, over_readout = corrected_contrasts(named, budget.effect)
+        loss = float((per_example(data, additive, "test", example_losses) - grid.losses()[place]).mean())
         pairs = [(low, high) for k, low in enumerate(ranks) for high in ranks[k + 1 :]]
         rank_contrasts = _rank_contrasts(scores, pairs, groups, budget.effect)
     detectable, examples_needed, more_seeds = _power(scores, ranks, full - chance_scores(data), groups, budget.effect)
@@ -192,6 +185,7 @@ def diagnose(
         full=float(full.mean()),
         reference_rank=reference,
         interaction=interaction,
+        over_readout=over_readout,
         interaction_loss=loss,
         rank_scores={rank: scores[f"rank {rank}"].mean(1) for rank in ranks},
         rank_contrasts=rank_contrasts,
@@ -208,100 +202,7 @@ def diagnose(
     )
 
 
-# ---- data and trainings --------------------------------------------------------------------------------------------
-
-
-def inner_folds(dataset: Dataset, budget: Budget) -> FoldedDataset:
-    """Train and selection split of a dataset, pooled and cut into inner folds; other splits are left alone."""
-    splits = [dataset.splits[name] for name in dict.fromkeys(("train", dataset.selection))]
-    columns = [c for c in splits[0].metadata if all(c in split.metadata for split in splits)]
-    count = sum(map(len, splits))
-    pool = Split(
-        {name: torch.cat([split.features[name] for split in splits]) for name in sorted(splits[0].features)},
-        torch.cat([split.target for split in splits]),
-        [str(i) for i in range(count)],
-        {c: [value for split in splits for value in split.metadata[c]] for c in columns},
-    )
-    notes = ["test examples were not looked at: all figures are of inner folds of train and dev"]
-    if count > budget.most_examples:
-        rows = np.sort(np.random.default_rng(0).choice(count, budget.most_examples, replace=False))
-        pool = take(pool, rows)
-        notes.append(f"{budget.most_examples} of {count} examples, drawn at random, were used")
-    is_classes = dataset.task in ("binary", "multiclass")
-    cuts, cut_notes = cut_folds(pool, budget.inner_folds, is_classes, 0, dataset.name)
-    folds = [Fold(torch.from_numpy(rest), torch.from_numpy(test), torch.from_numpy(test)) for rest, test in cuts]
-    kept = (dataset.provenance, dataset.label_range, dataset.class_names)
-    return FoldedDataset(dataset.name, dataset.task, pool, folds, [*notes, *cut_notes], *kept)
-
-
-def _settings(names: Sequence[str], ranks: Sequence[int], reference: int) -> list[Setting]:
-    """Every rank with all modalities; each modality alone; all but each."""
-
-    def hidden(kept: Sequence[str]) -> dict[str, float]:
-        return {name: float(name not in kept) for name in names} if len(names) > 1 else {}
-
-    settings = [Setting(f"rank {rank}", rank, TERMS, dropout=hidden(names)) for rank in ranks]
-    if len(names) > 1:
-        settings += [Setting(f"{name} alone", reference, TERMS, dropout=hidden([name])) for name in names]
-    if len(names) > 2:  # of two, without one is the other alone
-        settings += [
-            Setting(f"without {name}", reference, TERMS, dropout=hidden([n for n in names if n != name]))
-            for name in names
-        ]
-    return settings
-
-
-def _scores(grid: Grid) -> dict[str, np.ndarray]:
-    """{setting: (S, n)}; what a setting's models were trained without is hidden from them in testing too."""
-    found = {}
-    for place, setting in enumerate(grid.settings):
-        hidden = [name for name, rate in setting.dropout.items() if rate == 1]
-        found[setting.label] = grid.without(hidden, [place])[0]
-    return found
-
-
-def _recipe(data: FoldedDataset, budget: Budget) -> Recipe:
-    # the study's recipe decays by 10, which turns latents into lines on which no rank can bind (docs/recipe.md)
-    return Recipe(
-        latent_dim=16,
-        epochs=budget.inner_epochs,
-        batch_size=64 if len(data.pool) < 1500 else 128,
-        learning_rate=5e-3,
-        weight_decay=1.0,
-        modality_dropout=0.0,
-    )
-
-
-def _groups(data: FoldedDataset) -> list[str] | None:
-    """Group of each tested example, fold after fold."""
-    groups = data.pool.metadata.get("group")
-    return None if groups is None else [groups[i] for i in data.test_rows.tolist()]
-
-
 # ---- figures -------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def emap_outputs(grid: Grid, place: int) -> np.ndarray:
-    """(S, n[, O]): the EMAP of every member of a setting on the tested examples, about their own mean latents.
-
-    M + 1 passes: y is affine in each latent, so the others' average is their mean (`mmfusion.models.decomposition`).
-    """
-    data, seeds = grid.data, []
-    for s in range(len(grid.seeds)):
-        outputs = []
-        for f, fold in enumerate(data.folds):
-            member = grid.model(place, s, f)
-            latents = latents_of(member, {name: x[fold.test] for name, x in data.pool.features.items()})
-            layer = recentred(exact_layer(member), [z.mean(0) for z in latents])
-            centred = [z - z.mean(0) for z in latents]
-            zeros = [torch.zeros_like(z) for z in latents]
-            base = layer(zeros)  # (n, O)
-            alone = [layer([*zeros[:m], z, *zeros[m + 1 :]]) - base for m, z in enumerate(centred)]
-            outputs.append((base + sum(alone)).numpy())
-        seeds.append(np.concatenate(outputs))
-    stacked = np.stack(seeds)
-    return stacked if data.has_columns else stacked[..., 0]
 
 
 def _rank_contrasts(
@@ -373,19 +274,3 @@ def _power(
     variance = v.seed / seeds + v.example / units + v.interaction / (seeds * units)
     examples = math.ceil(v.example * (POWER / effect) ** 2)
     return POWER * variance**0.5, max(1, examples), seeds_needed(d, effect)
-
-
-def chance_scores(data: FoldedDataset) -> np.ndarray:
-    """(n,) scores of a constant: the class (or label) that is most frequent in an inner training part; the median."""
-    said = []
-    for fold in data.folds:
-        train = data.pool.target[fold.train]
-        if data.task == "multiclass":
-            row = torch.bincount(train.long(), minlength=data.output_dim).float()
-        elif data.task == "regression":
-            row = train.median(0).values
-        else:
-            row = (train.mean(0) >= 0.5).float() - 0.5  # a logit
-        said.append(row.expand(len(fold.test), *row.shape))
-    constant = torch.cat(said).numpy()[None]
-    return per_example(data, constant, "test", example_scores)[0]

@@ -10,7 +10,10 @@ from mmfusion.explain.text import plain
 from mmfusion.metrics.format import counted, mean_std
 from mmfusion.metrics.statistics import Contrast
 
-PAGE_STYLE = "section { max-width: 780px; } section h2 { margin-top: 1.4rem; } td .track { min-width: 140px; }"
+PAGE_STYLE = """
+section { max-width: 780px; } section h2 { margin-top: 1.4rem; } section h2::before { content: none; }
+td .track { min-width: 140px; }
+"""
 SHOWN_PARTS = 10
 
 
@@ -47,7 +50,7 @@ def budget_line(found: Diagnosis) -> str:
     budget = found.budget
     return (
         f"Budget: {counted(found.trainings, 'training')} ({counted(budget.inner_folds, 'inner fold')} x "
-        f"{counted(budget.seeds, 'seed')} x settings) of {counted(budget.inner_epochs, 'epoch')}, "
+        f"{counted(budget.seeds, 'seed')} x settings) of {counted(budget.inner_steps, 'step')}, "
         f"{found.seconds:.0f} s; smallest effect of interest {budget.effect:g}."
     )
 
@@ -94,14 +97,18 @@ def _interaction(found: Diagnosis) -> Section:
     title, gap, effect = "Do the modalities interact?", found.interaction, found.budget.effect
     if gap is None:
         return Section(title, "One modality has nothing to interact with.", (), ())
-    loses = f"without the interactions the same model loses {_interval(gap)}"
-    answers = {
-        "supported": f"Yes: {loses}.",
-        "not supported": f"None worth {effect:g} is seen: {loses}; an additive model (late fusion) may do as well.",
-        "too few data": f"It cannot be told from these data: {loses}.",
-    }
-    row = (gap.name, _interval(gap), f"{gap.p:.4f}", f"{found.interaction_loss:+.3f}")
-    return Section(title, answers[gap.verdict], ("", "score, 95 % interval", "p", "loss saved"), [row])
+    uses = f"without the interactions the same model loses {_interval(gap)}"
+    needs = f"an additive readout of the same latents falls short by {_interval(found.over_readout)}"
+    if found.interacts == "supported":
+        answer = f"Yes: {uses}, and {needs}."
+    elif gap.verdict == "supported" and found.over_readout.verdict == "not supported":
+        answer = f"They need not: {uses}, but {needs}, so an additive model (late fusion) does as well."
+    elif found.interacts == "not supported":
+        answer = f"No interaction worth {effect:g} is seen: {uses}, {needs}; late fusion may do as well."
+    else:
+        answer = f"It cannot be told from these data: {uses}, {needs}."
+    rows = [(c.name, _interval(c), f"{c.p_holm:.4f}") for c in (gap, found.over_readout)]
+    return Section(title, answer, ("", f"{found.score}, 95 % interval", "p (Holm)"), rows)
 
 
 def _rank(found: Diagnosis) -> Section:
@@ -153,7 +160,7 @@ def _modalities(found: Diagnosis) -> Section:
     largest = sorted(found.parts.items(), key=lambda item: -abs(item[1]))[:SHOWN_PARTS]
     for subset, share in largest:
         if len(subset) > 1:
-            rows.append((" x ".join(subset), "", "", f"{share:.2f}"))
+            rows.append((f"of which {' x '.join(subset)}", "", "", f"{share:.2f}"))
             bars.append(share)
     head = ("", "alone", "lost without it", "share of variance")
     return Section("Which modality carries what?", answer, head, rows, [] if bars[0] != bars[0] else bars)
