@@ -20,12 +20,15 @@ from torch import Tensor
 
 from mmfusion.cli import pick_device, run_command
 from mmfusion.data.arrays import ArraysConfig, arrays_of, dataset_from_arrays, load_arrays
+from mmfusion.data.folds import tested_split
 from mmfusion.dataset import Dataset
 from mmfusion.distributed import end_process, join_processes, leave_processes
 from mmfusion.errors import InputError
 from mmfusion.explain.account import Account, account_for, latent_radii, margin_weights
 from mmfusion.files import write_atomically
+from mmfusion.metrics.conformal import Conformal, Intervals, LabelSets
 from mmfusion.models.fusion import FusionEnsemble, ModelConfig
+from mmfusion.models.missing import Missing, MissingPrediction
 from mmfusion.robustness.certificates import Norm
 from mmfusion.runs.folder import MARK_OF_COMPLETION, RunConfig, RunFolder, defaults_for
 from mmfusion.runs.load import ARRAYS, TrainedRun, load_run
@@ -58,6 +61,7 @@ class Run:
         """Read a run from its folder. Raises InputError where there is none that is whole, or its data have changed."""
         self.folder = Path(folder)
         self.trained: TrainedRun = load_run(self.folder, device)
+        self._conformal: Conformal | None = None
         self.results: dict[str, object] = json.loads((self.folder / MARK_OF_COMPLETION).read_text(encoding="utf-8"))
 
     @property
@@ -70,13 +74,87 @@ class Run:
         """All members of jWAE-LMF."""
         return self.trained.ensembles[self.trained.main_row]
 
-    def predict(self, features: Mapping[str, Tensor | np.ndarray]) -> np.ndarray:
-        """Mean over members of probabilities, or of a regression's values, of raw features (N, d_m): (N,) or (N, O)."""
-        return self.ensemble.predict(features).double().mean(0).numpy()
+    def predict(
+        self,
+        features: Mapping[str, Tensor | np.ndarray],
+        missing: Missing = "error",
+        coverage: float | None = None,
+    ) -> np.ndarray | LabelSets | Intervals:
+        """Mean over members of probabilities, or of a regression's values, of raw features (N, d_m): (N,) or (N, O).
 
-    def predict_proba(self, features: Mapping[str, Tensor | np.ndarray]) -> np.ndarray:
-        """Mean over members of the probabilities of raw features (N, d_m): (N,) of class 1 of two, else (N, O)."""
-        return self.ensemble.predict_proba(features).double().mean(0).numpy()
+        Args:
+            missing: as for `predict_missing`, whose expected probabilities or values these then are; "error" refuses.
+            coverage: for instance .9: sets of labels with abstention, or intervals, that hold the target with that
+                probability; `calibrate` says what that rests on.
+        """
+        if coverage is not None and missing != "error":
+            raise ValueError(
+                "coverage is promised for whole examples, like those it was calibrated on: leave missing out"
+            )
+        p = self.ensemble.predict(features, missing, self._train(missing)).double().mean(0).numpy()
+        if coverage is None:
+            return p
+        conformal = self._conformal or self._calibration()
+        return (
+            conformal.intervals(p, coverage) if self.trained.task == "regression" else conformal.label_sets(p, coverage)
+        )
+
+    def predict_missing(
+        self, features: Mapping[str, Tensor | np.ndarray], missing: Missing = "prior"
+    ) -> MissingPrediction:
+        """Predictions (N, ...) where modalities are missing, and the exact std that this adds to logits or values.
+
+        Args:
+            features: raw (N, d_m); a modality is missing where its key is absent or its row NaN throughout.
+            missing: what its latent follows: the "prior" N(0, I), or its distribution in "training" (with several
+                folds: in the first fold's training part).
+
+        Of classes the logit is integrated exactly; `prediction` is the expected probability, which is not that of the
+        expected logit. See `mmfusion.models.missing`.
+        """
+        return self.ensemble.predict_missing(features, missing, self._train(missing)).over_members()
+
+    def calibrate(self, features: Mapping[str, Tensor | np.ndarray], target: np.ndarray) -> "Run":
+        """Take labelled examples that took no part in the run for what `predict(..., coverage=)` promises.
+
+        The promise: of new examples that are exchangeable with these (drawn alike, in any order equally likely: no
+        shift, no groups shared by some alone), a share `coverage` has its target in the set, on average over draws of
+        both (`mmfusion.metrics.conformal`). Without this call the split is taken that epochs were selected on: with
+        keep="best" it looks a little easier than new examples, and the coverage may fall a little short. With several
+        folds it is the tested examples, each predicted by the members that have not seen it, which selects nothing; but
+        it is the mean of all folds' members that predicts what is new, so the promise then holds about, not exactly.
+
+        Args:
+            features: raw (n, d_m).
+            target: (n,) or (n, O), as in `mmfusion.dataset.Split`: class numbers, not names.
+        """
+        p = self.ensemble.predict(features).double().mean(0).numpy()
+        self._conformal = Conformal.fit(p, target, self.trained.task)
+        return self
+
+    def _calibration(self) -> Conformal:
+        datasets = self.trained.datasets
+        splits = [datasets[0].splits[datasets[0].selection]]
+        if len(datasets) > 1:
+            splits = [dataset.splits[tested_split(dataset)] for dataset in datasets]
+        p = [
+            self.ensemble.part(fold, len(datasets)).predict(split.features).double().mean(0)
+            for fold, split in enumerate(splits)
+        ]
+        target = torch.cat([split.target for split in splits]).numpy()
+        return Conformal.fit(torch.cat(p).numpy(), target, self.trained.task)
+
+    def _train(self, missing: Missing) -> dict[str, Tensor] | None:
+        return self.trained.datasets[0].splits["train"].features if missing == "training" else None
+
+    def predict_proba(self, features: Mapping[str, Tensor | np.ndarray], missing: Missing = "error") -> np.ndarray:
+        """Mean over members of the probabilities of raw features (N, d_m): (N,) of class 1 of two, else (N, O).
+
+        `missing` as for `predict`. Raises ValueError for a regression.
+        """
+        if self.trained.task == "regression":
+            raise ValueError("a regression has no probabilities; `predict` gives its values")
+        return self.predict(features, missing)
 
     def explain(self, features: Mapping[str, Tensor | np.ndarray], output: int = 0) -> Account:
         """Exact account of predictions on raw features (N, d_m); with several folds, by the members of the first.

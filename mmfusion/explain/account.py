@@ -13,7 +13,6 @@ with u_k and v_k of variance 1 on train and s_k the standard deviation of the co
 """
 
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,12 +21,11 @@ import torch
 from scipy.special import expit, logsumexp
 from torch import Tensor
 
-from lmf_module import LowRankMultimodalFusion
 from mmfusion.dataset import Dataset, Task
 from mmfusion.explain.saliency import Box, RegionMap
 from mmfusion.models.decomposition import Subset, contrast_layer, recentred_parts
+from mmfusion.models.exact import exact_layer, latents_of
 from mmfusion.models.fusion import FusionModel
-from mmfusion.models.heads import FusedWidthHead
 from mmfusion.robustness.certificates import Norm, certified_class_radius, certified_radius, least_change
 
 TOLERANCE = 1e-5  # of what the account sums to, relative to a prediction above 1
@@ -183,48 +181,11 @@ def ensemble_losses(prediction: np.ndarray, target: np.ndarray, task: Task) -> n
     return -(logsumexp(-np.logaddexp(0, -margin), axis=0) - np.log(len(prediction)))  # no probability underflows
 
 
-@torch.no_grad()
-def exact_layer(member: FusionModel) -> LowRankMultimodalFusion:
-    """The member's head, readout and rescaling as one LMF layer in float64: latents -> prediction.
-
-    A readout over a fused width D makes it a layer of R * D ranks. Raises ValueError where the head is not LMF.
-    """
-    head = deepcopy(member.fusion).double()
-    std, mean = member.rescale.std.double(), member.rescale.mean.double()  # (O,)
-    if not isinstance(head, FusedWidthHead | LowRankMultimodalFusion):
-        raise ValueError(f"an exact account needs an LMF head, not {type(head).__name__}")
-    inner = head.layer if isinstance(head, FusedWidthHead) else head
-    mask = inner.rank_mask[:, None] if inner.shared_factors else inner.rank_mask
-    weights, bias = inner.rank_weights * mask, inner.bias  # (R,), or (R, O) of shared factors
-    if isinstance(head, FusedWidthHead):
-        if not inner.shared_factors:  # row (r, d) of the projections becomes a rank of its own
-            weights = (weights[:, None, None] * torch.eye(inner.output_dim).double()).flatten(0, 1)  # (R * D, D)
-        weights = weights @ head.readout.weight.T  # (..., D) (D, O) -> (..., O)
-        bias = head.readout(bias)
-    shared = weights.ndim == 2
-    with torch.random.fork_rng(devices=[]):  # a new layer draws values that are overwritten here
-        layer = LowRankMultimodalFusion(inner.input_dims, len(std), len(weights), shared_factors=shared).double()
-    # values and not modules are copied: a weight may be computed from others (`torch.nn.utils.parametrize`)
-    layer.rank_weights.copy_(weights * std if shared else weights)
-    layer.bias.copy_(bias * std + mean)
-    for k, (new, old) in enumerate(zip(layer.projections, inner.projections, strict=True)):
-        scale = std.repeat(layer.rank) if k == 0 and not shared else torch.ones(())  # one row per rank and output
-        new.weight.copy_(old.weight * scale.reshape(-1, 1))
-        new.bias.copy_(old.bias * scale)
-    return layer.requires_grad_(False)
-
-
 def subset_name(subset: Subset, modalities: Sequence[str]) -> str:
     """ "bias", "image alone", "image x text"."""
     if not subset:
         return "bias"
     return " x ".join(modalities[m] for m in subset) + (" alone" if len(subset) == 1 else "")
-
-
-@torch.no_grad()
-def latents_of(member: FusionModel, features: Mapping[str, Tensor]) -> list[Tensor]:
-    """float64 latents (N, L) of raw features (N, d_m), in the head's order."""
-    return [z.double() for z in member.latents(features)]
 
 
 @torch.no_grad()

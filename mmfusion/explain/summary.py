@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from mmfusion.dataset import Split, Task
-from mmfusion.explain.account import exact_layer, latents_of, subset_name
+from mmfusion.explain.account import subset_name
 from mmfusion.metrics.format import mean_std
 from mmfusion.metrics.scores import Score, binary_scores, regression_scores
 from mmfusion.models.decomposition import (
@@ -18,6 +18,7 @@ from mmfusion.models.decomposition import (
     values_by_definition,
     variance_shares,
 )
+from mmfusion.models.exact import exact_layer, latents_of
 from mmfusion.models.fusion import FusionModel
 
 MOST_PAIRED = 1000  # examples whose N^2 pairings are gone through

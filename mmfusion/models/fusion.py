@@ -21,6 +21,7 @@ from mmfusion.errors import InputError, check_numbers
 from mmfusion.files import write_json, write_safetensors
 from mmfusion.metrics.tasks import probabilities
 from mmfusion.models.heads import ConcatenationHead, FusedWidthHead, Rescale, Standardise, TensorHead
+from mmfusion.models.missing import Missing, MissingPrediction, missing_rows, predict_missing
 from mmfusion.models.pretrained import CONFIG, WEIGHTS, check_shape, find_pretrained, load_weights, read_config
 from mmfusion.models.spectral_norm import normalise_spectrally
 
@@ -226,13 +227,57 @@ class FusionEnsemble(nn.Module):
         return torch.stack([member(features, reconstruct=False).prediction for member in self.members])
 
     @torch.inference_mode()
-    def predict(self, features: Mapping[str, Tensor | np.ndarray]) -> Tensor:
+    def predict(
+        self,
+        features: Mapping[str, Tensor | np.ndarray],
+        missing: Missing = "error",
+        train: Mapping[str, Tensor | np.ndarray] | None = None,
+    ) -> Tensor:
         """What every member says of raw features (N, d_m): probabilities (`predict_proba`), or a regression's values.
+
+        Args:
+            features: a modality is missing where its key is absent or its row NaN throughout.
+            missing, train: as for `predict_missing`, whose `prediction` comes back; "error" refuses what is missing.
 
         Returns:
             (S, N) for two classes or one value; else (S, N, O).
+
+        Raises ValueError for features that do not fit or hold NaN.
         """
-        return probabilities(self(features), self.task)
+        if missing != "error":
+            return self.predict_missing(features, missing, train).prediction.to(self.members[0].rescale.mean)
+        tensors = self._tensors(features)
+        if name := next((name for name, x in tensors.items() if x.isnan().any()), None):
+            raise ValueError(f'features {name!r}: hold NaN; give missing="prior" to integrate over missing modalities')
+        return probabilities(self(tensors), self.task)
+
+    def predict_missing(
+        self,
+        features: Mapping[str, Tensor | np.ndarray],
+        missing: Missing = "prior",
+        train: Mapping[str, Tensor | np.ndarray] | None = None,
+    ) -> MissingPrediction:
+        """Predictions where modalities are missing, their latents integrated out, and by how much that widens them.
+
+        Exact for logits and values (`mmfusion.models.missing`); of classes the *logit* is integrated exactly, and
+        `prediction` is the expected probability, which is not the probability of the expected logit.
+
+        Args:
+            features: raw, (N, d_m); a modality is missing where its key is absent or its row NaN throughout.
+            missing: "prior": latents are N(0, I), as good as the training has made them so; "training": they are those
+                of the raw training features `train`, each missing modality's independently of all others.
+            train: with "training", raw (n, d_m) of all modalities.
+
+        Raises ValueError: features that do not fit, a row that is NaN in part, no `train`, a head that is not LMF.
+        """
+        if missing not in ("prior", "training"):
+            raise ValueError(f'missing is "error", "prior" or "training", not {missing!r}')
+        if (missing == "training") != (train is not None):
+            raise ValueError('missing="training" goes with the training features, train; "prior" goes without')
+        names = [name for name in self.shape["input_dims"] if name in features]
+        whole, gone = missing_rows(self._tensors(features, names), self.shape["input_dims"])
+        train = None if train is None else self._tensors(train)
+        return predict_missing(self.members, whole, gone, self.task, train)
 
     def predict_proba(self, features: Mapping[str, Tensor | np.ndarray]) -> Tensor:
         """Probabilities of raw features (N, d_m), tensors or arrays, by every member.
@@ -246,13 +291,16 @@ class FusionEnsemble(nn.Module):
             raise ValueError("a regression has no probabilities; `predict` gives its values")
         return self.predict(features)
 
-    def _tensors(self, features: Mapping[str, Tensor | np.ndarray]) -> dict[str, Tensor]:
-        """Float tensors of every modality. Raises ValueError naming what is missing or of another width."""
+    def _tensors(
+        self, features: Mapping[str, Tensor | np.ndarray], names: Sequence[str] | None = None
+    ) -> dict[str, Tensor]:
+        """Float tensors of every modality, or of `names`. Raises ValueError naming what lacks or has another width."""
         widths = self.shape["input_dims"]
+        widths = widths if names is None else {name: widths[name] for name in names}
         if not isinstance(features, Mapping) or not set(widths) <= set(features):
             known = list(features) if isinstance(features, Mapping) else type(features).__name__
             raise ValueError(f"features: give a dict with {', '.join(widths)}; got {known}")
-        like = self.members[0].standardise[next(iter(widths))].mean
+        like = self.members[0].rescale.mean
         tensors = {name: torch.as_tensor(features[name], dtype=like.dtype, device=like.device) for name in widths}
         for name, x in tensors.items():
             if x.ndim == 0 or x.shape[-1] != widths[name]:

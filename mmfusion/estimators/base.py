@@ -1,7 +1,4 @@
-"""jWAE-LMF as scikit-learn estimators: all members are trained at once, their mean predicts.
-
-model = FusionClassifier().fit({"audio": x, "video": z}, y)      # a dict, a list, or one array with column slices
-model.predict_proba(new), model.certified_radius(new), model.explain(new)
+"""What classifier and regressor share: settings, fit, calibration, certificates, explanations.
 
 N examples, M modalities, d_m width of modality m, S members, C classes, O outputs.
 """
@@ -12,18 +9,19 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.sparse import issparse
-from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+from sklearn.base import BaseEstimator
 from sklearn.model_selection import train_test_split
 from sklearn.utils import check_random_state
-from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import check_array, check_is_fitted, column_or_1d, validate_data
+from sklearn.utils.validation import check_array, check_is_fitted, column_or_1d
 from torch import Tensor
 
 from mmfusion.cli import pick_device
+from mmfusion.data.modalities import Modalities, read_modalities
 from mmfusion.dataset import Dataset, Split, Task
 from mmfusion.explain.account import Account, account_for, latent_radii, margin_weights
+from mmfusion.metrics.conformal import Conformal
 from mmfusion.models.fusion import FusionEnsemble, ModelConfig
+from mmfusion.models.missing import Missing, MissingPrediction
 from mmfusion.robustness.certificates import Norm
 from mmfusion.training.fit import Method, fit_methods
 from mmfusion.training.recipe import ObjectiveConfig, TrainingConfig
@@ -31,12 +29,9 @@ from mmfusion.training.recipe import ObjectiveConfig, TrainingConfig
 # chosen on inner folds by benchmarks/estimator_defaults.py
 EPOCHS, PATIENCE, VALIDATION_FRACTION, WEIGHT_DECAY, MODALITY_DROPOUT = 60, 10, 0.1, 1.0, 0.3
 SMALLEST_BATCH, STEPS = 8, 16
-ALL = "x"
-"""the one modality of an array without column slices"""
-Modalities = Mapping[str, np.ndarray] | Sequence[np.ndarray] | np.ndarray
 
 
-class _FusionEstimator(BaseEstimator):
+class FusionEstimator(BaseEstimator):
     """What classifier and regressor share.
 
     Args:
@@ -101,43 +96,13 @@ class _FusionEstimator(BaseEstimator):
 
     # ---- X
 
-    def _features(self, X: Modalities, *, reset: bool) -> dict[str, Tensor]:
+    def _features(self, X: Modalities, *, reset: bool, missing: Missing = "error") -> dict[str, Tensor]:
         """float32 (N, d_m) per modality. Raises ValueError as scikit-learn does."""
-        if (isinstance(X, Mapping) and not issparse(X)) or (
-            isinstance(X, list | tuple) and len(X) and np.ndim(X[0]) == 2
-        ):
-            named = dict(X) if isinstance(X, Mapping) else {f"m{m}": x for m, x in enumerate(X)}
-            arrays = {
-                str(name): check_array(x, dtype=np.float32, ensure_2d=True, input_name=str(name))
-                for name, x in named.items()
-            }
-            lengths = {name: len(x) for name, x in arrays.items()}
-            if len(set(lengths.values())) > 1:
-                raise ValueError(f"modalities have different numbers of examples: {lengths}")
-            widths = {name: x.shape[1] for name, x in arrays.items()}
-            if reset:
-                self._widths = widths
-            elif missing := sorted(set(self._widths) - set(widths)):
-                raise ValueError(f"X lacks the modalities {missing}; it was fitted on {sorted(self._widths)}")
-            else:
-                wrong = {n: widths[n] for n, width in self._widths.items() if widths[n] != width}
-                if wrong:
-                    raise ValueError(f"widths {wrong} of X are not those it was fitted on, {self._widths}")
-                arrays = {name: arrays[name] for name in self._widths}
-        else:
-            x = validate_data(self, X, reset=reset, dtype=np.float32)
-            columns = {ALL: slice(None)} if self.modalities is None else dict(self.modalities)
-            arrays = {}
-            for name, chosen in columns.items():
-                try:
-                    arrays[str(name)] = x[:, chosen]
-                except IndexError as error:
-                    raise ValueError(f"modalities[{name!r}]: {error}") from error
-                if arrays[str(name)].shape[1] == 0:
-                    raise ValueError(f"modalities[{name!r}]: no column of the {x.shape[1]} of X")
-            if reset:
-                self._widths = {name: a.shape[1] for name, a in arrays.items()}
-        return {name: torch.from_numpy(np.ascontiguousarray(x)) for name, x in sorted(arrays.items())}
+        known = None if reset else self._widths
+        features = read_modalities(self, X, self.modalities, known, allow_missing=missing != "error")
+        if reset:
+            self._widths = {name: x.shape[1] for name, x in features.items()}
+        return features
 
     # ---- fit
 
@@ -207,6 +172,11 @@ class _FusionEstimator(BaseEstimator):
         self.history_ = trained.history
         self.n_iter_ = len(trained.history)
         self._reference = {name: splits["train"].features[name] for name in self.modalities_}
+        self._conformal = None
+        if selection != "train":
+            held_out = splits[selection]
+            said = self.ensemble_.predict(held_out.features).double().mean(0).numpy()
+            self._conformal = Conformal.fit(said, held_out.target.numpy(), task)
 
     def _cut(self, features: dict[str, Tensor], target: Tensor, task: Task, seed: int) -> tuple[dict[str, Split], str]:
         """Splits of training and validation examples, and the name of the one that selects."""
@@ -225,10 +195,49 @@ class _FusionEstimator(BaseEstimator):
 
     # ---- predictions
 
-    def _predict(self, X: Modalities) -> Tensor:
+    def _predict(self, X: Modalities, missing: Missing = "error") -> Tensor:
         """(S, N) or (S, N, O): what every member says."""
         check_is_fitted(self, "ensemble_")
-        return self.ensemble_.predict(self._features(X, reset=False))
+        train = self._reference if missing == "training" else None
+        return self.ensemble_.predict(self._features(X, reset=False, missing=missing), missing, train)
+
+    def predict_missing(self, X: Modalities, missing: Missing = "prior") -> MissingPrediction:
+        """Predictions (N, ...) where modalities are missing, and the exact std that this adds to logits or values.
+
+        Args:
+            X: a modality is missing where its key is absent (None in a list) or its row NaN throughout.
+            missing: what its latent follows: the "prior" N(0, I), or its distribution in "training".
+
+        Of classes the logit is integrated exactly; `prediction` is the expected probability (of two classes: of the
+        second), which is not that of the expected logit. See `mmfusion.models.missing`.
+        """
+        check_is_fitted(self, "ensemble_")
+        train = self._reference if missing == "training" else None
+        features = self._features(X, reset=False, missing=missing)
+        return self.ensemble_.predict_missing(features, missing, train).over_members()
+
+    def calibrate(self, X: Modalities, y: np.ndarray) -> "FusionEstimator":
+        """Take labelled examples that took no part in `fit` for what `predict(..., coverage=)` promises.
+
+        The promise: of new examples that are exchangeable with these (drawn alike, in any order equally likely: no
+        shift, no groups shared by some alone), a share `coverage` has its target in the set, on average over draws of
+        both (`mmfusion.metrics.conformal`). Without this call the validation examples of `fit` are taken, where there
+        are such. With keep="best" epochs were selected on them: they look a little easier than new ones are, the
+        coverage may fall a little short, and this method is the remedy. Raises ValueError for labels unknown to `fit`.
+        """
+        said = self._predict(X).double().mean(0).numpy()
+        self._conformal = Conformal.fit(said, self._target_numbers(y), self.ensemble_.task)
+        return self
+
+    def _calibrated(self, missing: Missing) -> Conformal:
+        check_is_fitted(self, "ensemble_")
+        if missing != "error":
+            raise ValueError(
+                "coverage is promised for whole examples, like those it was calibrated on: leave missing out"
+            )
+        if self._conformal is None:
+            raise ValueError("coverage: fit kept no validation examples; call calibrate(X, y) with labelled new ones")
+        return self._conformal
 
     def member_predictions(self, X: Modalities) -> np.ndarray:
         """What every member says, (S, N) for two classes or one value, else (S, N, O): probabilities or values."""
@@ -263,105 +272,6 @@ class Explained(NamedTuple):
     account: Account
     pairs: np.ndarray | None
     """(N, 2) of a choice between classes: the likeliest and the runner-up, whose logits' difference is accounted for"""
-
-
-class FusionClassifier(ClassifierMixin, _FusionEstimator):
-    """jWAE-LMF for two classes, more classes, or several labels; arguments as `_FusionEstimator`, and
-
-    class_weight: None; "balanced": every class weighs alike in the fit; or {class: weight} (1 for those not named).
-    """
-
-    def __init__(
-        self,
-        *,
-        modalities: Mapping[str, slice | Sequence[int]] | None = None,
-        latent_dim: int = ModelConfig.latent_dim,
-        hidden_dim: int = ModelConfig.hidden_dim,
-        rank: int = ModelConfig.rank,
-        n_members: int = TrainingConfig.seeds,
-        epochs: int = EPOCHS,
-        patience: int = PATIENCE,
-        batch_size: int | str = "auto",
-        learning_rate: float = TrainingConfig.learning_rate,
-        weight_decay: float = WEIGHT_DECAY,
-        modality_dropout: float = MODALITY_DROPOUT,
-        annealing: str = TrainingConfig.annealing,
-        keep: str = TrainingConfig.keep,
-        mmd_weight: float = ObjectiveConfig.mmd_weight,
-        reconstruction_weight: float = ObjectiveConfig.reconstruction_weight,
-        alignment_weight: float = ObjectiveConfig.alignment_weight,
-        validation_fraction: float = VALIDATION_FRACTION,
-        random_state: int | np.random.RandomState | None = None,
-        device: str = "auto",
-        class_weight: str | Mapping[object, float] | None = None,
-    ) -> None:
-        settings = dict(locals())
-        for name in ("self", "__class__", "class_weight"):
-            settings.pop(name)
-        super().__init__(**settings)
-        self.class_weight = class_weight
-
-    def fit(self, X: Modalities, y: np.ndarray) -> "FusionClassifier":
-        """Train on X and y (N,) of any labels, or (N, O) of 0 and 1. Raises ValueError as scikit-learn does."""
-        named = isinstance(self.class_weight, Mapping)
-        if not named and self.class_weight not in (None, "balanced"):
-            raise ValueError(f'class_weight is None, "balanced" or a dict, not {self.class_weight!r}')
-        features, y = self._checked(X, y)
-        check_classification_targets(y)
-        if y.ndim == 2:
-            if not np.isin(y, (0, 1)).all():
-                raise ValueError("y with several columns is of labels that are there or not: 0 and 1 alone")
-            self.classes_ = np.array([0, 1])
-            task, target, names = "multilabel", y.astype(np.float32), ("absent", "present")
-        else:
-            self.classes_, numbers = np.unique(y, return_inverse=True)
-            if len(self.classes_) < 2:
-                raise ValueError(f"y holds one class alone ({self.classes_[0]!r}); a classifier needs two")
-            task = "binary" if len(self.classes_) == 2 else "multiclass"
-            target, names = numbers.astype(np.float32), tuple(map(str, self.classes_))
-        weights = None
-        if named:
-            if y.ndim == 2:
-                raise ValueError('class_weight of several labels is None or "balanced"')
-            weights = torch.tensor([float(self.class_weight.get(label, 1.0)) for label in self.classes_.tolist()])
-        self._fit(features, torch.from_numpy(target), task, names, self.class_weight == "balanced", weights)
-        return self
-
-    def predict_proba(self, X: Modalities) -> np.ndarray:
-        """Mean over members: (N, C) of the classes in the order of `classes_`; of labels (N, O) of presence."""
-        p = self._predict(X).double().mean(0).numpy()
-        if self.ensemble_.task == "multiclass":
-            return p / p.sum(1, keepdims=True)  # float32 sums to 1 within 1e-7, and log_loss of scikit-learn minds
-        return np.stack([1 - p, p], 1) if self.ensemble_.task == "binary" else p
-
-    def predict(self, X: Modalities) -> np.ndarray:
-        """The likeliest class (N,), or for labels (N, O) of 0 and 1."""
-        p = self.predict_proba(X)
-        return (p >= 0.5).astype(int) if self.ensemble_.task == "multilabel" else self.classes_[p.argmax(1)]
-
-    def __sklearn_tags__(self):
-        tags = super().__sklearn_tags__()
-        tags.classifier_tags.multi_label = True
-        return tags
-
-
-class FusionRegressor(RegressorMixin, _FusionEstimator):
-    """jWAE-LMF for one value or several; trained on the absolute error. Arguments as `_FusionEstimator`."""
-
-    def fit(self, X: Modalities, y: np.ndarray) -> "FusionRegressor":
-        """Train on X and y, (N,) or (N, O). Raises ValueError as scikit-learn does."""
-        features, y = self._checked(X, y, numeric=True)
-        self._fit(features, torch.from_numpy(y.astype(np.float32)), "regression", ())
-        return self
-
-    def predict(self, X: Modalities) -> np.ndarray:
-        """Mean over members, (N,) or (N, O)."""
-        return self._predict(X).double().mean(0).numpy()
-
-    def __sklearn_tags__(self):
-        tags = super().__sklearn_tags__()
-        tags.target_tags.multi_output = True
-        return tags
 
 
 def _split(features: Mapping[str, Tensor], target: Tensor, rows: np.ndarray) -> Split:
