@@ -45,7 +45,7 @@ from mmfusion.metrics.scores import example_scores
 from mmfusion.metrics.statistics import Difference, combine
 from mmfusion.robustness.worst_case import SIZES
 from mmfusion.runs.folder import RunFolder
-from mmfusion.runs.load import TrainedRun, load_run
+from mmfusion.runs.load import TrainedRun, load_run, require_task
 from mmfusion.training.grid import per_example
 
 
@@ -82,7 +82,7 @@ def main(options: Options) -> None:
     device = pick_device(options.device)
     run_folder = RunFolder.claim(options, default_name(options))
     run = load_run(options.run, str(device))
-    run.require_task("binary", "regression")
+    require_task(run, "binary", "regression")
     if options.pixels and (run.memes is None or "image" in run.memes.given):
         raise InputError(f"--pixels {options.pixels}: {options.run} has no pictures; leave the flag out")
     wanted = conditions(run, options.groups, options.draws)

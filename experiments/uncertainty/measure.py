@@ -53,7 +53,7 @@ from mmfusion.metrics.calibration import detection
 from mmfusion.metrics.scores import example_losses
 from mmfusion.metrics.statistics import Contrast, Difference, combine, grouped
 from mmfusion.runs.folder import RunFolder
-from mmfusion.runs.load import TrainedRun, load_run
+from mmfusion.runs.load import TrainedRun, load_run, require_task
 
 NLL_EFFECT = 0.01  # nats
 AURC_EFFECT = 0.01
@@ -261,7 +261,7 @@ def execute(options: Options) -> None:
     device = pick_device(options.device)
     run_folder = RunFolder.claim(options, default_name(options))
     trained = load_run(options.run, str(device))
-    trained.require_task("binary", "regression")
+    require_task(trained, "binary", "regression")
     refuse(trained)
     data, predictor = trained.data, Predictor(trained, str(device))
     start = perf_counter()

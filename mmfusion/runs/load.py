@@ -78,13 +78,6 @@ class TrainedRun:
         """SHA-256 of the main row's weights: which models a measurement was made of."""
         return hashlib.sha256((self.folder / "model.safetensors").read_bytes()).hexdigest()
 
-    def require_task(self, *known: Task) -> None:
-        """Raise InputError unless the run's task is one of these."""
-        if self.task not in known:
-            raise InputError(
-                f"{self.folder}: its task is {self.task}; this experiment knows {' and '.join(known)} alone"
-            )
-
     def members(self, row: str, fold: int = 0) -> list[FusionModel]:
         """The members of one row that were trained on one fold, one per seed."""
         return list(self.ensembles[row].members)[fold :: len(self.data.folds)]
@@ -108,6 +101,12 @@ class TrainedRun:
         given = self.memes.given if self.memes else ()
         names = [name for name in dataset.input_dims if TEXT_COLUMNS.get(name) in metadata and name not in given]
         return {name: metadata[TEXT_COLUMNS[name]] for name in names}
+
+
+def require_task(run: TrainedRun, *known: Task) -> None:
+    """Raise InputError unless the run's task is one of these."""
+    if run.data.task not in known:
+        raise InputError(f"{run.folder}: its task is {run.data.task}; this experiment knows {' and '.join(known)} alone")
 
 
 def load_run(folder: Path, device: str = "cpu") -> TrainedRun:
