@@ -105,8 +105,9 @@ class TrainedRun:
 
 def require_task(run: TrainedRun, *known: Task) -> None:
     """Raise InputError unless the run's task is one of these."""
-    if run.data.task not in known:
-        raise InputError(f"{run.folder}: its task is {run.data.task}; this experiment knows {' and '.join(known)} alone")
+    task = run.data.task
+    if task not in known:
+        raise InputError(f"{run.folder}: its task is {task}; this experiment knows {' and '.join(known)} alone")
 
 
 def load_run(folder: Path, device: str = "cpu") -> TrainedRun:
