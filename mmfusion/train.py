@@ -22,7 +22,7 @@ from mmfusion.cli import pick_device, run_command
 from mmfusion.data.arrays import ArraysConfig, arrays_of, dataset_from_arrays, load_arrays
 from mmfusion.data.folds import tested_split
 from mmfusion.dataset import Dataset
-from mmfusion.distributed import end_process, join_processes, leave_processes
+from mmfusion.distributed import current_processes, end_process, join_processes, leave_processes
 from mmfusion.errors import InputError
 from mmfusion.explain.account import Account, account_for, latent_radii, margin_weights
 from mmfusion.files import write_atomically
@@ -208,7 +208,8 @@ def fit(
         write_atomically(folder / ARRAYS, lambda temporary: _save(temporary, data))
 
     carry_out(run, describe(datasets, further_terms), datasets, config, device, stacks, further_terms, keep_arrays)
-    return Run(run.path, config.training.device if config.training.device != "auto" else "cpu")
+    (path, *_) = current_processes().gather(run.path)  # and by then the main process has written it
+    return Run(path, config.training.device if config.training.device != "auto" else "cpu")
 
 
 def _save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

@@ -8,6 +8,7 @@ import textwrap
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -116,3 +117,54 @@ def test_exploding_loss_is_one_line_in_however_many_processes(tmp_path, processe
     _, errors = process.communicate(timeout=120)
     lines = [line for line in errors.splitlines() if line.startswith("error: ")]
     assert process.returncode != 0 and len(lines) == 1 and "lower --learning-rate" in lines[0]
+
+
+FIT = """
+from dataclasses import dataclass
+import os
+import sys
+import numpy as np
+from mmfusion.cli import run_command
+from mmfusion.data.arrays import ArraysConfig
+from mmfusion.distributed import end_process, join_processes, leave_processes
+from mmfusion.estimators import FusionClassifier
+from mmfusion.runs.folder import RunConfig
+from mmfusion.train import Config, fit
+from mmfusion.training.recipe import TrainingConfig
+
+@dataclass(frozen=True)
+class Flags:
+    name: str
+
+def main(flags):
+    join_processes()
+    rng = np.random.default_rng(0)
+    x, z = rng.standard_normal((60, 4)).astype(np.float32), rng.standard_normal((60, 3)).astype(np.float32)
+    y = (x[:, 0] > 0).astype(int)
+    training = TrainingConfig(seeds=3, epochs=3, batch_size=16, device="cpu")
+    run = fit({"a": x, "b": z, "target": y},
+              Config(ArraysConfig(hold_out=0.25), training, run=RunConfig(flags.name)))
+    model = FusionClassifier(n_members=3, epochs=3, random_state=0, device="cpu").fit({"a": x, "b": z}, y)
+    new = {"a": x[:9], "b": z[:9]}
+    np.savez(f"{flags.name}-{os.environ.get('RANK', '0')}.npz",
+             run=run.predict(new), estimator=model.predict_proba(new))
+    leave_processes()
+
+end_process(run_command(main, Flags, sys.argv[1:]))
+"""
+
+
+def test_fit_and_estimator_share_their_members_too(tmp_path):
+    (tmp_path / "fit.py").write_text(FIT)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    for command, name in (([sys.executable], "one"), (torchrun, "two")):
+        done = subprocess.run(
+            [*command, "fit.py", "--name", name], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+    alone, *shared = (np.load(tmp_path / f"{name}.npz") for name in ("one-0", "two-0", "two-1"))
+    for found in shared:
+        for key in ("run", "estimator"):
+            np.testing.assert_allclose(found[key], alone[key], rtol=1e-5, atol=1e-6)
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["one", "two"]
