@@ -199,6 +199,14 @@ def test_missing_data_flag_is_one_line(capsys):
     assert stop.value.code == 2 and "--data" in capsys.readouterr().err
 
 
+def test_class_weights_of_values_are_refused_before_anything_is_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    np.savez("mine.npz", **arrays("regression"))
+    with pytest.raises(SystemExit):
+        train.run(["--data", "mine.npz", "--folds", "3", "--class-weight", "balanced", *SMALL])
+    assert "--class-weight balanced" in capsys.readouterr().err and not Path("runs").exists()
+
+
 def test_further_terms_are_trained_logged_and_drawn(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     terms = {"latent_size": (10.0, lambda output, batch: sum(z.square().mean() for z in output.latents.values()))}

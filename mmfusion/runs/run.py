@@ -14,6 +14,7 @@ from torch import Tensor
 from mmfusion.data.folds import tested_split
 from mmfusion.dataset import Dataset, Split
 from mmfusion.distributed import current_processes
+from mmfusion.errors import InputError
 from mmfusion.metrics.scores import Score, binary_scores
 from mmfusion.metrics.tasks import ALL_SCORES, can_score, task_scores
 from mmfusion.models.fusion import FusionEnsemble, ModelConfig
@@ -102,6 +103,10 @@ def carry_out(
     Returns:
         what was found; None in a process that is not the main one, and where a resumed run is complete already.
     """
+    if datasets[0].task == "regression" and config.training.class_weight != "none":
+        raise InputError(
+            f"--class-weight {config.training.class_weight}: the target has values, no classes; leave it out"
+        )
     processes, goes_on = current_processes(), False
     with processes.together():
         if processes.is_main:
