@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mmfusion.cli import pick_device, run_command
-from mmfusion.data.arrays import ArraysConfig, arrays_of, dataset_from_arrays, load_arrays
+from mmfusion.data.arrays import ArraysConfig, arrays_of, dataset_from_arrays, describe_arrays, load_arrays
 from mmfusion.data.folds import tested_split
 from mmfusion.dataset import Dataset
 from mmfusion.distributed import current_processes, end_process, join_processes, leave_processes
@@ -234,7 +234,7 @@ def describe(
 ) -> dict[str, object]:
     """What run.json says of the data, and of what no flag says: a resumed run must agree in it."""
     further = {"further_terms": {name: weight for name, (weight, _) in further_terms.items()}} if further_terms else {}
-    return datasets[0].description | {"loader": "arrays", "folds": len(datasets)} | further
+    return describe_arrays(datasets) | further
 
 
 def default_name(config: Config) -> str:

@@ -14,7 +14,7 @@ from mmfusion.data.cmu_mosi import load_cmu_mosi
 from mmfusion.errors import InputError
 from mmfusion.explain import __main__ as explain
 from mmfusion.models.fusion import FusionEnsemble
-from mmfusion.runs import report
+from mmfusion.runs import figure
 from mmfusion.train import Config, Run, fit
 from mmfusion.training.fit import Method
 from mmfusion.training.recipe import TrainingConfig
@@ -146,13 +146,13 @@ def test_features_that_do_not_fit_are_named(features, said):
 
 def test_a_new_loss_term_is_logged_and_drawn(monkeypatch):
     legends: list[list[str]] = []
-    draw_losses = report._draw_losses
+    draw_losses = figure._draw_losses
 
     def spy(axis, trained, members):
         draw_losses(axis, trained, members)
         legends.append([text.get_text() for text in axis.get_legend().get_texts()])
 
-    monkeypatch.setattr(report, "_draw_losses", spy)
+    monkeypatch.setattr(figure, "_draw_losses", spy)
     terms = {"my size": (0.5, lambda output, batch: output.latents["a"].square().mean())}
     run = fit(arrays_with(classes(3)), Config(HELD_OUT, SMALL), ONE, terms)
     lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]

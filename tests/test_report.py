@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from mmfusion.dataset import Dataset, Split
 from mmfusion.models.decomposition import variance_shares
 from mmfusion.models.fusion import FusionEnsemble
-from mmfusion.runs import report as run_report
+from mmfusion.runs import figure as run_figure
 from mmfusion.runs.report import rank_report
 from mmfusion.training.trainer import Trained
 
@@ -81,9 +81,9 @@ def test_legends_of_the_figure_lie_outside_the_axes(ensemble, features, tmp_path
     trained = Trained([], [1, 2], [0.6, 0.7], history)
     split = Split(features, torch.arange(300) % 2.0, [str(i) for i in range(300)])
     dataset = Dataset("toy", "binary", dict.fromkeys(("train", "dev", "test"), split), "dev")
-    shown = run_report.Shown("test", split, ensemble.predict_proba(features).numpy())
+    shown = run_figure.Shown("test", split, ensemble.predict_proba(features).numpy())
     ranks = rank_report(ensemble.members, features)
-    run_report.draw(tmp_path / "report.png", dataset, ensemble, trained, shown, ranks)
+    run_figure.draw(tmp_path / "report.png", dataset, ensemble, trained, shown, ranks)
     (figure,) = figures
     assert len(figure.axes) == 6
     boxes = [axis.get_window_extent() for axis in figure.axes]

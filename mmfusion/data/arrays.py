@@ -12,7 +12,7 @@ that names file, key and remedy.
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -95,6 +95,11 @@ def dataset_from_arrays(
     """
     plain = {str(key): plain_array(value, f"{source}: {printable(str(key))}") for key, value in arrays.items()}
     return _datasets(plain, config or ArraysConfig(), name, source, arrays_identity(plain))
+
+
+def describe_arrays(datasets: Sequence[Dataset]) -> dict[str, object]:
+    """What a run records of its data, and by which loader it finds them again."""
+    return datasets[0].description | {"loader": "arrays", "folds": len(datasets)}
 
 
 def arrays_of(dataset: Dataset) -> dict[str, np.ndarray]:

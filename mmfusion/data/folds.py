@@ -50,8 +50,7 @@ class FoldedDataset:
         if self.task != "regression":
             return torch.ones(1)
         training = torch.cat([fold.train for fold in self.folds]).unique()
-        std = self.pool.target[training].reshape(len(training), -1).std(0, correction=0)
-        return torch.where(std > 0, std, torch.ones_like(std))
+        return target_scale(self.pool.target[training])
 
     @property
     def score_name(self) -> str:
@@ -79,6 +78,12 @@ class FoldedDataset:
     def test_rows(self) -> Tensor:
         """Rows of all folds' test parts, fold after fold."""
         return torch.cat([fold.test for fold in self.folds])
+
+
+def target_scale(target: Tensor) -> Tensor:
+    """(O,) standard deviation of a regression's training targets, (N,) or (N, O): what errors are divided by."""
+    std = target.reshape(len(target), -1).std(0, correction=0)
+    return torch.where(std > 0, std, torch.ones_like(std))
 
 
 def fold_datasets(datasets: Sequence[Dataset]) -> FoldedDataset:

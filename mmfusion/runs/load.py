@@ -15,7 +15,7 @@ import torch
 
 from hateful_memes_loader import find_annotations, image_paths
 from mmfusion.data.array_files import read_arrays
-from mmfusion.data.arrays import ArraysConfig, dataset_from_arrays, load_arrays
+from mmfusion.data.arrays import ArraysConfig, dataset_from_arrays, describe_arrays, load_arrays
 from mmfusion.data.folds import FoldedDataset, fold_datasets
 from mmfusion.data.memes import MemesConfig, MemesSource, find_source, load_memes
 from mmfusion.data.registry import CORPORA, DataOptions, load_datasets, memes_source
@@ -137,7 +137,7 @@ def load_run(folder: Path, device: str = "cpu") -> TrainedRun:
         else:
             datasets = load_arrays(config)
         data = fold_datasets(datasets)
-        now = {**datasets[0].description, "loader": "arrays", "folds": len(datasets)}
+        now = describe_arrays(datasets)
         now |= {key: begun["data"][key] for key in ("further_terms",) if key in begun["data"]}
         trained_on_dev = False
     elif "experiment" in begun["data"]:

@@ -18,7 +18,7 @@ from mmfusion.errors import InputError
 from mmfusion.metrics.scores import Score, binary_scores
 from mmfusion.metrics.tasks import ALL_SCORES, can_score, task_scores
 from mmfusion.models.fusion import FusionEnsemble, ModelConfig
-from mmfusion.runs import report
+from mmfusion.runs import figure, report
 from mmfusion.runs.card import write_card
 from mmfusion.runs.folder import RunFolder
 from mmfusion.runs.outputs import MetricsLog, SilentLog, save_ensembles, write_predictions
@@ -139,12 +139,12 @@ def carry_out(
     write_card(folder, dataset, main, outcome.scores, len(datasets))
     write_predictions(folder, dataset, outcome.parts, outcome.predictions[outcome.main_row])
     shown = shown_part(dataset, outcome)
-    report.draw(
+    figure.draw(
         folder / "report.png",
         dataset,
         main,
         histories[outcome.main_row],
-        report.Shown(shown, outcome.parts[shown], outcome.predictions[outcome.main_row][shown].numpy()),
+        figure.Shown(shown, outcome.parts[shown], outcome.predictions[outcome.main_row][shown].numpy()),
         ranks,
         len(datasets),
     )

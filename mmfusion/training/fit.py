@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mmfusion.data.folds import FoldedDataset, fold_datasets, only
+from mmfusion.data.folds import FoldedDataset, fold_datasets, only, target_scale
 from mmfusion.dataset import Dataset, Fold
 from mmfusion.metrics.tasks import balanced_weights, selection_score
 from mmfusion.models.fusion import Fusion, FusionEnsemble, FusionModel, ModelConfig
@@ -129,12 +129,6 @@ def fit_methods(
         for i in range(len(methods))
     ]
     return ensembles, trained
-
-
-def target_scale(target: Tensor) -> Tensor:
-    """(O,) standard deviation of a regression's training targets, (N,) or (N, O): what errors are divided by."""
-    std = target.reshape(len(target), -1).std(0, correction=0)
-    return torch.where(std > 0, std, torch.ones_like(std))
 
 
 def _training_data(datasets: Sequence[Dataset], modalities: Sequence[str]) -> tuple[TrainingData, Tensor]:
