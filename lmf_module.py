@@ -41,6 +41,11 @@ class LowRankMultimodalFusion(nn.Module):
     there for some seeds. Xavier on an (R, d + 1, O) tensor reads it as a convolution kernel, and the output's std is
     (2/O)^(M/2).)
 
+    The signs s_r = sign(w_r prod_m c_m[r]) start balanced: ranks 2i and 2i + 1 have opposite ones, for every output. A
+    factor's sign can be moved into another, so s_r is all that the signs of w and c amount to: it ties what rank r says
+    of each modality alone to what it says of all together, and no small step changes it. Were all s_r alike (random
+    signs: 1 start in 2^(R-1)), what each modality says alone could not be fitted without an unwanted interaction.
+
     Args:
         input_dims: widths d_1, ..., d_M of the latents; M = 1 is an affine map.
         output_dim: number of outputs O. With O = 1 the output is the logit itself and R bounds its tensor's CP rank.
@@ -86,12 +91,28 @@ class LowRankMultimodalFusion(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw unit rows [A_m[r], c_m[r]] and weights +-1/sqrt(active rank) from torch's global generator."""
-        for layer in self.projections:
-            layer.weight.copy_(F.normalize(torch.randn_like(layer.weight), dim=1) * 0.5**0.5)
-            layer.bias.copy_((torch.randint_like(layer.bias, 2) * 2 - 1) * 0.5**0.5)
-        signs = torch.randint_like(self.rank_weights, 2) * 2 - 1
-        self.rank_weights.copy_(signs * self.active_rank**-0.5)
+        """Draw unit rows [A_m[r], c_m[r]] and weights +-1/sqrt(active rank) from torch's global generator.
+
+        Rank by rank: the first k ranks of a layer are those of a layer of rank k, drawn from the same generator state.
+        """
+        balance = torch.zeros_like(self.bias)  # (O,) positive less negative signs so far: -1, 0 or 1
+        for r in range(self.rank):
+            rows = slice(r * self._split[1], (r + 1) * self._split[1])
+            weights = self.rank_weights[r]  # (), or (O,) of shared factors
+            sign = _random_signs(weights)
+            product = sign
+            for layer in self.projections:
+                layer.weight[rows] = F.normalize(torch.randn_like(layer.weight[rows]), dim=1) * 0.5**0.5
+                layer.bias[rows] = _random_signs(layer.bias[rows])
+                product = product * layer.bias[rows]  # (O,)
+                layer.bias[rows] *= 0.5**0.5
+            wanted = torch.where(balance == 0, _random_signs(balance), -balance)
+            balance += wanted
+            if self.shared_factors:
+                sign = sign * product * wanted
+            else:
+                self.projections[-1].bias[rows] *= product * wanted
+            self.rank_weights[r] = sign * self.active_rank**-0.5
         self.bias.zero_()
 
     def extra_repr(self) -> str:
@@ -305,6 +326,10 @@ class LowRankMultimodalFusion(nn.Module):
         if len(self.input_dims) != 2:
             raise ValueError(f"{method} is defined for two modalities, this layer has {len(self.input_dims)}")
         return self._rows(0)[..., :-1], self._rows(1)[..., :-1]
+
+
+def _random_signs(like: Tensor) -> Tensor:
+    return torch.randint_like(like, 2) * 2 - 1
 
 
 def _upcast(x: Tensor) -> Tensor:

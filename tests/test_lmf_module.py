@@ -250,15 +250,47 @@ def exact_std(layer: LowRankMultimodalFusion) -> Tensor:
 
 @pytest.mark.parametrize("modalities", [2, 3, 4, 5, 6])
 @pytest.mark.parametrize("width", [8, 64, 2048])
-def test_output_std_is_one_at_initialisation(modalities, width):
+def test_output_variance_at_initialisation_is_one_less_the_constant_share(modalities, width):
     torch.manual_seed(modalities * width)
-    for rank, active in ((1, 1), (4, 4), (32, 32), (32, 2)):
-        layer = LowRankMultimodalFusion([width] * modalities, 4, rank, active_rank=active)
+    for rank, active in ((1, 1), (4, 4), (16, 16), (16, 2)):
+        layer = LowRankMultimodalFusion([width] * modalities, 16, rank, active_rank=active)
         for p in layer.projections:
             norms = (p.weight.square().sum(1) + p.bias.square()).sqrt()
             torch.testing.assert_close(norms, torch.ones_like(norms))
-        std = exact_std(layer)
-        assert ((std > 0.7) & (std < 1.3)).all(), f"rank {rank}, active {active}: {std.tolist()}"
+        variance = exact_std(layer).square()  # (O,), independent draws
+        error = variance.std() / 16**0.5
+        assert (variance.mean() - (1 - 0.5**modalities)).abs() < 4 * error + 1e-6, f"rank {rank}, active {active}"
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("modalities", [2, 3, 5])
+@pytest.mark.parametrize("rank", [2, 3, 8])
+def test_signs_start_balanced_in_every_prefix_of_the_ranks_for_every_output(rank, modalities, shared):
+    seen = set()
+    for seed in range(60):
+        torch.manual_seed(seed)
+        layer = LowRankMultimodalFusion([3] * modalities, 4, rank, shared_factors=shared)
+        signs = layer.rank_weights.sign() if shared else layer.rank_weights.sign()[:, None]  # (R, O) or (R, 1)
+        for p in layer.projections:
+            signs = signs * p.bias.sign().unflatten(0, (rank, -1))
+        assert signs.shape == (rank, 4)
+        assert signs.cumsum(0).abs().max() <= 1, "positives and negatives differ by at most one in every prefix"
+        seen |= {tuple(column) for column in signs.T.tolist()}
+    assert len(seen) == 2 ** ((rank + 1) // 2), "which of a pair is positive is drawn"
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_masked_layer_starts_as_the_layer_of_that_rank_does(shared):
+    for active in (1, 2, 3):
+        masked = LowRankMultimodalFusion((6, 5, 4), 3, 5, active_rank=active, shared_factors=shared)
+        small = LowRankMultimodalFusion((6, 5, 4), 3, active, shared_factors=shared)
+        for layer in (masked, small):
+            torch.manual_seed(active)
+            layer.reset_parameters()
+        latents = [torch.randn(7, d) for d in (6, 5, 4)]
+        torch.testing.assert_close(masked(latents), small(latents))
+        for a, b in zip(masked.parameters(), small.parameters(), strict=True):
+            assert torch.equal(a[: len(b)], b)
 
 
 @pytest.mark.parametrize("dims", [(64, 64), (8, 2048), (100, 73, 100), (16,) * 4])
