@@ -91,6 +91,67 @@ fusion_property = settings(max_examples=60, deadline=None, derandomize=True)
 
 
 @fusion_property
+@given(layers(max_modalities=4), LEADING, st.booleans())
+def test_moments_equal_those_of_the_explicit_tensor(layer, leading, shared):
+    means = draw_latents(layer, *leading)
+    variances = [torch.rand_like(z[(0,) * len(leading)] if shared and 0 not in leading else z) for z in means]
+    mean, covariance = layer.moments(means, variances)
+    torch.testing.assert_close(mean, layer(means), **EXACT)
+    # E[T z (x) T z]: of each modality the second moment of [z_m; 1] in place of the vector
+    tensor, first, second = layer.full_tensor(), [], []
+    for z, v in zip(means, variances, strict=True):
+        one = torch.cat([z, z.new_ones(*leading, 1)], -1)
+        noise = torch.diag_embed(torch.cat([v.expand(z.shape), z.new_zeros(*leading, 1)], -1))
+        first.append(one)
+        second.append(one[..., :, None] * one[..., None, :] + noise)
+    letters, doubles = "abcd"[: len(means)], "efgh"[: len(means)]
+    operands = ",".join(f"...{a}{b}" for a, b in zip(letters, doubles, strict=True))
+    moment = torch.einsum(f"y{letters},z{doubles},{operands}->...yz", tensor, tensor, *second)
+    expected = moment - mean[..., :, None] * mean[..., None, :]
+    scale = moment.abs().amax().clamp_min(1) if moment.numel() else 1.0
+    torch.testing.assert_close(covariance / scale, expected / scale, rtol=0, atol=1e-10)
+    terms = layer.variance_terms(means, variances)
+    assert list(terms) == sorted(terms, key=lambda s: (len(s), s)) and len(terms) == 2 ** len(means) - 1
+    total = sum(terms.values())
+    torch.testing.assert_close(total / scale, covariance.diagonal(dim1=-2, dim2=-1) / scale, rtol=0, atol=1e-10)
+
+
+@fusion_property
+@given(layers(max_modalities=3))
+def test_variance_terms_are_the_sobol_decomposition(layer):
+    """Against its definition: what is left of the variance when the other modalities are known, less the subsets'."""
+    means = draw_latents(layer, 4)
+    variances = [torch.rand_like(z) for z in means]
+    terms = layer.variance_terms(means, variances)
+    for subset, term in terms.items():
+        only = [v if m in subset else torch.zeros_like(v) for m, v in enumerate(variances)]
+        # with every other latent at its mean, the variance is that of the subsets within: the parts are orthogonal
+        inside = sum(value for other, value in terms.items() if set(other) <= set(subset))
+        torch.testing.assert_close(inside, layer.moments(means, only).covariance.diagonal(dim1=-2, dim2=-1))
+        assert (term >= 0).all()
+
+
+def test_moments_of_a_gaussian_latent_agree_with_draws():
+    layer = trained_looking(LowRankMultimodalFusion((3, 4, 2), 2, 3), seed=1)
+    torch.manual_seed(0)
+    means = [torch.randn(d, dtype=torch.float64) for d in (3, 4, 2)]
+    variances = [torch.rand(d, dtype=torch.float64) for d in (3, 4, 2)]
+    mean, covariance = layer.moments(means, variances)
+    drawn = layer([z + v.sqrt() * torch.randn(200_000, len(z)).double() for z, v in zip(means, variances, strict=True)])
+    error = drawn.std(0) / 200_000**0.5
+    assert ((drawn.mean(0) - mean).abs() < 4 * error).all()
+    torch.testing.assert_close(drawn.T.cov() / covariance.trace(), covariance / covariance.trace(), rtol=0, atol=0.03)
+
+
+def test_moments_refuse_variances_that_do_not_fit():
+    layer = LowRankMultimodalFusion((3, 4))
+    means = [torch.zeros(5, 3), torch.zeros(5, 4)]
+    for wrong in ([torch.ones(3)], [torch.ones(3), torch.ones(3)], [torch.ones(6, 3), torch.ones(4)]):
+        with pytest.raises(ValueError, match="do not fit"):
+            layer.moments(means, wrong)
+
+
+@fusion_property
 @given(layers(), LEADING)
 def test_forward_equals_explicit_tensor_product(layer, leading):
     latents = draw_latents(layer, *leading)
