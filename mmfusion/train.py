@@ -226,7 +226,6 @@ class Run:
         return latent_radii(self.trained.members(self.trained.main_row), features, self.trained.task, norm)
 
 
-# nearly 60 lines: one call for arrays, datasets and memes
 def fit(
     data: Mapping[str, np.ndarray] | Dataset | MemesConfig,
     config: Config | None = None,
