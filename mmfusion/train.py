@@ -38,7 +38,7 @@ from mmfusion.dataset import Dataset
 from mmfusion.distributed import current_processes, end_process, join_processes, leave_processes
 from mmfusion.encoders.frozen import EncoderConfig
 from mmfusion.errors import InputError
-from mmfusion.explain.account import Account, account_for, latent_radii, margin_weights
+from mmfusion.explain.account import Account, account_for, account_for_margins, latent_radii
 from mmfusion.files import write_atomically
 from mmfusion.metrics.conformal import Conformal, Intervals, LabelSets
 from mmfusion.models.fusion import FusionEnsemble, ModelConfig
@@ -211,15 +211,16 @@ class Run:
     def explain(self, features: Mapping[str, Tensor | np.ndarray], output: int = 0) -> Account:
         """Exact account of predictions on raw features (N, d_m); with several folds, by the members of the first.
 
-        Of more than two classes: the logit of the likeliest class less that of the runner-up.
+        Of more than two classes: the logit of the likeliest class, by these members' mean probability, less that of the
+        runner-up (`Account.pairs`); where their mean says otherwise, `Account.seeds_disagree` is True of that row.
         """
         members = self.trained.members(self.trained.main_row)
         tensors = {name: torch.as_tensor(features[name], dtype=torch.float32) for name in members[0].modalities}
         train = self.trained.datasets[0].splits["train"].features
-        weights = output
         if self.trained.task == "multiclass":
-            weights = margin_weights(self.ensemble.part(0, len(self.trained.datasets)).predict(tensors).mean(0))
-        return account_for(members, tensors, train, weights)
+            p = self.ensemble.part(0, len(self.trained.datasets)).predict(tensors).mean(0)  # (N, C)
+            return account_for_margins(members, tensors, train, p)
+        return account_for(members, tensors, train, output)
 
     def robustness(self, features: Mapping[str, Tensor | np.ndarray], norm: Norm = 2) -> dict[str, np.ndarray]:
         """Exact certified radii of each modality's latent, (S, N) each (`mmfusion.explain.account.latent_radii`)."""

@@ -17,14 +17,13 @@ from mmfusion.explain.account import (
     Examples,
     Explanation,
     Maps,
-    RankAccount,
-    RankComponents,
     account_for,
+    account_for_margins,
     ensemble_losses,
-    join_rank_accounts,
     latent_radii,
     margin_weights,
 )
+from mmfusion.explain.ranks import RankAccount, RankComponents, join_rank_accounts
 from mmfusion.explain.saliency import Box, RegionMap, region_map, seen_box, word_map
 from mmfusion.explain.summary import Summary, summarise
 from mmfusion.metrics.tasks import probabilities
@@ -192,14 +191,12 @@ class Explainer:
         self, features: Mapping[str, Tensor], examples: Examples, own_rows: Sequence[int | None], maps: bool
     ) -> Explanation:
         """Account for raw features (N, d_m); `own_rows` (N,) are their own rows of train, if any."""
-        pairs = chances = None
+        chances = None
         if self.run.task == "multiclass":
             predicted = self.predict(features)
-            weights = margin_weights(predicted.mean(0))  # (N, C)
-            account = account_for(self.members, features, self.train.features, weights)
+            account = account_for_margins(self.members, features, self.train.features, predicted.mean(0))
             account = replace(account, radius=latent_radii(self.members, features, self.run.task))  # to any class
-            ranks = self.ranks_of_margins(features, weights, own_rows)
-            pairs = list(zip(weights.argmax(-1).tolist(), weights.argmin(-1).tolist(), strict=True))
+            ranks = self.ranks_of_margins(features, margin_weights(predicted.mean(0)), own_rows)
             chances = predicted.double().numpy()
         else:
             account = account_for(self.members, features, self.train.features, self.choices.output)
@@ -228,7 +225,6 @@ class Explainer:
             ranks=ranks,
             maps=mappings,
             class_names=self.class_names,
-            pairs=pairs,
             chances=chances,
             notes=self.notes(),
         )
