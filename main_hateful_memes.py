@@ -71,7 +71,7 @@ def main(config: Config) -> None:
     config.check()
     config = replace(config, data=locate(config.data))
     device = pick_device(config.training.device)
-    run = RunFolder.claim(config, default_name(config))  # before hours of extraction, not after
+    run = RunFolder.claim(config, config.data.run_name)  # before hours of extraction, not after
 
     # ---- features, from the cache where they are there; under torchrun all processes extract
     processes = join_processes(str(device))
@@ -82,14 +82,9 @@ def main(config: Config) -> None:
     leave_processes()
 
 
-def default_name(config: Config) -> str:
-    """The run's name where none is given."""
-    return "demo" if config.data.is_demo else "hateful_memes"
-
-
 def begun(config: Config) -> Config | None:
     """With --resume or --config the settings of that run, so that no flag need be given again."""
-    return defaults_for(Config, config.run, lambda: default_name(replace(config, data=locate(config.data))))
+    return defaults_for(Config, config.run, lambda: locate(config.data).run_name)
 
 
 def run(arguments: list[str]) -> int:

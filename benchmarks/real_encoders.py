@@ -241,9 +241,9 @@ def check_words(run: Path) -> float:
     for row in range(len(split)):
         features = {name: x[row : row + 1] for name, x in split.features.items()}
         text, score = split.metadata["transcript"][row], partial(explainer.score, features, "text")
-        words = word_map(explainer.text_encoder, text, score)
+        words = word_map(explainer.encoders.text, text, score)
         left_out = [value for _, value in words]
-        gradients = gradient_times_embedding(explainer.text_encoder, text, score)
+        gradients = gradient_times_embedding(explainer.encoders.text, text, score)
         correlations.append(spearmanr(left_out, gradients).statistic)
         if split.target[row] == 1:
             places = [place for place, (word, _) in enumerate(words) if word in nouns]

@@ -21,7 +21,8 @@ from mmfusion.data.folds import FoldedDataset
 from mmfusion.data.registry import DataOptions, load_folded
 from mmfusion.dataset import Fold
 from mmfusion.metrics.format import mean_std
-from mmfusion.training.grid import JWAE, Recipe, Setting, predict_of, selection_score, train_grid
+from mmfusion.training.grid import JWAE, Recipe, Setting, selection_score, train_grid
+from mmfusion.training.objective import predict
 
 # one thing at a time, from the recipe
 CHANGES: list[dict[str, float | int]] = [
@@ -75,7 +76,7 @@ def main(config: Config) -> None:
             for f, fold in enumerate(data.folds):
                 features = {key: x[fold.dev] for key, x in data.pool.features.items()}
                 with torch.inference_mode():
-                    prediction = predict_of(data)(grid.model(0, s, f), features).numpy()
+                    prediction = predict(grid.model(0, s, f), features, data.task).numpy()
                 folds.append(score(prediction, data.pool.target[fold.dev].numpy()))
             values.append(np.mean(folds))
         label = ", ".join(f"{key} {value}" for key, value in change.items()) or "the recipe"

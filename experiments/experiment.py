@@ -28,8 +28,7 @@ from mmfusion.distributed import end_process, join_processes, leave_processes
 from mmfusion.errors import InputError
 from mmfusion.files import write_atomically, write_text
 from mmfusion.metrics.statistics import Contrast, Difference, Verdict, corrected_contrasts, grouped
-from mmfusion.runs.folder import RunFolder, find_begun
-from mmfusion.runs.settings import config_from, read_run
+from mmfusion.runs.folder import RunConfig, RunFolder, defaults_for
 from mmfusion.training.grid import Grid, Recipe, Setting, train_grid
 
 Settings = TypeVar("Settings")
@@ -167,14 +166,7 @@ def run(experiment: Experiment, arguments: list[str]) -> int:
 
 def begun(config: type[Settings], default: Callable[[Settings], str]) -> Callable[[Settings], Settings | None]:
     """For `run_command`: with --resume the settings of the run to go on with, so that no flag need be given again."""
-
-    def settings(options: Settings) -> Settings | None:
-        if not options.resume:
-            return None
-        folder = find_begun(options.name, default(options))
-        return config_from(config, read_run(folder)["settings"], folder / "run.json")
-
-    return settings
+    return lambda options: defaults_for(config, RunConfig(options.name, options.resume), lambda: default(options))
 
 
 def options_of(experiment: Experiment) -> type[Options]:

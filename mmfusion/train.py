@@ -3,8 +3,11 @@
 python -m mmfusion.train --data my_arrays.npz                     image_train, text_train, target_train, ...
 python -m mmfusion.train --data digits.npz --target digit --folds 5
 
-run = fit(dataset_from_arrays({"audio": x, "video": z, "target": y}, ArraysConfig(hold_out=0.2)), Config())
-run.scores["jWAE-LMF, rank 4"]["test"]["auroc"].mean
+run = fit({"audio": x, "video": z, "target": y}, Config(ArraysConfig(hold_out=0.2)))
+run.scores["jWAE-LMF, rank 4"]["test"]["auroc"]["mean"]
+
+run = fit(MemesConfig(jsonl=Path("hm/train.jsonl")))                             or Run("runs/demo")
+run.predict_proba(run.encode(["a.png", "b.png"], ["their words", "and theirs"]))
 """
 
 import json
@@ -12,6 +15,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,17 +23,28 @@ import torch
 from torch import Tensor
 
 from mmfusion.cli import pick_device, run_command
-from mmfusion.data.arrays import ArraysConfig, arrays_of, dataset_from_arrays, describe_arrays, load_arrays
+from mmfusion.data.arrays import (
+    ArraysConfig,
+    arrays_of,
+    beyond_arrays,
+    dataset_from_arrays,
+    describe_arrays,
+    load_arrays,
+    with_kept,
+)
 from mmfusion.data.folds import tested_split
+from mmfusion.data.memes import MemesConfig, load_memes
 from mmfusion.dataset import Dataset
 from mmfusion.distributed import current_processes, end_process, join_processes, leave_processes
+from mmfusion.encoders.frozen import EncoderConfig
 from mmfusion.errors import InputError
-from mmfusion.explain.account import Account, account_for, latent_radii, margin_weights
+from mmfusion.explain.account import Account, account_for, account_for_margins, latent_radii
 from mmfusion.files import write_atomically
 from mmfusion.metrics.conformal import Conformal, Intervals, LabelSets
 from mmfusion.models.fusion import FusionEnsemble, ModelConfig
 from mmfusion.models.missing import Missing, MissingPrediction
 from mmfusion.robustness.certificates import Norm
+from mmfusion.runs.encode import RunEncoders
 from mmfusion.runs.folder import MARK_OF_COMPLETION, RunConfig, RunFolder, defaults_for
 from mmfusion.runs.load import ARRAYS, TrainedRun, load_run
 from mmfusion.runs.run import carry_out
@@ -54,14 +69,34 @@ class Config:
             section.check()
 
 
+@dataclass(frozen=True)
+class MemesRun:
+    """Settings of a run on memes, under the names that the main script's flags have: by them its data are found."""
+
+    data: MemesConfig
+    training: TrainingConfig
+    model: ModelConfig
+    objective: ObjectiveConfig
+    run: RunConfig
+    encoders: EncoderConfig
+
+    @classmethod
+    def of(cls, data: MemesConfig, config: Config, encoders: EncoderConfig | None) -> "MemesRun":
+        """Those of `config` but for how arrays are cut. Raises InputError for an encoder that does not exist."""
+        encoders = encoders or EncoderConfig()
+        encoders.check()
+        return cls(data, config.training, config.model, config.objective, config.run, encoders)
+
+
 class Run:
     """A finished run: what it scored, its models, and what can be asked of them."""
 
-    def __init__(self, folder: Path, device: str = "cpu") -> None:
+    def __init__(self, folder: Path | str, device: str = "cpu") -> None:
         """Read a run from its folder. Raises InputError where there is none that is whole, or its data have changed."""
         self.folder = Path(folder)
         self.trained: TrainedRun = load_run(self.folder, device)
         self._conformal: Conformal | None = None
+        self._encoders = RunEncoders(self.trained, device)
         self.results: dict[str, object] = json.loads((self.folder / MARK_OF_COMPLETION).read_text(encoding="utf-8"))
 
     @property
@@ -73,6 +108,23 @@ class Run:
     def ensemble(self) -> FusionEnsemble:
         """All members of jWAE-LMF."""
         return self.trained.ensembles[self.trained.main_row]
+
+    def encode(
+        self, images: Sequence[Path | str] | None = None, texts: Sequence[str] | None = None
+    ) -> dict[str, Tensor]:
+        """Features of N memes by the run's own encoders: what all other methods take. Encoded once, asked often.
+
+        Args:
+            images: N files; left out, the modality is missing, and `predict(..., missing="prior")` goes without it.
+            texts: N texts, likewise.
+
+        Returns:
+            "image" and "text", (N, d_m) each.
+
+        Raises InputError naming a file that is missing or no picture, and for a run that encoded no memes; ValueError
+        where the numbers differ.
+        """
+        return self._encoders.encode(images, texts)
 
     def predict(
         self,
@@ -159,15 +211,16 @@ class Run:
     def explain(self, features: Mapping[str, Tensor | np.ndarray], output: int = 0) -> Account:
         """Exact account of predictions on raw features (N, d_m); with several folds, by the members of the first.
 
-        Of more than two classes: the logit of the likeliest class less that of the runner-up.
+        Of more than two classes: the logit of the likeliest class, by these members' mean probability, less that of the
+        runner-up (`Account.pairs`); where their mean says otherwise, `Account.seeds_disagree` is True of that row.
         """
         members = self.trained.members(self.trained.main_row)
         tensors = {name: torch.as_tensor(features[name], dtype=torch.float32) for name in members[0].modalities}
         train = self.trained.datasets[0].splits["train"].features
-        weights = output
         if self.trained.task == "multiclass":
-            weights = margin_weights(self.ensemble.part(0, len(self.trained.datasets)).predict(tensors).mean(0))
-        return account_for(members, tensors, train, weights)
+            p = self.ensemble.part(0, len(self.trained.datasets)).predict(tensors).mean(0)  # (N, C)
+            return account_for_margins(members, tensors, train, p)
+        return account_for(members, tensors, train, output)
 
     def robustness(self, features: Mapping[str, Tensor | np.ndarray], norm: Norm = 2) -> dict[str, np.ndarray]:
         """Exact certified radii of each modality's latent, (S, N) each (`mmfusion.explain.account.latent_radii`)."""
@@ -175,46 +228,64 @@ class Run:
 
 
 def fit(
-    data: Mapping[str, np.ndarray] | Dataset,
+    data: Mapping[str, np.ndarray] | Dataset | MemesConfig,
     config: Config | None = None,
     stacks: Sequence[Sequence[Method]] | None = None,
     further_terms: Mapping[str, tuple[float, Term]] | None = None,
+    encoders: EncoderConfig | None = None,
 ) -> Run:
-    """Train on arrays in memory and leave the same folder as the command line: runs/NAME.
+    """Train and leave the same folder as the command line, runs/NAME: `mmfusion.train`'s, of memes the main script's.
 
     Args:
-        data: arrays under the keys of docs/your_data.md, or a dataset with splits of its own (whose notes, provenance
-            and range of labels the run does not keep).
-        config: with `data` saying how the arrays are cut; default: all defaults.
+        data: arrays under the keys of docs/your_data.md; a dataset with splits of its own (of its metadata the run
+            keeps id, group and transcript); or where memes lie, `MemesConfig()` being the drawn demo.
+        config: with `data` saying how arrays are cut; default: all defaults.
         stacks: methods to train, those of one shape together; default: jWAE-LMF and its baselines.
         further_terms: {name: (weight, term)} added to the objective.
+        encoders: of memes; default: the main script's.
 
-    Raises InputError naming key, setting or folder, ValueError for a further term by the name of one there is.
+    Raises InputError naming key, setting, file or folder, ValueError for a further term by the name of one there is,
+    and for encoders of what is encoded already.
     """
     config = config or Config()
     config.check()
     known = {*FIT_TERM.values(), *config.objective.loss_weights("binary", ("two", "modalities"))}
     if taken := sorted(known & set(further_terms or {})):
         raise ValueError(f"further_terms: the objective has a term {taken[0]!r} of its own; choose another name")
-    name = "arrays"
-    if isinstance(data, Dataset):
-        name = data.name
-        data, config = arrays_of(data), replace(config, data=ArraysConfig(task=data.task))
+    if encoders is not None and not isinstance(data, MemesConfig):
+        raise ValueError("encoders: are of memes; arrays and datasets hold features already")
     device = pick_device(config.training.device)
-    datasets = dataset_from_arrays(data, config.data, name)
-    run = RunFolder.claim(config, name)
+    processes, keep = current_processes(str(device)), None
+    if isinstance(data, MemesConfig):
+        config = MemesRun.of(data, config, encoders)
+        with processes.together():  # all know the folder before one begins it
+            run = RunFolder.claim(config, data.run_name)
+        datasets = [load_memes(data, config.encoders, processes)]
+        description = datasets[0].description | _terms_described(further_terms)
+    else:
+        name, given = "arrays", None
+        if isinstance(data, Dataset):
+            name, given = data.name, data
+            data, config = arrays_of(data), replace(config, data=ArraysConfig(task=data.task))
+        datasets = dataset_from_arrays(data, config.data, name)
+        datasets = datasets if given is None else with_kept(datasets, beyond_arrays(given))
+        with processes.together():
+            run = RunFolder.claim(config, name)
+        description, keep = describe(datasets, further_terms), partial(_save, arrays=data)
+    carry_out(run, description, datasets, config, device, stacks, further_terms, keep)
+    (path, *_) = processes.gather(run.path)  # and by then the main process has written it
+    return Run(path, str(device))
 
-    def keep_arrays(folder: Path) -> None:
-        write_atomically(folder / ARRAYS, lambda temporary: _save(temporary, data))
 
-    carry_out(run, describe(datasets, further_terms), datasets, config, device, stacks, further_terms, keep_arrays)
-    (path, *_) = current_processes().gather(run.path)  # and by then the main process has written it
-    return Run(path, config.training.device if config.training.device != "auto" else "cpu")
+def _save(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Keep arrays that were given from Python in their run's folder."""
+    plain = {key: np.asarray(value) for key, value in arrays.items()}
 
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            np.savez(file, **plain)
 
-def _save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    with path.open("wb") as file:
-        np.savez(file, **{key: np.asarray(value) for key, value in arrays.items()})
+    write_atomically(folder / ARRAYS, write)
 
 
 def main(config: Config) -> None:
@@ -233,8 +304,11 @@ def describe(
     datasets: Sequence[Dataset], further_terms: Mapping[str, tuple[float, Term]] | None = None
 ) -> dict[str, object]:
     """What run.json says of the data, and of what no flag says: a resumed run must agree in it."""
-    further = {"further_terms": {name: weight for name, (weight, _) in further_terms.items()}} if further_terms else {}
-    return describe_arrays(datasets) | further
+    return describe_arrays(datasets) | _terms_described(further_terms)
+
+
+def _terms_described(further_terms: Mapping[str, tuple[float, Term]] | None) -> dict[str, object]:
+    return {"further_terms": {name: weight for name, (weight, _) in further_terms.items()}} if further_terms else {}
 
 
 def default_name(config: Config) -> str:

@@ -20,7 +20,8 @@ from mmfusion.data.folds import fold_datasets
 from mmfusion.dataset import Dataset, Split
 from mmfusion.explain import account as explanation
 from mmfusion.explain.__main__ import run
-from mmfusion.explain.account import Explanation, RankComponents, account_for, ensemble_losses, exact_layer, latents_of
+from mmfusion.explain.account import Explanation, account_for, ensemble_losses, exact_layer, latents_of
+from mmfusion.explain.ranks import RankComponents
 from mmfusion.explain.text import is_wrong, plain, sentence
 from mmfusion.explain.waterfall import waterfall
 from mmfusion.models.fusion import FusionEnsemble, FusionModel

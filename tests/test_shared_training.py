@@ -1,5 +1,6 @@
 """Members shared out over the processes of torchrun: the results of one process, and an end when one of them dies."""
 
+import json
 import os
 import signal
 import subprocess
@@ -167,4 +168,36 @@ def test_fit_and_estimator_share_their_members_too(tmp_path):
     for found in shared:
         for key in ("run", "estimator"):
             np.testing.assert_allclose(found[key], alone[key], rtol=1e-5, atol=1e-6)
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["one", "two"]
+
+
+def test_an_experiment_on_two_processes_finds_what_it_finds_on_one(tmp_path):
+    """rank_ablation: two trainings one after the other, of 57 members and of 24, shared out unevenly and evenly."""
+    rng = np.random.default_rng(0)
+    x, z = rng.standard_normal((60, 4)), rng.standard_normal((60, 3))
+    np.savez(tmp_path / "mine.npz", a=x, b=z, target=x[:, 0] * z[:, 0] + x[:, 1])
+    flags = "--dataset arrays --data mine.npz --hold-out 0.3 --seeds 3 --epochs 2 --hidden-dim 8 --device cpu".split()
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    found = {}
+    for command, name in (([sys.executable], "one"), (torchrun, "two")):
+        done = subprocess.run(
+            [*command, "-m", "experiments.rank_ablation", *flags, "--name", name],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("verdict: ") == 1, "the main process alone prints"
+        found[name] = json.loads((tmp_path / "runs" / name / "results.json").read_text())
+    one, two = found["one"], found["two"]
+    assert len(one["numbers"]) == 27 and two["verdict"] == one["verdict"]
+    for label, columns in one["numbers"].items():
+        for column, values in columns.items():
+            assert len(values) == 3 and len(set(values)) > 1, "of equal values a mixed-up order would not show"
+            assert two["numbers"][label][column] == pytest.approx(values, rel=1e-6, abs=1e-6)
+    for mine, reference in zip(two["contrasts"], one["contrasts"], strict=True):
+        assert mine["estimate"] == pytest.approx(reference["estimate"], abs=1e-6)
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["one", "two"]

@@ -13,7 +13,7 @@ that names file, key and remedy.
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +119,28 @@ def arrays_of(dataset: Dataset) -> dict[str, np.ndarray]:
             arrays[f"target_{name}"] = target
     names = dataset.class_names if dataset.task in ("binary", "multiclass") else dataset.target_names
     return arrays | ({NAMES_KEY: np.array(names)} if len(names) else {})
+
+
+def beyond_arrays(dataset: Dataset) -> dict[str, object]:
+    """What `arrays_of` has no key for, JSON-able; `with_kept` gives it back."""
+    return {"notes": dataset.notes, "label_range": dataset.label_range, "provenance": dataset.provenance}
+
+
+def with_kept(datasets: Sequence[Dataset], kept: Mapping[str, object]) -> list[Dataset]:
+    """Datasets made of the arrays of another one, with that one's notes, range of labels and provenance.
+
+    Its provenance comes under the key "dataset", beside that of the arrays.
+    """
+    span = kept["label_range"]
+    return [
+        replace(
+            dataset,
+            notes=list(dict.fromkeys([*kept["notes"], *dataset.notes])),
+            label_range=None if span is None else tuple(span),
+            provenance=dataset.provenance | {"dataset": dict(kept)},
+        )
+        for dataset in datasets
+    ]
 
 
 def _datasets(

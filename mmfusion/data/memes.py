@@ -44,6 +44,11 @@ class MemesConfig:
         """True where nothing is named: the demo is drawn."""
         return self.jsonl is None and not self.download
 
+    @property
+    def run_name(self) -> str:
+        """What a run on these memes is called where no name is given."""
+        return "demo" if self.is_demo else "hateful_memes"
+
 
 @dataclass(frozen=True)
 class MemesSource:

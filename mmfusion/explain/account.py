@@ -3,17 +3,11 @@
     y = v_() + sum_S part_S            S over the sets of modalities, about the mean latents of train
 
 is exact for every member, so its mean over members is the exact account of the members' mean logit. Rank terms belong
-to one member: nothing matches the ranks of different members. For three or more modalities they are the layer's own,
-which sum to y - b. With two modalities the layer's own are not identified (`lmf_module`); the canonical components are,
-and these sum to the part of both modalities together:
-
-    part_12 = sum_k s_k u_k v_k,    u_k = (z_1 - mean_1) . p_k,  v_k = (z_2 - mean_2) . q_k
-
-with u_k and v_k of variance 1 on train and s_k the standard deviation of the component if they were independent.
+to one member (`mmfusion.explain.ranks`).
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +16,12 @@ from scipy.special import expit, logsumexp
 from torch import Tensor
 
 from mmfusion.dataset import Dataset, Task
+from mmfusion.explain.ranks import RankAccount, largest_residual
 from mmfusion.explain.saliency import Box, RegionMap
-from mmfusion.models.decomposition import Subset, contrast_layer, recentred_parts
+from mmfusion.models.decomposition import Subset, recentred_parts
 from mmfusion.models.exact import exact_layer, latents_of
 from mmfusion.models.fusion import FusionModel
 from mmfusion.robustness.certificates import Norm, certified_class_radius, certified_radius, least_change
-
-TOLERANCE = 1e-5  # of what the account sums to, relative to a prediction above 1
 
 
 @dataclass(frozen=True)
@@ -48,31 +41,18 @@ class Account:
     """(S, N) per modality: the least l_2 change of that latent alone that brings the prediction to 0"""
     latent_std: dict[str, np.ndarray]
     """(S,) per modality: root mean square, over its coordinates, of the latent's standard deviation on train"""
+    pairs: np.ndarray | None = None
+    """(N, 2) of a choice between more than two classes: the likeliest by the mean probability, and the runner-up, whose
+    logits' difference, the margin, is what is accounted for"""
 
+    @property
+    def seeds_disagree(self) -> np.ndarray:
+        """(N,) of classes: True where the mean logit, or margin, speaks against what the mean probability decides for.
 
-@dataclass(frozen=True)
-class RankAccount:
-    """The rank terms of N predictions of one member."""
-
-    canonical: bool
-    """canonical components of two modalities; else the layer's own rank terms"""
-    weight: np.ndarray
-    """(N, R) what the product of the coordinates is multiplied by: s_k, or w_r; the same in every row unless these
-    account for margins between different classes"""
-    std: np.ndarray
-    """(N, R) standard deviation of each term on train"""
-    coordinates: np.ndarray
-    """(N, R, M) what is multiplied: of variance 1 on train for canonical components, A_m[r] z_m + c_m[r] else"""
-    terms: np.ndarray
-    """(N, R)"""
-    raw_terms: np.ndarray
-    """(N, R) the layer's own rank terms; with the layer's own bias they sum to the prediction"""
-    raw_bias: np.ndarray
-    """(N,) the layer's own bias"""
-    residual: float
-    """the largest difference between the sum of the terms and what they sum to"""
-    neighbours: np.ndarray
-    """(N, R, k) rows of train that are nearest in the coordinates of that rank, nearest first"""
+        A probability saturates and a logit does not: one far-off seed then outweighs all others in the account.
+        """
+        decides = expit(self.prediction).mean(0) >= 0.5 if self.pairs is None else True
+        return (self.prediction.mean(0) >= 0) != decides
 
 
 @dataclass(frozen=True)
@@ -127,13 +107,15 @@ class Explanation:
     ranks: RankAccount
     maps: list[Maps | None]
     class_names: tuple[str, ...] = Dataset.class_names
-    pairs: list[tuple[int, int]] | None = None
-    """N of a choice between more than two classes: the likeliest and the runner-up, whose logits' difference, the
-    margin, is what is accounted for"""
     chances: np.ndarray | None = None
     """(S, N, C) probabilities, with `pairs`"""
     notes: list[str] = field(default_factory=list)
     """what the reader of a score or a prediction must know of the data"""
+
+    @property
+    def pairs(self) -> np.ndarray | None:
+        """Of the account."""
+        return self.account.pairs
 
     @property
     def chooses(self) -> bool:
@@ -155,7 +137,7 @@ class Explanation:
 
     def says(self, row: int) -> int:
         """Number of the class that the mean probability decides for."""
-        return self.pairs[row][0] if self.pairs is not None else int(self.probability(row).mean() >= 0.5)
+        return int(self.pairs[row, 0]) if self.pairs is not None else int(self.probability(row).mean() >= 0.5)
 
     def loss(self, row: int) -> float | None:
         """Loss of the mean over members (`ensemble_losses`); None where the example is unlabelled."""
@@ -226,7 +208,7 @@ def account_for(
             latent_std.setdefault(name, []).append(reference[m].var(0).mean().sqrt().item())
     columns = {name: np.stack(values) for name, values in parts.items()}
     prediction = np.stack(prediction)
-    residual = _residual(sum(columns.values()), prediction)
+    residual = largest_residual(sum(columns.values()), prediction)
     return Account(
         modalities,
         prediction,
@@ -234,6 +216,18 @@ def account_for(
         residual,
         *({name: np.array(values) for name, values in part.items()} for part in (slope, radius, latent_std)),
     )
+
+
+def account_for_margins(
+    members: Sequence[FusionModel], features: Mapping[str, Tensor], train: Mapping[str, Tensor], probabilities: Tensor
+) -> Account:
+    """`account_for` each example's margin: logit of the likeliest class by the mean probability less the runner-up's.
+
+    `probabilities`: (N, C), the mean over members.
+    """
+    weights = margin_weights(probabilities)
+    pairs = torch.stack([weights.argmax(-1), weights.argmin(-1)], -1).numpy()
+    return replace(account_for(members, features, train, weights), pairs=pairs)
 
 
 def margin_weights(probabilities: Tensor) -> Tensor:
@@ -270,103 +264,3 @@ def latent_radii(
                 radius = certified_radius(layer, latents, m, norm).amin(-1)
             radii[name].append(radius.numpy())
     return {name: np.stack(values) for name, values in radii.items()}
-
-
-def _residual(total: np.ndarray, whole: np.ndarray) -> float:
-    """Largest difference; raises ArithmeticError where it is more than rounding."""
-    difference = np.abs(total - whole)
-    if not (difference <= TOLERANCE * np.maximum(1, np.abs(whole))).all():
-        raise ArithmeticError(f"an account misses what it accounts for by {np.nanmax(difference):.1e}")
-    return float(difference.max(initial=0.0))
-
-
-def join_rank_accounts(parts: Mapping[int, RankAccount], place: np.ndarray) -> RankAccount:
-    """One account of N examples from those of their groups; `place` (N,) says in which group an example is.
-
-    Groups keep the order of their examples. All have the same number of ranks.
-    """
-    order = np.argsort(place, kind="stable")  # rows of the joined account, group after group
-    back = np.argsort(order, kind="stable")
-    joined = {
-        name: np.concatenate([getattr(parts[k], name) for k in sorted(parts)])[back]
-        for name in ("weight", "std", "coordinates", "terms", "raw_terms", "raw_bias", "neighbours")
-    }
-    first = parts[min(parts)]
-    return RankAccount(canonical=first.canonical, residual=max(part.residual for part in parts.values()), **joined)
-
-
-class RankComponents:
-    """The terms that one member's ranks contribute: canonical components for two modalities, else the layer's own."""
-
-    def __init__(self, member: FusionModel, train: Mapping[str, Tensor], output: int | Tensor = 0) -> None:
-        """Of one output, or of the outputs weighed by a Tensor (O,): a difference of two has the ranks of both.
-
-        `train`: raw features (n, d_m) that means, covariances and neighbours are taken from.
-        """
-        self.member = member
-        layer = exact_layer(member)
-        contrast = torch.eye(layer.output_dim)[output] if isinstance(output, int) else output
-        self.layer = contrast_layer(layer, contrast.double())
-        reference = latents_of(member, train)
-        self.means = [z.mean(0) for z in reference]
-        self.canonical = len(reference) == 2
-        if self.canonical:
-            # a ridge of 1e-9: the identity then holds off the span of train too, should it have few examples
-            covariances = [z.T.cov() for z in reference]
-            covariances = [c + 1e-9 * c.diagonal().mean() * torch.eye(len(c), dtype=c.dtype) for c in covariances]
-            spectrum, directions = self.layer.canonical_factors(covariances)
-            self.weight, self.directions = spectrum[0], [p[0] for p in directions]  # (R,), (R, L) each
-        else:
-            self.weight = self.layer.rank_weights
-        self.train_coordinates = self.coordinates(reference)  # (n, R, M)
-        self.train_terms = self.terms(reference)  # (n, R)
-
-    @property
-    def rank(self) -> int:
-        """R; masked ranks are counted and contribute 0."""
-        return self.layer.rank
-
-    def coordinates(self, latents: Sequence[Tensor]) -> Tensor:
-        """(N, R, M): what is multiplied in each term."""
-        if self.canonical:
-            pairs = zip(latents, self.means, self.directions, strict=True)
-            return torch.stack([(z - mean) @ direction.T for z, mean, direction in pairs], -1)
-        return torch.stack([p(z) for z, p in zip(latents, self.layer.projections, strict=True)], -1)
-
-    def terms(self, latents: Sequence[Tensor]) -> Tensor:
-        """(N, R), differentiable in float64 latents (N, L)."""
-        if self.canonical:
-            return self.weight * self.coordinates(latents).prod(-1)
-        return self.layer.rank_terms(latents)[..., 0]
-
-    @torch.no_grad()
-    def account(self, features: Mapping[str, Tensor], neighbours: int, skip: Sequence[int | None]) -> RankAccount:
-        """Rank terms of raw features (N, d_m), and for each rank the rows of train that are nearest.
-
-        `skip` (N,): the row of train that is the example itself, which is no neighbour of its own.
-        """
-        latents = latents_of(self.member, features)
-        terms, coordinates = self.terms(latents), self.coordinates(latents)
-        raw = self.layer.rank_terms(latents)[..., 0]
-        whole = self.layer(latents)[..., 0] - self.layer.bias[0]
-        together = recentred_parts(self.layer, latents, self.means)[(0, 1)][:, 0] if self.canonical else whole
-        residual = _residual(terms.sum(-1).numpy(), together.numpy())
-        scale = self.train_coordinates.std(0).clamp_min(1e-12)  # (R, M)
-        nearest = []
-        for r in range(self.rank):
-            distance = torch.cdist(coordinates[:, r] / scale[r], self.train_coordinates[:, r] / scale[r])  # (N, n)
-            for row, own in enumerate(skip):
-                if own is not None:
-                    distance[row, own] = torch.inf
-            nearest.append(distance.topk(min(neighbours, distance.shape[1]), largest=False).indices)
-        return RankAccount(
-            self.canonical,
-            np.broadcast_to(self.weight.numpy(), terms.shape),
-            np.broadcast_to(self.train_terms.std(0).numpy(), terms.shape),
-            coordinates.numpy(),
-            terms.numpy(),
-            raw.numpy(),
-            np.full(len(terms), self.layer.bias.item()),
-            residual,
-            torch.stack(nearest, 1).numpy(),
-        )

@@ -11,32 +11,25 @@ import torch
 from torch import Tensor
 
 from mmfusion.dataset import Dataset, Split, take
-from mmfusion.encoders.frozen import (
-    ImageEncoder,
-    TextEncoder,
-    find_image_encoder,
-    find_text_encoder,
-    image_preprocessing,
-)
-from mmfusion.encoders.images import decode_rgb, preprocess, reason_unreadable
+from mmfusion.encoders.images import decode_rgb, reason_unreadable
 from mmfusion.errors import InputError
 from mmfusion.explain.account import (
     Examples,
     Explanation,
     Maps,
-    RankAccount,
-    RankComponents,
     account_for,
+    account_for_margins,
     ensemble_losses,
-    join_rank_accounts,
     latent_radii,
     margin_weights,
 )
+from mmfusion.explain.ranks import RankAccount, RankComponents, join_rank_accounts
 from mmfusion.explain.saliency import Box, RegionMap, region_map, seen_box, word_map
 from mmfusion.explain.summary import Summary, summarise
 from mmfusion.metrics.tasks import probabilities
 from mmfusion.models.fusion import FusionModel
 from mmfusion.models.heads import ConcatenationHead
+from mmfusion.runs.encode import RunEncoders
 from mmfusion.runs.load import TrainedRun
 
 Place = tuple[str, int]  # split, row
@@ -65,7 +58,7 @@ class Explainer:
 
     def __init__(self, run: TrainedRun, choices: Choices, device: str) -> None:
         """Raises InputError naming the flag of a choice that the run does not offer."""
-        self.run, self.choices, self.device = run, choices, device
+        self.run, self.choices, self.encoders = run, choices, RunEncoders(run, device)
         if choices.fold >= len(run.datasets):
             raise InputError(f"--fold {choices.fold}: this run has folds 0 to {len(run.datasets) - 1}")
         if choices.maps and run.encoders is None:
@@ -95,20 +88,9 @@ class Explainer:
 
     def meme(self, image: Path, text: str) -> Explanation:
         """One meme that need not be of the run's data, with its maps."""
-        if self.run.memes is None:
-            raise InputError(f"--image {image}: {self.run.folder} was not trained on memes; give --ids or --split")
-        if self.run.memes.given:
-            given = ", ".join(self.run.memes.given)
-            raise InputError(
-                f"--image {image}: features of {given} came from files (--features); give --ids or --split"
-            )
-        try:
-            picture = self.read(image)
-        except Exception as error:  # a hostile file may raise nearly anything inside Pillow
-            raise InputError(
-                f"--image {image}: {reason_unreadable(error)}; give a picture that Pillow reads"
-            ) from error
-        features = {"image": self.image_encoder(picture[None]), "text": self.text_encoder([self.tokens(text)])}
+        if self.encoders.lacking is not None:
+            raise InputError(f"--image {image}: {self.encoders.lacking}; give --ids or --split")
+        features = self.encoders.encode([image], [text], flag="--image ")
         examples = Examples([str(image)], {"text": [text]}, [None], {str(image): image})
         return self.explain(features, examples, [None], maps=True)
 
@@ -209,14 +191,12 @@ class Explainer:
         self, features: Mapping[str, Tensor], examples: Examples, own_rows: Sequence[int | None], maps: bool
     ) -> Explanation:
         """Account for raw features (N, d_m); `own_rows` (N,) are their own rows of train, if any."""
-        pairs = chances = None
+        chances = None
         if self.run.task == "multiclass":
             predicted = self.predict(features)
-            weights = margin_weights(predicted.mean(0))  # (N, C)
-            account = account_for(self.members, features, self.train.features, weights)
+            account = account_for_margins(self.members, features, self.train.features, predicted.mean(0))
             account = replace(account, radius=latent_radii(self.members, features, self.run.task))  # to any class
-            ranks = self.ranks_of_margins(features, weights, own_rows)
-            pairs = list(zip(weights.argmax(-1).tolist(), weights.argmin(-1).tolist(), strict=True))
+            ranks = self.ranks_of_margins(features, margin_weights(predicted.mean(0)), own_rows)
             chances = predicted.double().numpy()
         else:
             account = account_for(self.members, features, self.train.features, self.choices.output)
@@ -245,7 +225,6 @@ class Explainer:
             ranks=ranks,
             maps=mappings,
             class_names=self.class_names,
-            pairs=pairs,
             chances=chances,
             notes=self.notes(),
         )
@@ -283,29 +262,6 @@ class Explainer:
         pictures = self.run.image_paths(chosen.ids) if self.run.memes else {}
         return Examples(chosen.ids, texts, targets, pictures)
 
-    # ---- encoders, loaded when first needed
-
-    @property
-    def image_encoder(self) -> ImageEncoder:
-        if not hasattr(self, "_image_encoder"):
-            self.image_source = find_image_encoder(self.run.encoders)
-            self._image_encoder = ImageEncoder(self.run.encoders, self.image_source, self.device)
-        return self._image_encoder
-
-    @property
-    def text_encoder(self) -> TextEncoder:
-        if not hasattr(self, "_text_encoder"):
-            self._text_encoder = TextEncoder(self.run.encoders, find_text_encoder(self.run.encoders), self.device)
-        return self._text_encoder
-
-    def tokens(self, text: str) -> list[int]:
-        return self.text_encoder.tokenize([text])[0]
-
-    def read(self, image: Path) -> np.ndarray:
-        """Pixels (S, S, 3) as the encoder sees them. Raises what Pillow raises on a file that is no picture."""
-        preprocessing = image_preprocessing(self.run.encoders, find_image_encoder(self.run.encoders))
-        return preprocess(decode_rgb(image), preprocessing).copy()  # Pillow's own memory is read-only
-
     # ---- maps
 
     def score(self, features: Mapping[str, Tensor], name: str, vector: Tensor) -> Tensor:
@@ -320,16 +276,16 @@ class Explainer:
     def regions(self, path: Path, features: Mapping[str, Tensor]) -> tuple[RegionMap, Box]:
         """The map of one picture and the part of it that the encoder sees; or ValueError with why there is none."""
         try:
-            pixels, size = self.read(path), decode_rgb(path).size
+            pixels, size = self.encoders.read(path), decode_rgb(path).size
         except Exception as error:  # a hostile file may raise nearly anything inside Pillow
             raise ValueError(f"the picture cannot be read ({reason_unreadable(error)})") from error
         reference = self.members[0].standardise["image"].mean  # of train, as that of the account
-        mapped = region_map(self.image_encoder, pixels, partial(self.score, features, "image"), reference)
+        mapped = region_map(self.encoders.image, pixels, partial(self.score, features, "image"), reference)
         if mapped is None:
             raise ValueError("this image encoder's vector is not the average of a feature map")
         if not _is_same(torch.from_numpy(mapped.feature), features["image"][0]):
             raise ValueError("on this --device the picture's vector is not the one that the run has of it")
-        return mapped, seen_box(size, image_preprocessing(self.run.encoders, self.image_source))
+        return mapped, seen_box(size, self.encoders.preprocessing)
 
     def map(self, features: Mapping[str, Tensor], examples: Examples, row: int) -> Maps:
         """Regions and words that feed the score of one example, features (1, d_m)."""
@@ -343,8 +299,8 @@ class Explainer:
         for name, texts in examples.texts.items():
             if name not in features or self.run.encoders is None:
                 continue
-            if _is_same(self.text_encoder([self.tokens(texts[row])])[0], features[name][0]):
-                words[name] = word_map(self.text_encoder, texts[row], partial(self.score, features, name))
+            if _is_same(self.encoders.text([self.encoders.tokens(texts[row])])[0], features[name][0]):
+                words[name] = word_map(self.encoders.text, texts[row], partial(self.score, features, name))
             else:
                 notes.append(f"no words of {name}: on this --device their vector is not the one that the run has")
         return Maps(regions, box, words, notes)

@@ -4,7 +4,8 @@ import unicodedata
 
 import numpy as np
 
-from mmfusion.explain.account import TOLERANCE, Explanation
+from mmfusion.explain.account import Explanation
+from mmfusion.explain.ranks import TOLERANCE
 from mmfusion.metrics.format import counted, mean_std
 
 TURNS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # turn the direction of all that follows
@@ -57,9 +58,7 @@ def _largest_part(explanation: Explanation, row: int) -> str:
     binary = explanation.chooses
     total = sum(parts.values()) + (bias if binary else 0.0)
     positive = bool(total >= 0)
-    said = explanation.pairs is not None or explanation.probability(row).mean() >= 0.5
-    if binary and positive != said:
-        # one far-off seed outweighs the others
+    if binary and explanation.account.seeds_disagree[row]:
         return f"The seeds disagree: their mean {explanation.output} is {_signed(total)}."
     name = max(parts, key=lambda part: parts[part] if positive else -parts[part])
     whole = f"in a {explanation.output} of {_signed(total)}" if binary else f"from {bias:.2f} at the mean of train"

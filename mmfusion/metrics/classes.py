@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from mmfusion.metrics.scores import Score, bootstrap_counts, summarise_score, weighted_auroc, weighted_ece
+from mmfusion.metrics.scores import RESAMPLES, Score, bootstrap_counts, summarise_score, weighted_auroc, weighted_ece
 
 MULTICLASS_SCORES = ("accuracy", "balanced_accuracy", "macro_f1", "weighted_f1", "auroc", "log_loss", "brier", "ece")
 MULTILABEL_SCORES = ("map", "auroc", "macro_f1", "subset_accuracy", "log_loss", "brier", "ece")
@@ -16,7 +16,11 @@ EDGE = np.finfo(np.float64).eps  # as scikit-learn clips: a certain error costs 
 
 
 def multiclass_scores(
-    probabilities: np.ndarray, target: np.ndarray, seed: int = 0, names: Sequence[str] = MULTICLASS_SCORES
+    probabilities: np.ndarray,
+    target: np.ndarray,
+    seed: int = 0,
+    names: Sequence[str] = MULTICLASS_SCORES,
+    resamples: int = RESAMPLES,
 ) -> dict[str, Score]:
     """Scores of every member's class probabilities.
 
@@ -29,6 +33,7 @@ def multiclass_scores(
         target: (N,) class numbers 0 .. C - 1.
         seed: of the resampling; the same examples are drawn for all members and all scores.
         names: which scores, in the order of the result.
+        resamples: 0 leaves out the interval, which takes most of the time: it is NaN.
 
     Raises ValueError for an unknown name, shapes that do not fit, or class numbers that are not there.
     """
@@ -39,11 +44,16 @@ def multiclass_scores(
     if (classes != target).any() or classes.min() < 0 or classes.max() >= p.shape[2]:
         raise ValueError(f"target holds values that are no class numbers from 0 to {p.shape[2] - 1}")
     hot = np.eye(p.shape[2])[classes]  # (N, C)
-    return _scores(p, hot, seed, names, _MULTICLASS)
+    weights = _weightings(len(hot), seed, resamples)
+    return _scores(p, hot, weights, names, _MULTICLASS)
 
 
 def multilabel_scores(
-    probabilities: np.ndarray, target: np.ndarray, seed: int = 0, names: Sequence[str] = MULTILABEL_SCORES
+    probabilities: np.ndarray,
+    target: np.ndarray,
+    seed: int = 0,
+    names: Sequence[str] = MULTILABEL_SCORES,
+    resamples: int = RESAMPLES,
 ) -> dict[str, Score]:
     """Scores of every member's label probabilities, each label's own threshold 1/2.
 
@@ -54,7 +64,7 @@ def multilabel_scores(
     Args:
         probabilities: (S, N, C) in [0, 1].
         target: (N, C) of 0 and 1.
-        seed, names: as for `multiclass_scores`.
+        seed, names, resamples: as for `multiclass_scores`.
 
     Raises ValueError for an unknown name, shapes that do not fit, or other labels.
     """
@@ -63,24 +73,27 @@ def multilabel_scores(
         raise ValueError(f"probabilities {p.shape} and target {target.shape} do not fit: (S, N, C) goes with (N, C)")
     if not np.isin(target, (0, 1)).all():
         raise ValueError("a multilabel target is of 0 and 1")
-    return _scores(p, target, seed, names, _MULTILABEL)
+    weights = _weightings(len(target), seed, resamples)
+    return _scores(p, target, weights, names, _MULTILABEL)
 
 
 _Weighted = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # p (N, C), hot (N, C), weights (K, N) -> (K,)
 
 
+def _weightings(examples: int, seed: int, resamples: int) -> np.ndarray:
+    """(1 + resamples, N): a row of ones for the score itself, and one row for each resample."""
+    return np.vstack([np.ones(examples), bootstrap_counts(examples, seed, resamples)])
+
+
 def _scores(
-    p: np.ndarray, hot: np.ndarray, seed: int, names: Sequence[str], table: dict[str, _Weighted]
+    p: np.ndarray, hot: np.ndarray, weights: np.ndarray, names: Sequence[str], table: dict[str, _Weighted]
 ) -> dict[str, Score]:
     if unknown := set(names) - set(table):
         raise ValueError(f"no score is called {sorted(unknown)}: there are {list(table)}")
-    examples = len(hot)
-    # one row of ones for the score itself, and one per resample
-    weights = np.vstack([np.ones(examples), bootstrap_counts(examples, seed)])  # (1 + RESAMPLES, N)
     scores = {}
     for name in names:
-        columns = np.stack([table[name](member, hot, weights) for member in p])  # (S, 1 + RESAMPLES)
-        scores[name] = summarise_score(list(columns[:, 0]), columns[:, 1:].mean(0), examples)
+        columns = np.stack([table[name](member, hot, weights) for member in p])  # (S, 1 + resamples)
+        scores[name] = summarise_score(list(columns[:, 0]), columns[:, 1:].mean(0), len(hot))
     return scores
 
 

@@ -39,7 +39,11 @@ class Score:
 
 
 def binary_scores(
-    probabilities: np.ndarray, target: np.ndarray, seed: int = 0, names: Sequence[str] = BINARY_SCORES
+    probabilities: np.ndarray,
+    target: np.ndarray,
+    seed: int = 0,
+    names: Sequence[str] = BINARY_SCORES,
+    resamples: int = RESAMPLES,
 ) -> dict[str, Score]:
     """AUROC, accuracy and F1 (of the positive class, threshold 1/2) of every member.
 
@@ -50,6 +54,7 @@ def binary_scores(
         names: which scores, in the order of the result: "auroc", "accuracy", "f1", also "weighted_f1" (mean of both
             classes' F1 by their share of the target, scikit-learn's average="weighted"), "balanced_accuracy", and,
             smaller is better, "log_loss" (natural logarithm), "brier" and "ece".
+        resamples: 0 leaves out the interval, which takes most of the time: it is NaN.
 
     Raises ValueError for an unknown name, and where AUROC is asked for and target holds one class alone: it does not
     exist then.
@@ -59,7 +64,7 @@ def binary_scores(
         raise ValueError(f"no binary score is called {sorted(unknown)}: there are {list(_BINARY)}")
     if "auroc" in names and len(np.unique(target)) < 2:
         raise ValueError(f"target of {target.size} examples holds one class alone: AUROC is not defined")
-    counts = bootstrap_counts(target.size, seed)  # (RESAMPLES, N)
+    counts = bootstrap_counts(target.size, seed, resamples)  # (resamples, N)
     scores = {}
     for name in names:
         value, resampled = _BINARY[name]
@@ -71,7 +76,11 @@ def binary_scores(
 
 
 def regression_scores(
-    predictions: np.ndarray, target: np.ndarray, seed: int = 0, label_range: tuple[float, float] | None = None
+    predictions: np.ndarray,
+    target: np.ndarray,
+    seed: int = 0,
+    label_range: tuple[float, float] | None = None,
+    resamples: int = RESAMPLES,
 ) -> dict[str, Score]:
     """Mean absolute error and Pearson correlation of every member; for sentiment also the field's class scores.
 
@@ -89,6 +98,7 @@ def regression_scores(
         target: (N,) or (N, O).
         seed: of the resampling; the same examples are drawn for all members and all scores.
         label_range: lowest and highest label that the annotation allows.
+        resamples: 0 leaves out the interval: it is NaN.
 
     Raises ValueError where the shapes do not fit, a value is not finite, sentiment has more than one output, or every
     sentiment is 0.
@@ -97,9 +107,9 @@ def regression_scores(
     members, examples = predictions.shape[:2]
     x, y = predictions.reshape(members, examples, -1), target.reshape(examples, -1)  # (S, N, O), (N, O)
     # one row of ones for the score itself, and one per resample
-    weights = np.vstack([np.ones(examples), bootstrap_counts(examples, seed)])  # (1 + RESAMPLES, N)
+    weights = np.vstack([np.ones(examples), bootstrap_counts(examples, seed, resamples)])  # (1 + resamples, N)
     errors = np.abs(x - y).mean(-1)  # (S, N)
-    columns = {  # (S, 1 + RESAMPLES) each, and on how many examples
+    columns = {  # (S, 1 + resamples) each, and on how many examples
         "mae": (errors @ weights.T / examples, examples),
         "correlation": (np.stack([weighted_correlation(p, y, weights).mean(1) for p in x]), examples),
     }
@@ -323,6 +333,6 @@ _BINARY: dict[str, tuple[_Value, _Resampled]] = {  # of p (N,) and target (N,); 
 
 def summarise_score(values: list[float], resampled: np.ndarray, examples: int) -> Score:
     """The Score of members' values (S,) and of their mean in every resample (K,); resamples without one are NaN."""
-    low, high = np.nanpercentile(resampled, [2.5, 97.5])
+    low, high = np.nanpercentile(resampled, [2.5, 97.5]) if resampled.size else (np.nan, np.nan)
     std = float(np.std(values, ddof=1)) if len(values) > 1 else None
     return Score(float(np.mean(values)), std, float(low), float(high), [float(v) for v in values], examples)

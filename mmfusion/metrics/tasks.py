@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mmfusion.dataset import Task
 from mmfusion.metrics.classes import MULTICLASS_SCORES, MULTILABEL_SCORES, multiclass_scores, multilabel_scores
-from mmfusion.metrics.scores import BINARY_SCORES, Score, binary_scores, example_losses, regression_scores
+from mmfusion.metrics.scores import BINARY_SCORES, RESAMPLES, Score, binary_scores, example_losses, regression_scores
 
 TABLE_SCORES: dict[Task, tuple[str, ...]] = {
     "binary": BINARY_SCORES,
@@ -57,6 +57,7 @@ def task_scores(
     names: Sequence[str] | None = None,
     label_range: tuple[float, float] | None = None,
     seed: int = 0,
+    resamples: int = RESAMPLES,
 ) -> dict[str, Score]:
     """Scores of every member with their intervals, of what `probabilities` returns.
 
@@ -66,11 +67,12 @@ def task_scores(
         names: default TABLE_SCORES of the task; a regression's are all that `regression_scores` gives.
         label_range: of a regression.
         seed: of the resampling.
+        resamples: of the examples, for the interval; 0 leaves it out.
     """
     if task == "regression":
-        return regression_scores(predictions, target, seed, label_range)
+        return regression_scores(predictions, target, seed, label_range, resamples)
     scores = {"binary": binary_scores, "multiclass": multiclass_scores, "multilabel": multilabel_scores}[task]
-    return scores(predictions, target, seed, names or TABLE_SCORES[task])
+    return scores(predictions, target, seed, names or TABLE_SCORES[task], resamples)
 
 
 def can_score(target: np.ndarray | Tensor, task: Task) -> bool:

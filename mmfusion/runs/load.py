@@ -15,7 +15,7 @@ import torch
 
 from hateful_memes_loader import find_annotations, image_paths
 from mmfusion.data.array_files import read_arrays
-from mmfusion.data.arrays import ArraysConfig, dataset_from_arrays, describe_arrays, load_arrays
+from mmfusion.data.arrays import ArraysConfig, dataset_from_arrays, describe_arrays, load_arrays, with_kept
 from mmfusion.data.folds import FoldedDataset, fold_datasets
 from mmfusion.data.memes import MemesConfig, MemesSource, find_source, load_memes
 from mmfusion.data.registry import CORPORA, DataOptions, load_datasets, memes_source
@@ -134,11 +134,12 @@ def load_run(folder: Path, device: str = "cpu") -> TrainedRun:
         kept = folder / ARRAYS  # arrays that were given from Python
         if kept.exists():
             datasets = dataset_from_arrays(read_arrays(kept)[0], config, str(begun["data"].get("name")))
+            if "dataset" in begun["data"]:
+                datasets = with_kept(datasets, begun["data"]["dataset"])
         else:
             datasets = load_arrays(config)
         data = fold_datasets(datasets)
         now = describe_arrays(datasets)
-        now |= {key: begun["data"][key] for key in ("further_terms",) if key in begun["data"]}
         trained_on_dev = False
     elif "experiment" in begun["data"]:
         options = config_from(DataOptions, settings, path)
@@ -159,6 +160,7 @@ def load_run(folder: Path, device: str = "cpu") -> TrainedRun:
         now = datasets[0].description
         memes = find_source(memes_config, choices, processes, quiet=True)
         trained_on_dev = False
+    now |= {key: begun["data"][key] for key in ("further_terms",) if key in begun["data"]}  # of Python alone
     if memes is not None:
         memes = replace(memes, jsonl=find_annotations(memes.jsonl)["train"])
         encoders = memes.encoders

@@ -15,6 +15,7 @@ from mmfusion.metrics.scores import Score
 from mmfusion.metrics.tasks import TABLE_SCORES
 from mmfusion.models.decomposition import recentred_parts, variance_share
 from mmfusion.models.fusion import FusionModel
+from mmfusion.runs.missing import MissingReport
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,22 @@ def print_scores(
             found = ", ".join(f"{k} {mean_std(v.members)}" for k, v in thresholds["scores"][name].items())
             chosen = mean_std(thresholds["thresholds"], 2)
             print(f"{next(iter(rows))}, threshold chosen on {dataset.selection} ({chosen}, not .5): {found}")
+
+
+def print_missing(missing: MissingReport, task: Task) -> None:
+    """Scores without each modality beside those of the whole examples, and how much wider the answer is then."""
+    seeds = len(next(iter(missing.whole.values())))
+    spread = f" (mean +- std over {counted(seeds, 'seed')})" if seeds > 1 else ""
+    print(f"\nwhat a missing modality costs on {missing.part}, n = {missing.examples}{spread}")
+    print(f"(its latent is integrated out, as it is distributed over {counted(missing.reference, 'training example')})")
+    rows = {"nothing missing": missing.whole, **{f"without {name}": one for name, one in missing.without.items()}}
+    width, said = max(map(len, rows)), "value" if task == "regression" else "logit"
+    names = "".join(f"  {name:^16}" for name in missing.whole)
+    print(f"{'':{width}}{names}  std that it adds to the {said}")
+    widening = [None, *missing.std.values()]
+    for (label, scores), std in zip(rows.items(), widening, strict=True):
+        cells = "".join(f"  {mean_std(score):16}" for score in scores.values())
+        print(f"{label:{width}}{cells}  {'' if std is None else mean_std(std)}".rstrip())
 
 
 def print_ranks(ranks: RankReport, split: str, task: Task) -> None:

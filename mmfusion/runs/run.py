@@ -21,6 +21,7 @@ from mmfusion.models.fusion import FusionEnsemble, ModelConfig
 from mmfusion.runs import figure, report
 from mmfusion.runs.card import write_card
 from mmfusion.runs.folder import RunFolder
+from mmfusion.runs.missing import missing_report
 from mmfusion.runs.outputs import MetricsLog, SilentLog, save_ensembles, write_predictions
 from mmfusion.training.fit import Method, fit_methods
 from mmfusion.training.objective import Term
@@ -125,35 +126,45 @@ def carry_out(
     with MetricsLog(folder, datasets[0].task, run.writes_events) as log:
         ensembles, histories = train_stacks(log, datasets, stacks, config, device, further_terms)
     outcome = predict_and_score(datasets, ensembles, histories)
-    report.print_scores(dataset, outcome.parts, outcome.scores, outcome.ensemble_scores, outcome.thresholds)
-    results: dict[str, object] = {"selection": dataset.selection, "task": dataset.task, "scores": outcome.scores}
-    results |= {"ensemble_scores": outcome.ensemble_scores, "thresholds": outcome.thresholds}
-    main = ensembles[outcome.main_row]
-    ranks = None
-    if len(dataset.input_dims) > 1:
-        of_first_fold = list(main.members)[:: len(datasets)]
-        ranks = report.rank_report(of_first_fold, dataset.splits[dataset.selection].features, dataset.task)
-        report.print_ranks(ranks, dataset.selection, dataset.task)
-        results["ranks"] = ranks
-    save_ensembles(folder, ensembles)
-    write_card(folder, dataset, main, outcome.scores, len(datasets))
-    write_predictions(folder, dataset, outcome.parts, outcome.predictions[outcome.main_row])
-    shown = shown_part(dataset, outcome)
-    figure.draw(
-        folder / "report.png",
-        dataset,
-        main,
-        histories[outcome.main_row],
-        figure.Shown(shown, outcome.parts[shown], outcome.predictions[outcome.main_row][shown].numpy()),
-        ranks,
-        len(datasets),
-    )
+    results = report_and_save(folder, datasets, outcome)
     run.close(results)
     print(
         f"\nkept in {folder}/: README.md, report.png, results.json, metrics.jsonl, predictions_*.csv, "
         "model.safetensors with config.json (FusionEnsemble.from_pretrained)"
     )
     return outcome
+
+
+def report_and_save(folder: Path, datasets: Sequence[Dataset], outcome: Outcome) -> dict[str, object]:
+    """Print what was found and leave models, card, predictions and figure in the folder; returns results.json."""
+    dataset, main = datasets[0], outcome.ensembles[outcome.main_row]
+    predictions, shown = outcome.predictions[outcome.main_row], shown_part(dataset, outcome)
+    report.print_scores(dataset, outcome.parts, outcome.scores, outcome.ensemble_scores, outcome.thresholds)
+    results: dict[str, object] = {"selection": dataset.selection, "task": dataset.task, "scores": outcome.scores}
+    results |= {"ensemble_scores": outcome.ensemble_scores, "thresholds": outcome.thresholds}
+    ranks = None
+    if len(dataset.input_dims) > 1:
+        if len(main.shape["input_dims"]) > 1 and shown in outcome.scores[outcome.main_row]:
+            missing = missing_report(datasets, main, shown, outcome.parts[shown], predictions[shown])
+            report.print_missing(missing, dataset.task)
+            results["missing"] = missing
+        of_first_fold = list(main.members)[:: len(datasets)]
+        ranks = report.rank_report(of_first_fold, dataset.splits[dataset.selection].features, dataset.task)
+        report.print_ranks(ranks, dataset.selection, dataset.task)
+        results["ranks"] = ranks
+    save_ensembles(folder, outcome.ensembles)
+    write_card(folder, dataset, main, outcome.scores, len(datasets))
+    write_predictions(folder, dataset, outcome.parts, predictions)
+    figure.draw(
+        folder / "report.png",
+        dataset,
+        main,
+        outcome.histories[outcome.main_row],
+        figure.Shown(shown, outcome.parts[shown], predictions[shown].numpy()),
+        ranks,
+        len(datasets),
+    )
+    return results
 
 
 def train_stacks(

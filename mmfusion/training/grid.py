@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from mmfusion.data.folds import FoldedDataset, targets
 from mmfusion.metrics.scores import example_losses, example_scores
 from mmfusion.metrics.tasks import selection_score
 from mmfusion.models.fusion import FusionEnsemble, FusionModel
-from mmfusion.training.objective import objective
+from mmfusion.training.objective import objective, predict
 from mmfusion.training.recipe import Recipe
 from mmfusion.training.trainer import EVALUATION_CHUNK, Member, Problem, Schedule, TrainingData, train
 
@@ -148,7 +149,7 @@ def train_grid(
     problem = Problem(
         build,
         lambda model, batch: objective(model, batch, data.task, scale=scale),
-        predict_of(data),
+        partial(predict, task=data.task),
         selection_score(data.task),
     )
     schedule = Schedule(
@@ -193,26 +194,16 @@ def _members(data: FoldedDataset, settings: Sequence[Setting], seeds: Sequence[i
     ]
 
 
-def predict_of(data: FoldedDataset, missing: Sequence[str] = ()) -> Callable:
-    """(model, features) -> (N,), or (N, O) where the study has several outputs; the latents in `missing` are zero."""
-
-    def predict(model, features: dict[str, Tensor]) -> Tensor:
-        present = {name: features[name].new_zeros(len(features[name])) for name in missing}
-        prediction = model(features, reconstruct=False, present=present).prediction
-        return prediction if data.has_columns else prediction.squeeze(-1)
-
-    return predict
-
-
 @torch.inference_mode()
 def outputs_of(data: FoldedDataset, models: Sequence[FusionModel], missing: Sequence[str] = ()) -> np.ndarray:
     """(members, N[, O]): predictions of every model on the whole pool; the latents in `missing` are zero."""
-    predict, size = predict_of(data, missing), len(data.pool)
+    size = len(data.pool)
     chunks = [
         {name: x[start : start + EVALUATION_CHUNK] for name, x in data.pool.features.items()}
         for start in range(0, size, EVALUATION_CHUNK)
     ]
-    return np.stack([torch.cat([predict(model, chunk) for chunk in chunks]).numpy() for model in models])
+    outputs = [torch.cat([predict(model, chunk, data.task, missing) for chunk in chunks]) for model in models]
+    return np.stack([output.numpy() for output in outputs])
 
 
 def _fitted(shape: dict, data: FoldedDataset, rows: Tensor) -> FusionModel:

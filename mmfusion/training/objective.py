@@ -1,6 +1,6 @@
 """The named loss terms of one fusion model on one batch; their weighted sum is minimised."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -99,7 +99,13 @@ def objective(
     return terms | {name: term(output, batch) for name, term in (further or {}).items()}
 
 
-def predict(model: ModelCall, features: Mapping[str, Tensor], task: Task = "binary") -> Tensor:
-    """Logits or values of one model: (N,) of a single output, else (N, O); a multiclass model's are always (N, C)."""
-    prediction = model(features, reconstruct=False).prediction
+def predict(
+    model: ModelCall, features: Mapping[str, Tensor], task: Task = "binary", missing: Sequence[str] = ()
+) -> Tensor:
+    """Logits or values of one model: (N,) of a single output, else (N, O); a multiclass model's are always (N, C).
+
+    features holds (N, d_m) per modality; the head sees 0 in place of the latents of those in `missing`.
+    """
+    present = {name: features[name].new_zeros(len(features[name])) for name in missing}
+    prediction = model(features, reconstruct=False, present=present).prediction
     return prediction.squeeze(-1) if task != "multiclass" and prediction.shape[-1] == 1 else prediction

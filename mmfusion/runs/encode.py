@@ -1,0 +1,108 @@
+"""A run's own encoders, for pictures and texts that need not be of its data."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmfusion.encoders.extract import BATCH_CPU
+from mmfusion.encoders.frozen import (
+    ImageEncoder,
+    TextEncoder,
+    find_image_encoder,
+    find_text_encoder,
+    image_preprocessing,
+)
+from mmfusion.encoders.images import Preprocessing, decode_rgb, preprocess, reason_unreadable
+from mmfusion.encoders.weights import EncoderSource
+from mmfusion.errors import InputError, printable
+from mmfusion.runs.load import TrainedRun
+
+
+class RunEncoders:
+    """Image and text encoder of a run, each loaded when it is first needed; raises InputError where one is lacking.
+
+    On another kind of device than the run's, vectors differ from its own by the arithmetic (bfloat16 on CUDA).
+    """
+
+    def __init__(self, run: TrainedRun, device: str) -> None:
+        self.run, self.device = run, device
+
+    @cached_property
+    def _image_source(self) -> EncoderSource:
+        return find_image_encoder(self.run.encoders)
+
+    @cached_property
+    def preprocessing(self) -> Preprocessing:
+        """How a picture is brought into the image encoder's shape."""
+        return image_preprocessing(self.run.encoders, self._image_source)
+
+    @cached_property
+    def image(self) -> ImageEncoder:
+        """uint8 pixels (b, S, S, 3) -> (b, d)."""
+        return ImageEncoder(self.run.encoders, self._image_source, self.device)
+
+    @cached_property
+    def text(self) -> TextEncoder:
+        """b lists of token ids -> (b, d)."""
+        return TextEncoder(self.run.encoders, find_text_encoder(self.run.encoders), self.device)
+
+    def tokens(self, text: str) -> list[int]:
+        """Token ids of one text."""
+        return self.text.tokenize([text])[0]
+
+    def read(self, image: Path) -> np.ndarray:
+        """Pixels (S, S, 3) as the encoder sees them. Raises what Pillow raises on a file that is no picture."""
+        return preprocess(decode_rgb(image), self.preprocessing).copy()  # Pillow's own memory is read-only
+
+    @property
+    def lacking(self) -> str | None:
+        """Why memes cannot be encoded as the run's were, in words; None where they can."""
+        if self.run.memes is None:
+            return f"{self.run.folder} was not trained on memes"
+        if self.run.memes.given:
+            return f"features of {', '.join(self.run.memes.given)} came from files (--features)"
+        return None
+
+    def encode(
+        self, images: Sequence[Path | str] | None = None, texts: Sequence[str] | None = None, flag: str = ""
+    ) -> dict[str, Tensor]:
+        """Features of memes: "image" (N, d) of N files, "text" (N, d) of N texts; what is not given is left out.
+
+        `flag` stands before the file in a message. Raises InputError naming the file that is missing or no picture, or
+        the text that is no Unicode, and for a run whose features of memes are not its encoders'; ValueError where not
+        N files, N texts or both are given.
+        """
+        if self.lacking is not None:
+            raise InputError(f"{self.lacking}: it takes no raw memes; give features")
+        given = [values for values in (images, texts) if values is not None]
+        if any(isinstance(values, str | Path) for values in given) or len({len(values) for values in given}) != 1:
+            raise ValueError("give a list of N files as images, a list of N texts, or both")
+        if not len(given[0]):
+            raise ValueError("there is nothing to encode: the lists are empty")
+        features = {}
+        if images is not None:
+            _ = self.preprocessing  # before the first picture: an encoder that is lacking is no bad picture
+            vectors = []
+            for start in range(0, len(images), BATCH_CPU):
+                pixels = [self._picture(Path(path), flag) for path in images[start : start + BATCH_CPU]]
+                vectors.append(self.image(np.stack(pixels)))
+            features["image"] = torch.cat(vectors)
+        if texts is not None:
+            for text in texts:
+                if any("\ud800" <= letter <= "\udfff" for letter in text):
+                    raise InputError(f"text {printable(text)[:60]}: holds bytes that are no UTF-8; write it again")
+            tokens = self.text.tokenize(list(texts))
+            starts = range(0, len(tokens), BATCH_CPU)
+            features["text"] = torch.cat([self.text(tokens[start : start + BATCH_CPU]) for start in starts])
+        return features
+
+    def _picture(self, path: Path, flag: str) -> np.ndarray:
+        try:
+            return self.read(path)
+        except Exception as error:  # a hostile file may raise nearly anything inside Pillow
+            reason = reason_unreadable(error)
+            raise InputError(f"{flag}{printable(str(path))}: {reason}; give a picture that Pillow reads") from error
