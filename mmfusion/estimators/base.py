@@ -18,7 +18,7 @@ from torch import Tensor
 from mmfusion.cli import pick_device
 from mmfusion.data.modalities import Modalities, read_modalities
 from mmfusion.dataset import Dataset, Split, Task
-from mmfusion.explain.account import Account, account_for, latent_radii, margin_weights
+from mmfusion.explain.account import Account, account_for, account_for_margins, latent_radii
 from mmfusion.metrics.conformal import Conformal
 from mmfusion.models.fusion import FusionEnsemble, ModelConfig
 from mmfusion.models.missing import Missing, MissingPrediction
@@ -259,11 +259,12 @@ class FusionEstimator(BaseEstimator):
         """
         check_is_fitted(self, "ensemble_")
         features = self._features(X, reset=False)
-        pairs, weights = None, output
-        if self.ensemble_.task == "multiclass":
-            weights = margin_weights(self.ensemble_.predict(features).mean(0))  # (N, C)
-            pairs = self.classes_[torch.stack([weights.argmax(-1), weights.argmin(-1)], -1).numpy()]
-        return Explained(account_for(self.ensemble_.members, features, self._reference, weights), pairs)
+        members = self.ensemble_.members
+        if self.ensemble_.task != "multiclass":
+            return Explained(account_for(members, features, self._reference, output), None)
+        p = self.ensemble_.predict(features).mean(0)  # (N, C)
+        account = account_for_margins(members, features, self._reference, p)
+        return Explained(account, self.classes_[account.pairs])
 
 
 class Explained(NamedTuple):
