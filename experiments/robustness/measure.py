@@ -4,8 +4,9 @@
     python -m experiments.robustness runs/demo --groups input features latents missing --pixels 8
 
 Every row of the run (jWAE-LMF, its baselines, lower rank, no prior), late fusion (the mean of the one-modality rows)
-and, beside experiments.baselines, the MKL-SVM see the same corrupted examples. Scores are accuracy, or -MAE in standard
-deviations of the target, of each example; nothing is scaled across methods. Of each curve over severity:
+and, beside experiments.baselines, the MKL-SVM see the same corrupted examples. Scores are accuracy (of several labels,
+the share that is right), or -MAE in standard deviations of the target, of each example; nothing is scaled across
+methods. Of each curve over severity:
 
 - area: trapezoid rule over severity, from the clean point on, divided by the range: a mean score;
 - drop: clean minus the score at the largest severity;
@@ -45,7 +46,7 @@ from mmfusion.metrics.scores import example_scores
 from mmfusion.metrics.statistics import Difference, combine
 from mmfusion.robustness.worst_case import SIZES
 from mmfusion.runs.folder import RunFolder
-from mmfusion.runs.load import TrainedRun, load_run, require_task
+from mmfusion.runs.load import TrainedRun, load_run
 from mmfusion.training.grid import per_example
 
 
@@ -82,7 +83,6 @@ def main(options: Options) -> None:
     device = pick_device(options.device)
     run_folder = RunFolder.claim(options, default_name(options))
     run = load_run(options.run, str(device))
-    require_task(run, "binary", "regression")
     if options.pixels and (run.memes is None or "image" in run.memes.given):
         raise InputError(f"--pixels {options.pixels}: {options.run} has no pictures; leave the flag out")
     wanted = conditions(run, options.groups, options.draws)
