@@ -25,7 +25,7 @@ from experiments.robustness import measure as robustness
 from experiments.robustness.corrupted_inputs import encode_corrupted
 from experiments.robustness.corruption_curves import CorruptionResult, Curve, _curve, curve_area
 from experiments.robustness.corruption_grid import KERNEL_MACHINE, LATE_FUSION, Condition, Predictor, conditions
-from experiments.robustness.figure import MODALITIES
+from experiments.robustness.figure import MODALITIES, row_colors
 from experiments.robustness.measure import OVER_LATE_FUSION, lead_over_constant
 from hateful_memes_loader import load_hateful_memes
 from lmf_module import LowRankMultimodalFusion
@@ -627,5 +627,9 @@ def test_pictures_that_are_gone_are_named(mosi, capsys):
 
 
 def test_colour_of_a_modality_is_that_of_no_row():
-    rows = {to_hex(f"C{k}") for k in range(10)}
-    assert rows.isdisjoint(to_hex(color) for color in MODALITIES) and len(set(MODALITIES)) == len(MODALITIES)
+    rows = {to_hex(color) for color in row_colors(map(str, range(15))).values()}
+    assert (
+        len(rows) == 15
+        and rows.isdisjoint(to_hex(color) for color in MODALITIES)
+        and len(set(MODALITIES)) == len(MODALITIES)
+    )
