@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.special import expit, softmax
+from sklearn.metrics import log_loss
 from test_robustness import model_of, of_norm, path_of
 
 from experiments.robustness import measure as robustness
-from experiments.robustness.corruption_grid import LATE_FUSION, Condition, Predictor
+from experiments.robustness.corruption_grid import LATE_FUSION, Condition, Predictor, conditions
 from mmfusion.data.arrays import ArraysConfig
 from mmfusion.metrics.scores import example_scores
 from mmfusion.models.fusion import FusionModel
@@ -254,7 +256,28 @@ def test_run_of_classes_or_labels_is_measured_to_the_end(run):
     for key, values in numbers["features, certified"].items():
         attacked, clean = np.array(numbers["features, attacked"][key]), numbers["clean"][key.split(" | ")[0]][0]
         assert (np.array(values) <= attacked + 1e-6).all() and (attacked <= clean + 1e-6).all()
-    assert f"score: {trained.data.score_name}" in results["table"]
+    assert (
+        f"score: {trained.data.score_name}" in results["table"] and "-log loss of all test examples" in results["table"]
+    )
+
+
+def test_selection_score_is_the_log_loss_clean_and_in_the_mean_over_conditions(run):
+    trained, results = run
+    predictor, found = Predictor(trained), results["numbers"]["selection score"]
+    (fold,) = trained.data.folds
+    target = trained.data.pool.target[fold.test].numpy()
+
+    def minus_log_loss(outputs: np.ndarray) -> list[float]:
+        if trained.task == "multiclass":
+            return [-log_loss(target, softmax(x.astype(float), -1), labels=range(x.shape[1])) for x in outputs]
+        return [
+            -np.mean([log_loss(y, p) for y, p in zip(target.T, expit(x.astype(float)).T, strict=True)]) for x in outputs
+        ]
+
+    for row in predictor.rows:
+        assert found["clean"][row] == pytest.approx(minus_log_loss(predictor.clean(row)), abs=1e-6)
+        under = [minus_log_loss(predictor.corrupted(row, c)) for c in conditions(trained, ("missing",), 1)]
+        assert found["missing"][row] == pytest.approx(np.mean(under, 0), abs=1e-6)
 
 
 def test_late_fusion_is_the_mean_of_the_one_modality_rows_logits(run):

@@ -194,7 +194,8 @@ def draw_detection(axis: Axes, result: UncertaintyResult) -> None:
             place, middle - 0.5, height, left=0.5, xerr=errors, color=colors_of(result)[name], label=name, ecolor="0.3"
         )
     axis.axvline(0.5, color="black", linewidth=0.8)
-    axis.set_yticks(range(len(curves)), [curve for _, curve, _ in curves], fontsize=8)
+    size = min(8, 220 / len(curves))  # with six modalities there are 35 of them
+    axis.set_yticks(range(len(curves)), [curve for _, curve, _ in curves], fontsize=size)
     axis.set_ylim(len(curves) - 0.3, -0.7)  # the first above
     axis.set(title=f"corruption detected by the {score}, level {level:g}", xlabel="AUROC, 95 % interval over examples")
     legend_below(axis, 2)

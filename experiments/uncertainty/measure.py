@@ -187,6 +187,13 @@ def notes_of(run: TrainedRun, result: UncertaintyResult, dev: np.ndarray) -> lis
             if ends := [f"{t:g}" for t in fitted if t in calibration.TEMPERATURES]:
                 folds = f"{len(ends)} of {len(fitted)} folds" if len(fitted) > 1 else "the one fold"
                 notes.append(f"temperature of the ensemble {name} is at its bound in {folds}: {', '.join(ends)}")
+            raw, scaled = (result.clean[name][ENSEMBLE][scaling]["NLL"] for scaling in (RAW, SCALED))
+            if scaled - raw > NLL_EFFECT:
+                smallest = min(len(fold.dev) for fold in run.data.folds)
+                notes.append(
+                    f"the temperature fitted on dev ({smallest} examples) raises the ensemble's NLL on test, {name}: "
+                    f"{raw:.3f} to {scaled:.3f}"
+                )
     other = result.clean[list(result.rows)[-1]][ENSEMBLE][RAW]["AURC"]
     if run.prior_free_row is not None and other < AURC_EFFECT:
         notes.append(f"AURC without the prior is {other:.4f}: no prior could lower it by the effect of interest")
