@@ -13,6 +13,7 @@ from test_robustness import model_of, of_norm, path_of
 
 from experiments.robustness import measure as robustness
 from experiments.robustness.corruption_grid import LATE_FUSION, Condition, Predictor, conditions
+from lmf_module import LowRankMultimodalFusion
 from mmfusion.data.arrays import ArraysConfig
 from mmfusion.metrics.scores import example_scores
 from mmfusion.models.fusion import FusionModel
@@ -24,6 +25,7 @@ from mmfusion.robustness.certificates import (
     certified_radius,
     change_bounds,
     class_contrasts,
+    joint_radius,
 )
 from mmfusion.robustness.worst_case import (
     SIZES,
@@ -152,6 +154,24 @@ def test_score_of_a_moved_latent_counts_the_radii_that_are_larger(task, norm):
             kept = right & (radius > size * change_size(stds[name], norm))
             torch.testing.assert_close(score, kept.double().mean(-1))
         assert 0 < scores[name].mean() < right.double().mean()
+
+
+def test_joint_radius_of_a_margin_is_attained_where_two_logits_part():
+    # y_0 = 1 + (a z_1)(c z_2) and y_1 = -(a z_1)(c z_2): at z = 0 the margin is 1, and both moves count twice
+    layer = LowRankMultimodalFusion((3, 2), 2, 1).double()
+    a, c = torch.tensor([1.0, -2, 2]).double(), torch.tensor([3.0, 4]).double()
+    with torch.no_grad():
+        for projection, rows in zip(layer.projections, ([a, -a], [c, c]), strict=True):
+            projection.weight.copy_(torch.stack(rows))
+            projection.bias.zero_()
+        layer.rank_weights.fill_(1.0)
+        layer.bias.copy_(torch.tensor([1.0, 0.0]))
+    latents = [torch.zeros(1, 3).double(), torch.zeros(1, 2).double()]
+    margin = class_contrasts(torch.tensor([0]), 2).double()
+    radius = joint_radius(layer, latents, 0, 1, margin)
+    assert radius.item() == pytest.approx((2 * 3 * 5) ** -0.5)
+    worst = layer([radius[0] * a[None] / 3, -radius[0] * c[None] / 5])
+    assert (worst[0, 0] - worst[0, 1]).item() == pytest.approx(0, abs=1e-12)
 
 
 @pytest.mark.parametrize("task", TASKS)
