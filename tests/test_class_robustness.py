@@ -17,6 +17,7 @@ from lmf_module import LowRankMultimodalFusion
 from mmfusion.data.arrays import ArraysConfig
 from mmfusion.metrics.scores import example_scores
 from mmfusion.models.fusion import FusionModel
+from mmfusion.robustness import worst_case
 from mmfusion.robustness.attacks import pgd
 from mmfusion.robustness.certificates import (
     certified_change,
@@ -212,6 +213,14 @@ def test_certified_attacked_and_clean_scores_are_in_this_order(task, norm):
         assert (certified <= attacked).all() and (attacked <= clean).all()
         assert certified[-1].mean() < certified[0].mean() and attacked[-1].mean() < clean.mean()
         assert (certified[0].mean() - attacked[0].mean()).abs() < 0.1  # a small change is known nearly exactly
+
+
+def test_certificates_in_chunks_are_those_of_all_examples_at_once(monkeypatch):
+    model, features = logit_model(3), features_of(3)
+    criterion = criterion_of(model, features, "multiclass")
+    whole = feature_certificates(model, features, criterion, "a", 2)
+    monkeypatch.setattr(worst_case, "AT_ONCE", 70)  # two margins of five hidden units: seven examples
+    assert 0 < whole.mean() < 1 and torch.equal(feature_certificates(model, features, criterion, "a", 2), whole)
 
 
 def test_every_label_is_attacked_by_itself():

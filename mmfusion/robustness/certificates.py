@@ -202,6 +202,10 @@ class FeaturePath:
         moved = F.gelu(self.activation + change @ self.weight.T) - F.gelu(self.activation)  # (N, d) (d, H) -> (N, H)
         return self.output + torch.einsum("noh,nh->no", self.coefficient, moved)
 
+    def take(self, rows: Tensor) -> "FeaturePath":
+        """The same of some of the examples, rows (n,)."""
+        return FeaturePath(self.weight, self.activation[rows], self.coefficient[rows], self.output[rows])
+
     def contrast(self, weights: Tensor) -> "FeaturePath":
         """Weighted sums of the outputs, weights (N, K, O), as K outputs: margins between classes (`class_contrasts`).
 

@@ -39,6 +39,8 @@ SIZES = (0.02, 0.05, 0.1, 0.2, 0.4)
 """rho of certificates and attacks"""
 STEPS, RESTARTS = 20, 3
 """of an attack; `attack_checks` tells whether more would find more"""
+AT_ONCE = 2**22
+"""numbers (examples x margins x hidden units) in each of some twenty tensors of a bound through an encoder"""
 NAMES: dict[Norm, str] = {1: "l1", 2: "l2", math.inf: "linf"}
 
 
@@ -147,8 +149,12 @@ def feature_certificates(
 
     def margin(epsilon: float) -> Tensor:
         def rise(weights: Tensor) -> Tensor:
-            sums = path.contrast(weights)
-            return certified_change(sums, torch.ones_like(sums.output), epsilon, norm)
+            at_once = max(1, AT_ONCE // (weights.shape[1] * path.weight.shape[0]))  # a hundred classes have 99 margins
+            chunks = []
+            for rows in torch.arange(len(weights)).split(at_once):
+                sums = path.take(rows).contrast(weights[rows])
+                chunks.append(certified_change(sums, torch.ones_like(sums.output), epsilon, norm))
+            return torch.cat(chunks)
 
         return criterion.certified_margin(path.output, rise)
 
