@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from experiments.experiment import Experiment, Options, Outcome, Run, contrasts_on_test, main
 from lmf_module import LowRankMultimodalFusion
@@ -151,6 +152,15 @@ def parameters(model: FusionModel) -> int:
     return count
 
 
+def fit_kernel_machine(data: FoldedDataset, rows: Tensor, uniform: bool = False) -> MultipleKernelSVM:
+    """MKL-SVM on these rows of the pool, for any task: of several classes, one against the rest."""
+    machine = MultipleKernelSVM("regression" if data.task == "regression" else "binary", uniform=uniform)
+    target = data.pool.target[rows].numpy()
+    if data.task == "multiclass":
+        target = np.eye(data.output_dim, dtype=np.float32)[target.astype(int)]
+    return machine.fit({name: x[rows].numpy() for name, x in data.pool.features.items()}, target)
+
+
 def kernel_machines(data: FoldedDataset) -> dict[str, MethodResult]:
     """MKL-SVM with learned and with uniform weights, product kernels included."""
     results = {}
@@ -158,13 +168,8 @@ def kernel_machines(data: FoldedDataset) -> dict[str, MethodResult]:
         start = time.perf_counter()
         folds = []
         for fold in data.folds:
-            features = {name: x.numpy() for name, x in data.pool.features.items()}
-            machine = MultipleKernelSVM("regression" if data.task == "regression" else "binary", uniform=uniform)
-            target = data.pool.target[fold.train].numpy()
-            if data.task == "multiclass":  # one class against the rest
-                target = np.eye(data.output_dim, dtype=np.float32)[target.astype(int)]
-            machine.fit({k: x[fold.train] for k, x in features.items()}, target)
-            folds.append(machine.decision({k: x[fold.test] for k, x in features.items()}))
+            machine = fit_kernel_machine(data, fold.train, uniform)
+            folds.append(machine.decision({k: x[fold.test].numpy() for k, x in data.pool.features.items()}))
         seconds = (time.perf_counter() - start) / len(data.folds)
         results[label] = MethodResult(np.concatenate(folds)[None].astype(np.float32), None, seconds)
     return results

@@ -9,7 +9,7 @@ deviations), mean over modalities; scores as in mmfusion/robustness/worst_case.p
 
 Robustness is compared at matched clean accuracy: only examples that both settings of a seed get right can count, so
 that a model is not called robust because it was right more often; the difference is a share of all test examples. For a
-regression the losses of score are compared.
+regression, or several labels, the losses of score are compared.
 
 The claim is tested as: with the prior, ranks 2 to 4 (mean of 2 and 4) against rank 32 have a higher certified score, a
 higher attacked score, a lower loss on test (NLL, or squared error), and a smaller gradient relative to the margin
@@ -161,7 +161,7 @@ def _examine_seed(data: FoldedDataset, grid: Grid, p: int, s: int) -> dict[str, 
         features = {name: x[fold.test] for name, x in data.pool.features.items()}
         train = {name: x[fold.train] for name, x in data.pool.features.items()}
         target = data.pool.target[fold.test].reshape(len(fold.test), -1)
-        criterion = Criterion(target, data.task == "binary", data.target_scale)
+        criterion = Criterion(target, data.task, data.target_scale)
         stds = latent_stds(model, train)
         worst = {
             "certified": [feature_certificates(model, features, criterion, m, 2, (RHO,)) for m in model.modalities],
@@ -187,13 +187,17 @@ def geometry(model: FusionModel, features: dict, stds: dict, criterion: Criterio
     gradients, interactions, norms = [], [], []
     for m, name in enumerate(model.modalities):
         path = feature_path(model, features, name)
-        size = path.output.abs() if criterion.binary else criterion.scale.expand_as(path.output)  # (n, O)
-        gradient = (path.coefficient * gelu_slope(path.activation).unsqueeze(1)) @ path.weight  # (n, O, H) (H, d)
+        contrasts = criterion.contrasts(path.output)
+        path = path.contrast(contrasts)
+        margins = path.output  # (n, K)
+        size = criterion.scale.expand_as(margins) if criterion.task == "regression" else margins.abs()
+        gradient = (path.coefficient * gelu_slope(path.activation).unsqueeze(1)) @ path.weight  # (n, K, H) (H, d)
         length = torch.linalg.vector_norm(gradient, dim=-1) * gradient.shape[-1] ** 0.5
         gradients.append((length / size).median().item())
         for n in range(m + 1, len(latents)):
-            b = pair_norm(model.fusion, latents, m, n) * model.rescale.std
+            b = pair_norm(model.fusion, latents, m, n) * model.rescale.std  # (n, O)
             norms.append(b.mean().item())
+            b = (contrasts.abs() @ b.unsqueeze(-1)).squeeze(-1)  # (n, K), of a margin at most that
             units = change_size(stds[name], 2) * change_size(stds[model.modalities[n]], 2)
             interactions.append((b * units / size).median().item())
     return {
@@ -210,7 +214,7 @@ def at_equal_score(
     data: FoldedDataset, result: RankRobustnessResult, worst: dict[str, np.ndarray], one: str, other: str
 ) -> np.ndarray:
     """(S, n): how much more robust one setting is than the other, at matched clean score."""
-    if data.task == "binary":
+    if data.task in ("binary", "multiclass"):
         both_right = result.clean[one] * result.clean[other]
         return both_right * (worst[one] - worst[other])
     return (worst[one] - result.clean[one]) - (worst[other] - result.clean[other])
@@ -226,7 +230,7 @@ def differences(data: FoldedDataset, result: RankRobustnessResult) -> dict[str, 
     def low_mean(of: dict[str, np.ndarray]) -> np.ndarray:
         return np.mean([of[f"prior, rank {r}"] for r in LOW], axis=0)
 
-    at = "where both are right" if data.task == "binary" else "relative to the clean score"
+    at = "where both are right" if data.task in ("binary", "multiclass") else "relative to the clean score"
     named = {
         DECIDES[0]: Difference(
             low_over(high, result.certified),

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
-from scipy.special import expit, logit
+from scipy.special import expit, logit, softmax
 from scipy.stats import norm
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import brier_score_loss, log_loss, roc_auc_score
@@ -138,6 +138,30 @@ def test_temperature_that_was_planted_is_recovered():
     target = rng.random(50_000) < expit(logits)
     for planted in (0.4, 1.0, 2.5):
         assert fit_temperature(planted * logits, target) == pytest.approx(planted, rel=0.04)
+
+
+@given(SEEDS)
+@settings(max_examples=10, deadline=None)
+def test_temperature_of_classes_is_the_minimum_of_the_log_loss(seed):
+    rng = np.random.default_rng(seed)
+    logits, target = 3 * rng.normal(size=(80, 4)), rng.integers(0, 4, 80)
+    target[:50] = logits[:50].argmax(1)
+
+    def loss(t: float) -> float:
+        return log_loss(target, softmax(logits / t, -1), labels=range(4))
+
+    best = minimize_scalar(loss, bounds=TEMPERATURES, method="bounded", options={"xatol": 1e-9})
+    found = fit_temperature(logits, target)
+    assert found == pytest.approx(best.x, rel=1e-4) and loss(found) < loss(1.0)
+    # the softmax does not know a constant in each row
+    assert fit_temperature(logits + rng.normal(size=(80, 1)), target) == pytest.approx(found)
+
+
+def test_two_classes_and_several_labels_have_the_temperature_of_their_margins():
+    logits, target = binary(3)
+    assert fit_temperature(np.stack([0 * logits, logits], 1), target) == pytest.approx(fit_temperature(logits, target))
+    labels, there = logits.reshape(-1, 4), target.reshape(-1, 4)
+    assert fit_temperature(labels, there) == fit_temperature(logits, target)
 
 
 def test_temperature_stays_within_its_bounds():

@@ -113,23 +113,29 @@ def test_only_examples_that_both_get_right_count():
     assert at_equal_score(SimpleNamespace(task="regression"), found, worst, "a", "b") == pytest.approx(0.3)
 
 
-@pytest.mark.parametrize("binary", [True, False])
-def test_geometry_is_that_of_autograd(binary):
+@pytest.mark.parametrize("task", ["binary", "multiclass", "regression"])
+def test_geometry_is_that_of_autograd(task):
     dims = {"a": 4, "b": 3, "c": 5}
-    model = model_of(dims, 0, output_dim=1 if binary else 2)
-    if binary:
+    model = model_of(dims, 0, output_dim={"binary": 1, "multiclass": 3, "regression": 2}[task])
+    if task != "regression":
         model.rescale.mean.zero_()
     features = {name: torch.randn(31, d).double() for name, d in dims.items()}
-    scale = torch.ones(1).double() if binary else torch.tensor([1.0, 3.0]).double()
-    criterion, stds = Criterion(torch.zeros(31, 1 if binary else 2), binary, scale), latent_stds(model, features)
+    scale = torch.tensor([1.0, 3.0]).double() if task == "regression" else torch.ones(1).double()
+    criterion = Criterion(torch.zeros(31, 2 if task == "regression" else 1), task, scale)
+    stds = latent_stds(model, features)
     output = model(features).prediction.detach()
-    size = output.abs() if binary else scale.expand_as(output)
+    # of classes, what class 0 is ahead of each other
+    weights = torch.tensor([[1.0, -1, 0], [1, 0, -1]]).double() if task == "multiclass" else torch.eye(output.shape[1])
+    weights = weights.double()
+    size = scale.expand_as(output) if task == "regression" else (output @ weights.T).abs()
     gradients, norms, relative = [], [], []
     for name, d in dims.items():
         change = torch.zeros(31, d, dtype=torch.float64, requires_grad=True)
         moved = features | {name: features[name] + change * model.standardise[name].std}
         said = model(moved).prediction
-        lengths = [torch.autograd.grad(y.sum(), change, retain_graph=True)[0].norm(dim=1) for y in said.unbind(1)]
+        lengths = [
+            torch.autograd.grad(y.sum(), change, retain_graph=True)[0].norm(dim=1) for y in (said @ weights.T).unbind(1)
+        ]
         gradients.append((torch.stack(lengths, 1) * d**0.5 / size).median().item())
     encoded = model.encode(features)
     for first, second in (("a", "b"), ("a", "c"), ("b", "c")):
@@ -144,7 +150,8 @@ def test_geometry_is_that_of_autograd(binary):
             blocks = torch.autograd.functional.hessian(of, (fixed[first], fixed[second]))
             values[i, o] = torch.linalg.matrix_norm(blocks[0][1], ord=2)
         norms.append(values.mean().item())
-        relative.append((values * change_size(stds[first], 2) * change_size(stds[second], 2) / size).median().item())
+        units = change_size(stds[first], 2) * change_size(stds[second], 2)
+        relative.append((values @ weights.abs().T * units / size).median().item())
     found = geometry(model, features, stds, criterion)
     assert found["gradient"] == pytest.approx(np.mean(gradients), rel=1e-9)
     assert found["norm"] == pytest.approx(np.mean(norms), rel=1e-9)

@@ -25,7 +25,7 @@ from experiments.robustness import measure as robustness
 from experiments.robustness.corrupted_inputs import encode_corrupted
 from experiments.robustness.corruption_curves import CorruptionResult, Curve, _curve, curve_area
 from experiments.robustness.corruption_grid import KERNEL_MACHINE, LATE_FUSION, Condition, Predictor, conditions
-from experiments.robustness.figure import MODALITIES
+from experiments.robustness.figure import MODALITIES, row_colors
 from experiments.robustness.measure import OVER_LATE_FUSION, lead_over_constant
 from hateful_memes_loader import load_hateful_memes
 from lmf_module import LowRankMultimodalFusion
@@ -411,9 +411,9 @@ def test_of_every_example_certified_attacked_and_clean_scores_are_in_this_order(
     features = {"a": torch.randn(60, 4), "b": torch.randn(60, 3)}
     output = model(features).prediction.detach()
     if outputs is None:
-        criterion = Criterion((torch.rand(60, 1) > 0.3) * (output > 0).float(), True, torch.ones(1))
+        criterion = Criterion((torch.rand(60, 1) > 0.3) * (output > 0).float(), "binary", torch.ones(1))
     else:
-        criterion = Criterion(output + torch.randn(60, 2), False, torch.tensor([1.0, 3.0]))
+        criterion = Criterion(output + torch.randn(60, 2), "regression", torch.tensor([1.0, 3.0]))
     clean = criterion.score(criterion.margin(output))
     for name in ("a", "b"):
         certified = feature_certificates(model, features, criterion, name, norm)
@@ -427,10 +427,10 @@ def test_change_that_is_found_at_one_size_is_allowed_at_every_larger_one():
     torch.manual_seed(0)
     model = model_of({"a": 4, "b": 3}, 5).float()
     features = {"a": torch.randn(200, 4), "b": torch.randn(200, 3)}
-    criterion, sizes = Criterion(model(features).prediction.detach() + 1, False, torch.ones(1)), (0.2, 1.0, 5.0)
+    criterion, sizes = Criterion(model(features).prediction.detach() + 1, "regression", torch.ones(1)), (0.2, 1.0, 5.0)
     outputs = outputs_under_change(model, features, "a")
     alone = [
-        pgd(lambda c: criterion.margin(outputs(c)), torch.zeros(200, 4), size * 2, 2, steps=1, restarts=1).value
+        pgd(lambda c: criterion.margin(outputs(c))[:, 0], torch.zeros(200, 4), size * 2, 2, steps=1, restarts=1).value
         for size in sizes
     ]
     assert (alone[2] > alone[1] + 1e-3).any(), "one step must overshoot somewhere"
@@ -444,9 +444,9 @@ def test_exact_score_of_a_moved_latent_is_what_its_worst_change_leaves(norm, out
     model = model_of({"a": 4, "b": 3}, 1, output_dim=outputs)
     features = {"a": torch.randn(40, 4).double(), "b": torch.randn(40, 3).double()}
     output = model(features).prediction.detach()
-    criterion = Criterion((torch.rand(40, 1) > 0.5).double(), True, torch.ones(1).double())
+    criterion = Criterion((torch.rand(40, 1) > 0.5).double(), "binary", torch.ones(1).double())
     if outputs == 2:
-        criterion = Criterion(output + torch.randn(40, 2), False, torch.tensor([1.0, 3.0]).double())
+        criterion = Criterion(output + torch.randn(40, 2), "regression", torch.tensor([1.0, 3.0]).double())
     stds = latent_stds(model, features)
     scores = latent_scores(model, features, criterion, stds, norm)
     latents = model.latents(features)
@@ -480,10 +480,10 @@ def test_joint_scores_count_what_is_right_and_beyond_reach():
     model.rescale.std.fill_(1)
     features = {"a": torch.randn(40, 4).double(), "b": torch.randn(40, 3).double()}
     output = model(features).prediction.detach()
-    criterion = Criterion((output + 5 * torch.randn(40, 1) > 0).double(), True, torch.ones(1))
+    criterion = Criterion((output + 5 * torch.randn(40, 1) > 0).double(), "binary", torch.ones(1))
     stds = latent_stds(model, features)
     (scores,) = joint_scores(model, features, criterion, stds, sizes=(0.0, 0.01, 0.1)).values()
-    assert torch.equal(scores[0] == 1, criterion.margin(output) > 0) and 0 < scores[1].mean() < scores[0].mean()
+    assert torch.equal(scores[0] == 1, criterion.margin(output)[:, 0] > 0) and 0 < scores[1].mean() < scores[0].mean()
     assert scores[2].mean() < scores[1].mean()
 
 
@@ -491,7 +491,8 @@ def test_joint_scores_count_what_is_right_and_beyond_reach():
 def test_attack_on_a_latent_is_the_closed_form(norm):
     model = model_of({"a": 4, "b": 3, "c": 2}, 3, output_dim=2).float()
     features = {name: torch.randn(30, d) for name, d in (("a", 4), ("b", 3), ("c", 2))}
-    assert all(latent_attack_gap(model, features, name, norm) < 1e-9 for name in features)
+    criterion = Criterion(torch.zeros(30, 2), "regression", torch.ones(2))
+    assert all(latent_attack_gap(model, features, criterion, name, norm) < 1e-9 for name in features)
 
 
 @pytest.mark.parametrize("fusion", ["lmf", "concatenation", "tensor"])
@@ -626,5 +627,9 @@ def test_pictures_that_are_gone_are_named(mosi, capsys):
 
 
 def test_colour_of_a_modality_is_that_of_no_row():
-    rows = {to_hex(f"C{k}") for k in range(10)}
-    assert rows.isdisjoint(to_hex(color) for color in MODALITIES) and len(set(MODALITIES)) == len(MODALITIES)
+    rows = {to_hex(color) for color in row_colors(map(str, range(15))).values()}
+    assert (
+        len(rows) == 15
+        and rows.isdisjoint(to_hex(color) for color in MODALITIES)
+        and len(set(MODALITIES)) == len(MODALITIES)
+    )

@@ -276,6 +276,22 @@ def test_dev_that_is_not_like_test_is_said():
     assert coverage[0] == pytest.approx(0.9, abs=0.1) and coverage[1] < 0.7
 
 
+def test_temperature_that_harms_is_said():
+    class Separated(FakePredictor):
+        def clean(self, row, part="test"):
+            if part == "test":
+                return super().clean(row, part)
+            target = self.data.pool.target[self.data.folds[0].dev].numpy()
+            return np.tile(2 * target - 1, (SEEDS, 1))  # no error on dev: nothing bounds how sure to be
+
+    run = FakeRun()
+    said = "the temperature fitted on dev (90 examples) raises the ensemble's NLL on test, LMF without jWAE"
+    assert not any(said in note for note in measured(run).notes)
+    notes = uncertainty.measure(run, Separated(run), [], 0.1).notes
+    assert any(said in note for note in notes)
+    assert any("at its bound in the one fold: 0.05" in note for note in notes)
+
+
 def test_run_selected_on_dev_is_said():
     assert any("selected on dev" in note for note in measured(FakeRun(settings={}), []).notes)
 

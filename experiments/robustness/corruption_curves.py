@@ -4,13 +4,15 @@ import csv
 import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from tqdm import tqdm
 
-from experiments.robustness.corruption_grid import LATE_FUSION, Condition, Predictor
+from experiments.robustness.corruption_grid import KERNEL_MACHINE, LATE_FUSION, Condition, Predictor
+from mmfusion.data.folds import targets
 from mmfusion.metrics.scores import example_scores
+from mmfusion.metrics.tasks import selection_score
 from mmfusion.training.grid import per_example
 
 
@@ -54,6 +56,9 @@ class CorruptionResult:
     """{(group, curve): {row: Curve}}"""
     losses: dict[str, dict[str, np.ndarray]]
     """{group: {row: (S, n)}}: mean over curves and severities of score - clean, per example"""
+    selection: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    """{"clean" or group: {row: (S,)}}: what epochs are selected by (mmfusion.metrics.tasks.SELECTION), of all test
+    examples together; the mean over curves and severities"""
 
 
 def measure_corrupted(predictor: Predictor, wanted: Sequence[Condition]) -> CorruptionResult:
@@ -63,7 +68,16 @@ def measure_corrupted(predictor: Predictor, wanted: Sequence[Condition]) -> Corr
     def scores(predictions: np.ndarray) -> np.ndarray:
         return per_example(data, predictions, "test", example_scores)  # (S, n)
 
-    clean = {row: scores(predictor.clean(row)) for row in predictor.rows}
+    of_task, target = selection_score(data.task, data.target_scale), targets(data)
+
+    def selection(predictions: np.ndarray) -> np.ndarray:
+        return np.array([of_task(member, target) for member in predictions])  # (S,)
+
+    said = {row: predictor.clean(row) for row in predictor.rows}
+    clean = {row: scores(x) for row, x in said.items()}
+    # a kernel machine's margins have an order, but are no logits that a log loss could be of
+    selected = [row for row in predictor.rows if row != KERNEL_MACHINE or data.task in ("binary", "regression")]
+    by_group = {"clean": {row: selection(said[row]) for row in selected}}
     collected: dict[tuple[str, str], dict[str, dict[float, list[np.ndarray]]]] = {}
     sums: dict[str, dict[str, np.ndarray]] = {}
     # draws are averaged, so that every severity of every curve weighs alike
@@ -80,12 +94,15 @@ def measure_corrupted(predictor: Predictor, wanted: Sequence[Condition]) -> Corr
             group = sums.setdefault(condition.group, {})
             drawn = draws[condition.group, condition.curve, condition.level]
             group[row] = group.get(row, 0) + (values - clean[row]) / drawn
+            if row in selected:
+                here = by_group.setdefault(condition.group, {})
+                here[row] = here.get(row, 0) + selection(predictions) / drawn / points[condition.group]
     curves = {
         key: {row: _curve(clean[row].mean(1), by_level) for row, by_level in rows.items()}
         for key, rows in collected.items()
     }
     losses = {group: {row: x / points[group] for row, x in rows.items()} for group, rows in sums.items()}
-    return CorruptionResult(clean, curves, losses)
+    return CorruptionResult(clean, curves, losses, by_group)
 
 
 def _curve(clean: np.ndarray, by_level: Mapping[float, list[np.ndarray]]) -> Curve:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from experiments.baselines import fit_kernel_machine
 from experiments.robustness.corrupted_inputs import corruptions_of, encode_corrupted
 from mmfusion.errors import InputError
 from mmfusion.models.fusion import FusionModel
@@ -273,9 +274,7 @@ class Predictor:
         rows = self.data.folds[fold].train
         if self.run.trained_on_dev:
             rows = torch.cat([rows, self.data.folds[fold].dev]).unique()
-        machine = MultipleKernelSVM(self.data.task)
-        machine.fit({k: x.numpy() for k, x in self._features(rows).items()}, self.data.pool.target[rows].numpy())
-        return machine
+        return fit_kernel_machine(self.data, rows)
 
     def _decide(
         self, fold: int, features: dict[str, Tensor], present: dict[str, np.ndarray] | None = None
@@ -291,11 +290,11 @@ class Predictor:
         return self._machines[fold].decision(filled)[None].astype(np.float32)
 
     def _joined(self, folds: list) -> np.ndarray:
-        """Folds of S predictions (n_f, O) -> (S, n), or (S, n, O) where the study has several outputs."""
+        """Folds of S predictions (n_f, O) -> (S, n), or (S, n, O) where a model says several things of one example."""
         blocks = []
         for predictions in folds:
             x = predictions if isinstance(predictions, np.ndarray) else torch.stack(predictions).numpy()
-            blocks.append(x[..., 0] if x.ndim == 3 and self.data.pool.target.ndim == 1 else x)
+            blocks.append(x[..., 0] if x.ndim == 3 and not self.data.has_columns else x)
         return np.concatenate(blocks, axis=1)
 
 

@@ -1,6 +1,7 @@
 """Figure of experiments.robustness: curves of every method, and the main method's worst case."""
 
 import itertools
+from collections.abc import Iterable
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -10,8 +11,14 @@ from experiments.robustness.worst_cases import WorstCases
 from mmfusion.robustness.worst_case import SIZES
 from mmfusion.runs.load import TrainedRun
 
-# rows have matplotlib's own colours C0, C1, ...; a modality has one that none of these is
+# rows have matplotlib's own colours C0 to C9, and these where there are more; a modality has one that none of them is
+FURTHER_ROWS = ("black", "#8c6d31", "#ad494a", "#393b79", "#a55194")
 MODALITIES = ("#00441b", "#b8860b", "#4b0055", "#555555")
+
+
+def row_colors(rows: Iterable[str]) -> dict[str, str]:
+    """A colour of its own for each of at most 15 rows; then they begin anew."""
+    return dict(zip(rows, itertools.cycle([*(f"C{k}" for k in range(10)), *FURTHER_ROWS])))
 
 
 def panels(result: CorruptionResult) -> list[tuple[str, list[tuple[str, str]]]]:
@@ -33,7 +40,7 @@ def draw(figure: Figure, run: TrainedRun, result: CorruptionResult, worst: Worst
     rows = 2 if len(chosen) > 2 else 1  # an empty second row would take half of the figure
     figure.set_figheight(figure.get_figheight() * (1 + rows) / 3)
     axes = figure.subplots(rows, 3).ravel()
-    colors = {row: f"C{k}" for k, row in enumerate(result.clean)}
+    colors = row_colors(result.clean)
     for axis, (title, keys) in zip(axes, chosen, strict=False):
         for row, color in colors.items():
             curves = [result.curves[key][row] for key in keys if row in result.curves[key]]
@@ -49,9 +56,12 @@ def draw(figure: Figure, run: TrainedRun, result: CorruptionResult, worst: Worst
         missing = keys[0][0] == "missing"
         axis.set(title=title, xlabel="share of incomplete examples" if missing else "severity")
         axis.set_ylabel(run.data.score_name)
-    last, shown = axes[len(chosen)], [key for key in worst.certified if key[0] == run.main_row and key[2] == "l2"]
+    last, keys = axes[len(chosen)], [key for key in worst.certified if key[0] == run.main_row and key[2] == "l2"]
+    # as many as there are colours: those that an attack hurts most, in their own order
+    hurt = sorted(keys, key=lambda key: worst.attacked[key].mean())[: len(MODALITIES)]
+    shown = [key for key in keys if key in hurt]
     places = range(len(SIZES) + 1)  # the clean score of the members that were attacked comes first
-    for key, color in zip(shown, itertools.cycle(MODALITIES)):
+    for key, color in zip(shown, MODALITIES, strict=False):
         clean = worst.clean[run.main_row][: worst.seeds].mean()
         low, high = ([clean, *of[key].mean(-1)] for of in (worst.certified, worst.attacked))
         last.fill_between(places, low, high, color=color, alpha=0.15, linewidth=0)
@@ -60,7 +70,8 @@ def draw(figure: Figure, run: TrainedRun, result: CorruptionResult, worst: Worst
     last.set_xticks(places, ["clean", *(f"{size:g}" for size in SIZES)])
     last.set(xlabel="size rho", ylabel=run.data.score_name)
     seeds = "1 seed" if worst.seeds == 1 else f"first {worst.seeds} seeds"
-    last.set_title(f"worst change of one modality (l2)\n{run.main_row}, {seeds}", fontsize=10)
+    left_out = f", the {len(shown)} hurt most" if len(shown) < len(keys) else ""
+    last.set_title(f"worst change of one modality{left_out} (l2)\n{run.main_row}, {seeds}", fontsize=10)
     if shown:  # below: an attacked and a certified curve leave no corner free
         last.legend(frameon=False, fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=5.0)
     for axis in axes[len(chosen) + 1 :]:

@@ -4,12 +4,15 @@
     python -m experiments.robustness runs/demo --groups input features latents missing --pixels 8
 
 Every row of the run (jWAE-LMF, its baselines, lower rank, no prior), late fusion (the mean of the one-modality rows)
-and, beside experiments.baselines, the MKL-SVM see the same corrupted examples. Scores are accuracy, or -MAE in standard
-deviations of the target, of each example; nothing is scaled across methods. Of each curve over severity:
+and, beside experiments.baselines, the MKL-SVM see the same corrupted examples. Scores are accuracy (of several labels,
+the share that is right), or -MAE in standard deviations of the target, of each example; nothing is scaled across
+methods. Of each curve over severity:
 
 - area: trapezoid rule over severity, from the clean point on, divided by the range: a mean score;
 - drop: clean minus the score at the largest severity;
 - effective robustness: mean over severities of (score - clean) minus the same of late fusion (Liang et al. 2021).
+
+Beside them stands what epochs are selected by: AUROC, or -log loss of more classes or labels.
 
 Worst cases are certified from below and attacked from above (mmfusion/robustness/worst_case.py
 defines sizes rho).
@@ -43,9 +46,10 @@ from mmfusion.files import write_safetensors, write_text
 from mmfusion.metrics.format import mean_std
 from mmfusion.metrics.scores import example_scores
 from mmfusion.metrics.statistics import Difference, combine
+from mmfusion.metrics.tasks import SELECTION
 from mmfusion.robustness.worst_case import SIZES
 from mmfusion.runs.folder import RunFolder
-from mmfusion.runs.load import TrainedRun, load_run, require_task
+from mmfusion.runs.load import TrainedRun, load_run
 from mmfusion.training.grid import per_example
 
 
@@ -54,7 +58,7 @@ class Options:
     """Measure what a trained run loses when its inputs are corrupted, missing, or attacked."""
 
     run: tyro.conf.Positional[Path]
-    """folder of a run of main_hateful_memes.py or experiments.baselines, such as runs/demo"""
+    """folder of a run of main_hateful_memes.py, mmfusion.train or experiments.baselines, such as runs/demo"""
     groups: tuple[Group, ...] = ("features", "latents", "missing")
     """input encodes every test example anew for each corruption and severity"""
     draws: int = 3
@@ -82,7 +86,6 @@ def main(options: Options) -> None:
     device = pick_device(options.device)
     run_folder = RunFolder.claim(options, default_name(options))
     run = load_run(options.run, str(device))
-    require_task(run, "binary", "regression")
     if options.pixels and (run.memes is None or "image" in run.memes.given):
         raise InputError(f"--pixels {options.pixels}: {options.run} has no pictures; leave the flag out")
     wanted = conditions(run, options.groups, options.draws)
@@ -221,6 +224,8 @@ def table(run: TrainedRun, result: CorruptionResult, worst: WorstCases, pixels: 
             effective = f"{summary['effective'].mean():+.3f}" if "effective" in summary else "-"
             cells += f"  {mean_std(summary['area']):>15} {summary['drop'].mean():7.3f} {effective:>9}"
         lines.append(f"{row:{width}}{cells}")
+    if run.task != "regression":  # whose selection score is the score above
+        lines += ["", *selection_table(run, result, width)]
     lines += ["", *worst_table(worst, width)]
     if worst.checks:
         lines += ["", "checks of the attack on features (Carlini et al. 2019) and of PGD on latents"]
@@ -231,6 +236,18 @@ def table(run: TrainedRun, result: CorruptionResult, worst: WorstCases, pixels: 
         flipped = sum(attack.flipped for attack in pixels)
         lines.append(f"  {flipped} of {len(pixels)} change their sign")
     return "\n".join(lines)
+
+
+def selection_table(run: TrainedRun, result: CorruptionResult, width: int) -> list[str]:
+    """What epochs were selected by, clean and under every group of conditions: it sees what the class alone hides."""
+    lines = [
+        f"{SELECTION[run.task]} of all test examples, mean +- std over seeds; per group the mean over its conditions",
+        f"{'':{width}}" + "".join(f"  {name:>17}" for name in result.selection),
+    ]
+    for row in result.selection["clean"]:
+        cells = [mean_std(rows[row]) if row in rows else "-" for rows in result.selection.values()]
+        lines.append(f"{row:{width}}" + "".join(f"  {cell:>17}" for cell in cells))
+    return lines
 
 
 def answer(run: TrainedRun, result: CorruptionResult, worst: WorstCases) -> str:
@@ -272,6 +289,9 @@ def numbers(result: CorruptionResult, worst: WorstCases, pixels: Sequence[PixelA
             }
             for (group, curve), rows in result.curves.items()
             for row, c in rows.items()
+        },
+        "selection score": {
+            group: {row: values.tolist() for row, values in rows.items()} for group, rows in result.selection.items()
         },
         "sizes": list(SIZES),
         "latent, exact": flat(worst.latent),

@@ -35,7 +35,7 @@ class WorstCases:
     latent: dict[tuple[str, str, str], np.ndarray]
     """{(row, modality, norm): (sizes, S)} exact, LMF rows"""
     joint: dict[tuple[str, str], np.ndarray]
-    """{(row, pair): (sizes, S)} certified, two latents in l2, LMF rows with one logit"""
+    """{(row, pair): (sizes, S)} certified, two latents in l2, LMF rows; none of a regression"""
     certified: dict[tuple[str, str, str], np.ndarray]
     """{(row, modality, norm): (sizes, attacked seeds)} features, LMF rows"""
     attacked: dict[tuple[str, str, str], np.ndarray]
@@ -61,9 +61,7 @@ def measure_worst_cases(run: TrainedRun, attack_seeds: int) -> WorstCases:
         _FoldData(
             {name: x[fold.test] for name, x in data.pool.features.items()},
             {name: x[fold.train] for name, x in data.pool.features.items()},
-            Criterion(
-                data.pool.target[fold.test].reshape(len(fold.test), -1), data.task == "binary", data.target_scale
-            ),
+            Criterion(data.pool.target[fold.test].reshape(len(fold.test), -1), data.task, data.target_scale),
         )
         for fold in data.folds
     ]
@@ -98,7 +96,7 @@ def _measure_row(run: TrainedRun, row: str, folds: Sequence[_FoldData], worst: W
             )
         )
         worst.latent.update({(row, name, label): values for name, values in changes.items()})
-    if is_lmf and run.task == "binary":
+    if is_lmf and run.task != "regression":
         changes = each(lambda m, f: worst_case.joint_scores(m, f.test, f.criterion, worst_case.latent_stds(m, f.train)))
         worst.joint.update({(row, pair): values for pair, values in changes.items()})
     for norm in NORMS if worst.seeds else ():
@@ -146,7 +144,7 @@ def _checks(run: TrainedRun, fold: _FoldData, worst: WorstCases) -> list[Check]:
             checks.append(Check(f"{row}, {label}, {hurt}: {check.text}", check.holds))
     model = run.members(run.main_row)[0]
     for norm, name in itertools.product(NORMS, model.modalities):
-        gap = worst_case.latent_attack_gap(model, fold.test, name, norm)
+        gap = worst_case.latent_attack_gap(model, fold.test, fold.criterion, name, norm)
         text = f"{run.main_row}, {NAMES[norm]}, latent of {name}: PGD and the closed form differ by {gap:.1e} of it"
         checks.append(Check(text, gap < 1e-4))
     least = min(float((worst.attacked[key] - values).min()) for key, values in worst.certified.items())

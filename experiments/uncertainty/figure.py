@@ -1,13 +1,15 @@
 """Figure of experiments.uncertainty."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from scipy.special import expit
 from scipy.stats import norm
 
-from experiments.uncertainty.predictors import ENSEMBLE, MEMBER, RAW, SCALED
+from experiments.uncertainty.predictors import ENSEMBLE, MEMBER, RAW, SCALED, ClassPredictor
 from experiments.uncertainty.report import UncertaintyResult
+from mmfusion.dataset import Task
 from mmfusion.metrics import calibration
 
 
@@ -19,7 +21,7 @@ def colors_of(result: UncertaintyResult) -> dict[str, str]:
 def draw(figure: Figure, result: UncertaintyResult) -> None:
     """Calibration, risk against coverage, NLL against the level of corruption, detection of corruption."""
     (upper_left, upper_right), (lower_left, lower_right) = figure.subplots(2, 2)
-    (draw_reliability if result.targets.task == "binary" else draw_central_intervals)(upper_left, result)
+    (draw_central_intervals if result.targets.task == "regression" else draw_reliability)(upper_left, result)
     draw_risk(upper_right, result)
     draw_levels(lower_left, result)
     draw_detection(lower_right, result)
@@ -32,21 +34,32 @@ def legend_below(axis: Axes, columns: int) -> None:
     )
 
 
+EVENTS: dict[Task, tuple[str, str]] = {
+    "binary": ("mean probability of the positive class", "share of positives"),
+    "multiclass": ("mean probability of the likeliest class", "share where it is the right one"),
+    "multilabel": ("mean probability of a label, all in one pool", "share of labels that are there"),
+}
+"""axes of a reliability diagram"""
+
+
 def draw_reliability(axis: Axes, result: UncertaintyResult) -> None:
-    """Share of positives against probability, bins of equal mass; the members' examples in one pool."""
-    row, outputs, target = result.rows[result.main], result.outputs[result.main], result.targets.test
+    """Share that comes true against probability, bins of equal mass; the members' examples in one pool."""
+    row, outputs = result.rows[result.main], result.outputs[result.main]
+
+    def pooled(predictors: Sequence[tuple[ClassPredictor, np.ndarray]], scaling: str) -> tuple[np.ndarray, np.ndarray]:
+        events = [event for predictor, x in predictors for event in predictor.events(predictor.logits(x, scaling))]
+        p, true = zip(*events, strict=True)
+        return np.concatenate(p), np.concatenate(true)
+
+    alone, together = [(m, outputs[[s]]) for s, m in enumerate(row.members)], [(row.ensemble, outputs)]
+    band = consistency_band(pooled(together, RAW)[0])
     axis.plot([0, 1], [0, 1], color="black", linewidth=0.8)
-    axis.fill_between(
-        *consistency_band(expit(row.ensemble.logits(outputs))), color="0.9", label="ensemble, raw: 95 % if right"
-    )
-    for who, color in ((MEMBER, "C7"), (ENSEMBLE, "C0")):
+    axis.fill_between(*band, color="0.9", label="ensemble, raw: 95 % if right")
+    lowest = min(x.min() for x in band)
+    for who, predictors, color in ((MEMBER, alone, "C7"), (ENSEMBLE, together, "C0")):
         for scaling, style in ((RAW, "o-"), (SCALED, "s--")):
-            if who == MEMBER:
-                logits = np.concatenate([m.logits(outputs[[s]], scaling) for s, m in enumerate(row.members)])
-            else:
-                logits = row.ensemble.logits(outputs, scaling)
-            p = expit(logits)
-            curve = calibration.reliability(p, np.tile(target, len(p) // len(target)), kind="mass")
+            curve = calibration.reliability(*pooled(predictors, scaling), kind="mass")
+            lowest = min(lowest, curve.predicted.min(), curve.observed.min())
             axis.plot(
                 curve.predicted,
                 curve.observed,
@@ -56,12 +69,15 @@ def draw_reliability(axis: Axes, result: UncertaintyResult) -> None:
                 linewidth=1.2,
                 label=f"{who}, {scaling}",
             )
+    # the likeliest of several classes is never unlikely: what lies below would be empty
+    low = np.floor(10 * lowest) / 10 if result.targets.task == "multiclass" else 0.0
+    predicted, observed = EVENTS[result.targets.task]
     axis.set(
         title=f"reliability of {result.main}, clean (15 bins of equal mass)",
-        xlabel="mean probability of the positive class",
-        ylabel="share of positives",
-        xlim=(0, 1),
-        ylim=(0, 1),
+        xlabel=predicted,
+        ylabel=observed,
+        xlim=(low, 1),
+        ylim=(low, 1),
     )
     legend_below(axis, 3)
 
@@ -100,16 +116,24 @@ def draw_central_intervals(axis: Axes, result: UncertaintyResult) -> None:
     legend_below(axis, 2)
 
 
+RISKS: dict[Task, str] = {
+    "binary": "error rate",
+    "multiclass": "error rate",
+    "multilabel": "error rate, mean over labels",
+    "regression": "MAE / std of target",
+}
+
+
 def draw_risk(axis: Axes, result: UncertaintyResult) -> None:
     """Risk of the examples kept, clean; the best order of the ensemble's own errors is dotted."""
-    binary, highest = result.targets.task == "binary", 0.0
+    classes, highest = result.targets.task != "regression", 0.0
     size = len(result.targets.test)
     coverage = np.arange(1, size + 1) / size
     shown = slice(max(0, size // 20 - 1), None)  # the risk of a handful of examples is noise
     for name, row in result.rows.items():
         outputs, color = result.outputs[name], colors_of(result)[name]
         curves = [("ensemble", "-", 1.8, calibration.risk_coverage(*row.ensemble.ranking(outputs)))]
-        if binary:
+        if classes:
             alone = [calibration.risk_coverage(*m.ranking(outputs[[s]])) for s, m in enumerate(row.members)]
             curves.append(("member, mean", "--", 1.2, np.mean(alone, 0)))
         risk = row.ensemble.ranking(outputs)[1]
@@ -120,7 +144,7 @@ def draw_risk(axis: Axes, result: UncertaintyResult) -> None:
     axis.set(
         title="risk of the examples kept, clean",
         xlabel="coverage: share of examples kept, most certain first",
-        ylabel="error rate" if binary else "MAE / std of target",
+        ylabel=RISKS[result.targets.task],
         xlim=(0, 1),
         ylim=(0, 1.1 * highest),
     )
@@ -170,7 +194,8 @@ def draw_detection(axis: Axes, result: UncertaintyResult) -> None:
             place, middle - 0.5, height, left=0.5, xerr=errors, color=colors_of(result)[name], label=name, ecolor="0.3"
         )
     axis.axvline(0.5, color="black", linewidth=0.8)
-    axis.set_yticks(range(len(curves)), [curve for _, curve, _ in curves], fontsize=8)
+    size = min(8, 220 / len(curves))  # with six modalities there are 35 of them
+    axis.set_yticks(range(len(curves)), [curve for _, curve, _ in curves], fontsize=size)
     axis.set_ylim(len(curves) - 0.3, -0.7)  # the first above
     axis.set(title=f"corruption detected by the {score}, level {level:g}", xlabel="AUROC, 95 % interval over examples")
     legend_below(axis, 2)

@@ -6,19 +6,21 @@
 For one member (mean and spread over seeds) and the ensemble (mean of the members' probabilities), of the run's main row
 and of its row without the prior (or, where the run has that one, without any term of the jWAE), on clean test examples
 and under every corruption. All that is fitted is fitted on the dev part of an example's own fold, and never on
-corrupted examples: one temperature (of the ensemble on its mean probability's log-odds), the conformal quantile, and
-for a regression the residual variance. Conventions: a classifier's confidence is max(p, 1 - p) and its risk the error
-rate; a regression's uncertainty is the members' standard deviation, its risk the absolute error, and its predictive
+corrupted examples: one temperature (of the ensemble on its mean probability's log-odds, of more than two classes on
+the logarithms), the conformal quantile (of several labels, one each), and for a regression the residual variance.
+Conventions: a classifier's confidence is the probability of the class it says, its risk the error rate and its ECE that
+of this confidence (of two classes, of the second's probability); of several labels all are means over labels; a
+regression's uncertainty is the members' standard deviation, its risk the absolute error, and its predictive
 distribution a Gaussian about the members' mean whose variance is the members' plus the residual variance. Regressions
 are measured in units of the target's standard deviation, mean over outputs.
 
 The rule, written before any result: four differences decide, those of the ensembles' NLL (as they are, no temperature)
 and AURC, on clean examples and in the mean over the corrupted conditions, each without the prior less with it. Each is
 judged by `mmfusion.metrics.statistics.judge` with a smallest effect of interest of .01 (nats; AURC), and the weakest is
-the verdict: the claim is supported where all four are. Each
-is paired over test examples and seeds; since an ensemble is no mean of its
-members, seed s stands in it by what leaving it out changes (the jackknife), and an example stands in the AURC likewise
-(`calibration.aurc_parts`). Without a prior-free row or corrupted conditions there is no verdict: too few data.
+the verdict: the claim is supported where all four are. Each is paired over test examples and seeds; since an ensemble
+is no mean of its members, seed s stands in it by what leaving it out changes (the jackknife), and an example stands in
+the AURC likewise (`calibration.aurc_parts`). Without a prior-free row or corrupted conditions there is no verdict: too
+few data.
 """
 
 from collections.abc import Sequence
@@ -40,7 +42,7 @@ from experiments.uncertainty.predictors import (
     PARTS,
     RAW,
     SCALED,
-    BinaryPredictor,
+    ClassPredictor,
     MethodPredictors,
     held_out_targets,
 )
@@ -53,7 +55,7 @@ from mmfusion.metrics.calibration import detection
 from mmfusion.metrics.scores import example_losses
 from mmfusion.metrics.statistics import Contrast, Difference, combine, grouped
 from mmfusion.runs.folder import RunFolder
-from mmfusion.runs.load import TrainedRun, load_run, require_task
+from mmfusion.runs.load import TrainedRun, load_run
 
 NLL_EFFECT = 0.01  # nats
 AURC_EFFECT = 0.01
@@ -180,11 +182,18 @@ def notes_of(run: TrainedRun, result: UncertaintyResult, dev: np.ndarray) -> lis
         notes.append("the epoch was selected on dev, which is also what temperature and conformal sets are fitted on")
     notes += shift_note(run.data, result, dev)
     for name, row in result.rows.items():
-        if isinstance(row.ensemble, BinaryPredictor):
+        if isinstance(row.ensemble, ClassPredictor):
             fitted = row.ensemble.temperature
             if ends := [f"{t:g}" for t in fitted if t in calibration.TEMPERATURES]:
                 folds = f"{len(ends)} of {len(fitted)} folds" if len(fitted) > 1 else "the one fold"
                 notes.append(f"temperature of the ensemble {name} is at its bound in {folds}: {', '.join(ends)}")
+            raw, scaled = (result.clean[name][ENSEMBLE][scaling]["NLL"] for scaling in (RAW, SCALED))
+            if scaled - raw > NLL_EFFECT:
+                smallest = min(len(fold.dev) for fold in run.data.folds)
+                notes.append(
+                    f"the temperature fitted on dev ({smallest} examples) raises the ensemble's NLL on test, {name}: "
+                    f"{raw:.3f} to {scaled:.3f}"
+                )
     other = result.clean[list(result.rows)[-1]][ENSEMBLE][RAW]["AURC"]
     if run.prior_free_row is not None and other < AURC_EFFECT:
         notes.append(f"AURC without the prior is {other:.4f}: no prior could lower it by the effect of interest")
@@ -193,8 +202,10 @@ def notes_of(run: TrainedRun, result: UncertaintyResult, dev: np.ndarray) -> lis
         notes.append(
             f"in {less} of {len(first)} conditions the members disagree less on corrupted examples than on clean"
         )
-    if result.targets.task == "binary":
+    if result.targets.task in ("binary", "multilabel"):
         notes.append("a temperature changes no conformal set: it keeps the order of the margins within a fold")
+    elif result.targets.task == "multiclass":
+        notes.append("conformal sets are of the raw probabilities: of several classes a temperature would change them")
     return notes
 
 
@@ -203,10 +214,9 @@ def shift_note(data: FoldedDataset, result: UncertaintyResult, dev: np.ndarray) 
     parts, sentences = [], []
     for part, outputs in (("dev", dev), ("test", result.outputs[result.main])):
         target = getattr(result.targets, part)
-        if result.targets.task == "binary":
-            losses = example_losses(calibration.ensemble_logits(outputs)[None], target, "binary")
-        else:
-            losses = example_losses(outputs.mean(0)[None], target, "regression")
+        predictor = result.rows[result.main].ensemble
+        mean = predictor.combine(outputs) if isinstance(predictor, ClassPredictor) else outputs.mean(0)
+        losses = example_losses(mean[None], target, result.targets.task)
         units = grouped(losses, _groups(data, part))[0]
         parts.append((units.mean(), units.std(ddof=1) / len(units) ** 0.5))
         sentences.append(f"{part} {parts[-1][0]:.3f} +- {norm.ppf(0.975) * parts[-1][1]:.3f}")
@@ -261,7 +271,6 @@ def execute(options: Options) -> None:
     device = pick_device(options.device)
     run_folder = RunFolder.claim(options, default_name(options))
     trained = load_run(options.run, str(device))
-    require_task(trained, "binary", "regression")
     refuse(trained)
     data, predictor = trained.data, Predictor(trained, str(device))
     start = perf_counter()

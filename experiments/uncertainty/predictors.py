@@ -1,14 +1,23 @@
 """Calibrated predictors, one member or an ensemble: temperature, conformal quantile, residual variance."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import expit
-from sklearn.metrics import brier_score_loss
+from scipy.special import expit, softmax
 
 from mmfusion.data.folds import FoldedDataset, targets
+from mmfusion.dataset import Task
 from mmfusion.metrics import calibration
+from mmfusion.metrics.classes import (
+    class_entropy,
+    class_mutual_information,
+    class_set_summary,
+    ensemble_log_probabilities,
+    likeliest_log_odds,
+)
+from mmfusion.metrics.conformal import Conformal
 from mmfusion.metrics.scores import example_losses
 
 RAW, SCALED = "raw", "scaled"
@@ -19,7 +28,7 @@ Measures = dict[str, float | np.ndarray]
 class HeldOutTargets(NamedTuple):
     """Targets of the dev and test parts, fold after fold; a regression's (n, O) in units of its standard deviation."""
 
-    task: str
+    task: Task
     dev: np.ndarray
     test: np.ndarray
     dev_fold: np.ndarray  # (n_dev,) number of each example's fold
@@ -28,9 +37,9 @@ class HeldOutTargets(NamedTuple):
     alphas: tuple[float, ...]
 
     def in_units(self, outputs: np.ndarray) -> np.ndarray:
-        """Predictions as the predictors take them: logits (S, n), or (S, n, O) in units of the target's deviation."""
+        """Predictions as the predictors take them: logits, or values (S, n, O) in units of the target's deviation."""
         outputs = np.asarray(outputs, np.float64)
-        return outputs if self.task == "binary" else outputs.reshape(*outputs.shape[:2], -1) / self.scale
+        return outputs.reshape(*outputs.shape[:2], -1) / self.scale if self.task == "regression" else outputs
 
 
 def held_out_targets(data: FoldedDataset, alphas: Sequence[float]) -> HeldOutTargets:
@@ -39,24 +48,27 @@ def held_out_targets(data: FoldedDataset, alphas: Sequence[float]) -> HeldOutTar
     parts, folds = [], []
     for part in ("dev", "test"):
         target = np.asarray(targets(data, part), np.float64)
-        parts.append(target if data.task == "binary" else target.reshape(len(target), -1) / scale)
+        parts.append(target.reshape(len(target), -1) / scale if data.task == "regression" else target)
         sizes = [len(getattr(fold, part)) for fold in data.folds]
         folds.append(np.repeat(np.arange(len(sizes)), sizes))
     return HeldOutTargets(data.task, *parts, *folds, scale, tuple(alphas))
 
 
-class BinaryPredictor:
+class ClassPredictor:
     """The mean probability of K members; its temperature and conformal quantile, one each per fold, come from dev.
 
-    Args of all methods: outputs (K, n), the members' logits on test.
+    Args of all methods: outputs, the members' logits on test: (K, n), (K, n, C) of classes or (K, n, O) of labels.
+    Logits of their mean are (n,), (n, C) or (n, O). A subclass says how one task combines and reads them.
     """
 
     scalings = (RAW, SCALED)
 
     def __init__(self, dev: np.ndarray, targets: HeldOutTargets) -> None:
         self.targets = targets
-        logits, target = calibration.ensemble_logits(dev), targets.dev.astype(int)
-        scores = calibration.label_scores(expit(logits))[np.arange(len(target)), target]
+        logits, target = self.combine(dev), targets.dev
+        scores = Conformal.fit(
+            self.probabilities(logits), target, targets.task
+        ).scores  # (n_dev,), (n_dev, O) of labels
         folds = [targets.dev_fold == f for f in range(targets.dev_fold.max() + 1)]
         self.temperature = np.array([calibration.fit_temperature(logits[rows], target[rows]) for rows in folds])
         self.quantile = {
@@ -64,48 +76,115 @@ class BinaryPredictor:
         }
 
     def logits(self, outputs: np.ndarray, scaling: str = RAW) -> np.ndarray:
-        """(n,) log-odds of the mean probability."""
-        logits = calibration.ensemble_logits(outputs)
-        return logits / self.temperature[self.targets.test_fold] if scaling == SCALED else logits
+        """Of the mean probability: log-odds, or of classes the logarithm; divided by the temperature or not."""
+        logits = self.combine(outputs)
+        temperature = self.temperature[self.targets.test_fold].reshape(-1, *[1] * (logits.ndim - 1))
+        return logits / temperature if scaling == SCALED else logits
 
     def losses(self, outputs: np.ndarray, scaling: str = RAW) -> np.ndarray:
-        """(n,) NLL."""
-        return example_losses(self.logits(outputs, scaling)[None], self.targets.test, "binary")[0]
+        """(n,) NLL, mean over labels."""
+        return example_losses(self.logits(outputs, scaling)[None], self.targets.test, self.targets.task)[0]
 
     def ranking(self, outputs: np.ndarray, scaling: str = RAW) -> tuple[np.ndarray, np.ndarray]:
-        """Uncertainty and risk (n,): minus |logit|, in the order of -max(p, 1 - p) without its ties at 1; errors."""
-        logits = self.logits(outputs, scaling)
-        return -np.abs(logits), ((logits >= 0) != (self.targets.test == 1)).astype(np.float64)
+        """Uncertainty, in the order of minus the probability of what is said, and risk (n,)."""
+        return self.order(self.logits(outputs, scaling))
 
     def measures(self, outputs: np.ndarray, scaling: str = RAW, floor: bool = False) -> Measures:
         """Everything of one predictor; the floors of the ECE take a hundred times as long as the rest."""
-        p, target, ranking = expit(self.logits(outputs, scaling)), self.targets.test, self.ranking(outputs, scaling)
+        logits, ranking = self.logits(outputs, scaling), self.ranking(outputs, scaling)
         found: Measures = {
             "NLL": float(self.losses(outputs, scaling).mean()),
-            "Brier": float(brier_score_loss(target, p, pos_label=1)),
+            "Brier": self.brier(self.probabilities(logits)),
             "AURC": calibration.aurc(*ranking),
             "excess AURC": calibration.excess_aurc(*ranking),
         }
+        events = self.events(logits)
         for kind in ("width", "mass"):
-            found[f"ECE, equal {kind}"] = calibration.calibration_error(p, target, kind=kind)
+            errors = [calibration.calibration_error(p, true, kind=kind) for p, true in events]
+            found[f"ECE, equal {kind}"] = float(np.mean(errors))
             if floor:
-                drawn = calibration.calibration_error_floor(p, kind=kind)
+                drawn = [calibration.calibration_error_floor(p, kind=kind, seed=o) for o, (p, _) in enumerate(events)]
+                drawn = np.mean(drawn, 0)
                 found[f"ECE, equal {kind}, floor"] = float(drawn.mean())
                 found[f"ECE, equal {kind}, floor 95 %"] = float(np.quantile(drawn, 0.95))
-        if scaling == RAW:  # the sets are the same at any temperature
-            p = expit(self.logits(outputs))
+        if scaling == RAW:  # the sets are those of the raw probabilities
             for alpha, quantile in self.quantile.items():
-                sets = calibration.set_summary(p, target, quantile[self.targets.test_fold])
-                found |= {f"{name} at {1 - alpha:g}": value for name, value in sets._asdict().items()}
+                sets = self.sets(self.probabilities(logits), quantile[self.targets.test_fold])
+                found |= {f"{name} at {1 - alpha:g}": value for name, value in sets.items()}
         return found
+
+
+class BinaryPredictor(ClassPredictor):
+    """Of one label, or of several, each by itself: measures are then means over labels."""
+
+    combine = staticmethod(calibration.ensemble_logits)
+    probabilities = staticmethod(expit)
+
+    def order(self, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Minus |logit|, in the order of -max(p, 1 - p) without its ties at 1, and errors; of labels, their means."""
+        wrong = ((logits >= 0) != (self.targets.test == 1)).astype(np.float64)
+        if logits.ndim == 1:
+            return -np.abs(logits), wrong
+        return -expit(np.abs(logits)).mean(1), wrong.mean(1)
+
+    def brier(self, p: np.ndarray) -> float:
+        """Mean squared error."""
+        return float(np.square(p - self.targets.test).mean())
+
+    def events(self, logits: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+        """What the ECE is of: each label's probability and whether it is there, (n,) each."""
+        p, target = (x.reshape(len(x), -1).T for x in (expit(logits), self.targets.test))
+        return list(zip(p, target, strict=True))
+
+    def sets(self, p: np.ndarray, quantile: np.ndarray) -> dict[str, float]:
+        """Summary of the conformal sets of each label, mean over those where it is defined."""
+        columns = [x.reshape(len(x), -1).T for x in (p, self.targets.test, quantile)]
+        summaries = np.array([calibration.set_summary(*label) for label in zip(*columns, strict=True)])  # (O, 6)
+        defined = ~np.isnan(summaries)
+        mean = np.where(defined, summaries, 0).sum(0) / np.where(defined.any(0), defined.sum(0), np.nan)
+        return dict(zip(calibration.SetSummary._fields, mean.tolist(), strict=True))
 
     @staticmethod
     def disagreement(outputs: np.ndarray) -> dict[str, np.ndarray]:
         """Scores (n,) that should be larger where the input is corrupted; the last knows nothing of the members."""
-        return {
+        scores = {
             "mutual information": calibration.mutual_information(outputs),
             "std of logits": outputs.std(0),
             "entropy of the mean": calibration.binary_entropy(calibration.ensemble_logits(outputs)),
+        }
+        return {name: x if x.ndim == 1 else x.mean(1) for name, x in scores.items()}
+
+
+class MulticlassPredictor(ClassPredictor):
+    """Of one class among C."""
+
+    combine = staticmethod(ensemble_log_probabilities)
+    probabilities = staticmethod(partial(softmax, axis=-1))
+
+    def order(self, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Minus the log-odds of the likeliest class, and errors."""
+        return -likeliest_log_odds(logits), (logits.argmax(-1) != self.targets.test).astype(np.float64)
+
+    def brier(self, p: np.ndarray) -> float:
+        """Sum over classes of squared errors, mean over examples."""
+        return float(np.square(p - np.eye(p.shape[1])[self.targets.test.astype(int)]).sum(1).mean())
+
+    def events(self, logits: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+        """What the ECE is of: the likeliest class's probability and whether it is the right one, (n,) each."""
+        uncertainty, wrong = self.order(logits)
+        return [(expit(-uncertainty), 1 - wrong)]
+
+    def sets(self, p: np.ndarray, quantile: np.ndarray) -> dict[str, float]:
+        """Summary of the conformal sets."""
+        return class_set_summary(p, self.targets.test, quantile)._asdict()
+
+    @staticmethod
+    def disagreement(outputs: np.ndarray) -> dict[str, np.ndarray]:
+        """As `BinaryPredictor.disagreement`; of each example's logits less their mean, which no probability knows."""
+        return {
+            "mutual information": class_mutual_information(outputs),
+            "std of logits": (outputs - outputs.mean(-1, keepdims=True)).std(0).mean(-1),
+            "entropy of the mean": class_entropy(ensemble_log_probabilities(outputs)),
         }
 
 
@@ -171,11 +250,19 @@ def _moments(outputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return mean, outputs.var(0, ddof=1) if len(outputs) > 1 else np.zeros_like(mean)
 
 
+PREDICTORS: dict[Task, type[ClassPredictor] | type[GaussianPredictor]] = {
+    "binary": BinaryPredictor,
+    "multiclass": MulticlassPredictor,
+    "multilabel": BinaryPredictor,
+    "regression": GaussianPredictor,
+}
+
+
 class MethodPredictors:
     """One row of a run: each of its S members alone, their ensemble, and the ensembles that lack one of them."""
 
     def __init__(self, dev: np.ndarray, targets: HeldOutTargets) -> None:
-        kind = BinaryPredictor if targets.task == "binary" else GaussianPredictor
+        kind = PREDICTORS[targets.task]
         seeds = range(len(dev))
         self.ensemble = kind(dev, targets)
         self.members = [kind(dev[[s]], targets) for s in seeds]
@@ -210,7 +297,7 @@ class MethodPredictors:
         return np.stack([m.losses(outputs[[s]]) for s, m in enumerate(self.members)])
 
 
-Parts = Callable[[BinaryPredictor | GaussianPredictor, np.ndarray], np.ndarray]
+Parts = Callable[[ClassPredictor | GaussianPredictor, np.ndarray], np.ndarray]
 PARTS: dict[str, Parts] = {
     "NLL": lambda predictor, outputs: predictor.losses(outputs),
     "AURC": lambda predictor, outputs: calibration.aurc_parts(*predictor.ranking(outputs)),

@@ -10,7 +10,7 @@ from experiments.uncertainty.predictors import (
     MEMBER,
     RAW,
     SCALED,
-    BinaryPredictor,
+    ClassPredictor,
     HeldOutTargets,
     Measures,
     MethodPredictors,
@@ -60,7 +60,7 @@ def averaged(nested: Sequence[dict]) -> dict:
 
 def table(result: UncertaintyResult) -> str:
     """Fixed-width: clean and corrupted measures, conformal prediction, then one line per corruption and level."""
-    unit = "" if result.targets.task == "binary" else "; in units of the target's standard deviation"
+    unit = "; in units of the target's standard deviation" if result.targets.task == "regression" else ""
     title = f"clean test examples; of members mean +- std over seeds{unit}"
     lines = [*measures_table(result, result.clean, title), *temperature_lines(result), "", *conformal_table(result)]
     if result.corrupted:
@@ -72,9 +72,9 @@ def table(result: UncertaintyResult) -> str:
 
 def measures_table(result: UncertaintyResult, by_row: dict[str, dict], title: str) -> list[str]:
     """Rows: one member and the ensemble, raw and scaled, with and without; ECEs beside their floors where known."""
-    binary = result.targets.task == "binary"
-    names = ["NLL", *(["Brier"] if binary else ["MAE"]), "AURC", "excess AURC"]
-    eces = [f"ECE, equal {kind}" for kind in ("width", "mass")] if binary else []
+    classes = result.targets.task != "regression"
+    names = ["NLL", "Brier" if classes else "MAE", "AURC", "excess AURC"]
+    eces = [f"ECE, equal {kind}" for kind in ("width", "mass")] if classes else []
     floors = f"{eces[0]}, floor" in by_row[result.main][ENSEMBLE][RAW] if eces else False
     if floors:
         title += " (in brackets, ECE of a predictor whose probabilities are right: mean, 95 % quantile)"
@@ -100,7 +100,7 @@ def temperature_lines(result: UncertaintyResult) -> list[str]:
     """What dev makes of the logits: above 1, they were too sure."""
     lines = []
     for name, row in result.rows.items():
-        if isinstance(row.ensemble, BinaryPredictor):
+        if isinstance(row.ensemble, ClassPredictor):
             alone = np.array([m.temperature.mean() for m in row.members])
             text = f"{_cell(alone, 2)} of a member, {row.ensemble.temperature.mean():.2f} of the ensemble"
             lines.append(
@@ -111,10 +111,17 @@ def temperature_lines(result: UncertaintyResult) -> list[str]:
 
 def conformal_table(result: UncertaintyResult) -> list[str]:
     """Split-conformal prediction, calibrated on dev: coverage and size."""
-    if result.targets.task == "binary":
-        names = {"coverage": "coverage", "coverage_0": "of class 0", "coverage_1": "of class 1"}
+    if result.targets.task in ("binary", "multilabel"):
+        kinds = ("class 0", "class 1") if result.targets.task == "binary" else ("absent", "present")
+        names = {"coverage": "coverage", "coverage_0": f"of {kinds[0]}", "coverage_1": f"of {kinds[1]}"}
         names |= {"size": "mean size", "empty": "empty", "both": "both"}
         lines = ["split-conformal sets of labels, calibrated on dev"]
+        if result.targets.task == "multilabel":
+            lines[0] += ": absent, present or both, means over labels"
+    elif result.targets.task == "multiclass":
+        names = {"coverage": "coverage", "least": "of worst class", "size": "mean size"}
+        names |= {"empty": "empty", "single": "one class"}
+        lines = ["split-conformal sets of classes, calibrated on dev"]
     else:
         names = {"coverage": "coverage", "width": "width"}
         lines = ["split-conformal intervals, calibrated on dev, means over outputs"]
@@ -146,7 +153,7 @@ def corruption_table(result: UncertaintyResult) -> list[str]:
     """Ensembles under corruption: with / without in each cell."""
     level = f"{1 - result.targets.alphas[0]:g}"
     columns = {"NLL": (RAW, "NLL"), "AURC": (RAW, "AURC"), f"coverage at {level}": (RAW, f"coverage at {level}")}
-    if result.targets.task == "binary":
+    if result.targets.task != "regression":
         columns["NLL, scaled"] = (SCALED, "NLL")
         columns["ECE"] = (RAW, "ECE, equal width")
     rows = list(result.rows)
@@ -179,7 +186,7 @@ def numbers_of(result: UncertaintyResult) -> dict[str, object]:
     temperature = {
         name: {MEMBER: [m.temperature for m in row.members], ENSEMBLE: row.ensemble.temperature}
         for name, row in result.rows.items()
-        if isinstance(row.ensemble, BinaryPredictor)
+        if isinstance(row.ensemble, ClassPredictor)
     }
     corrupted = []
     for key, measures in result.corrupted.items():

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 from scipy.optimize import brentq
-from scipy.special import expit
+from scipy.special import expit, softmax
 
 from mmfusion.metrics.scores import RESAMPLES, bootstrap_counts
 
@@ -28,7 +28,10 @@ Bins = Literal["width", "mass"]
 
 
 def ensemble_logits(logits: np.ndarray) -> np.ndarray:
-    """Log-odds (N,) of the members' mean probability, from their logits (S, N); exact where p rounds to 0 or 1."""
+    """Log-odds (N,) of the members' mean probability, from their logits (S, N); exact where p rounds to 0 or 1.
+
+    Of several labels, (S, N, O) -> (N, O), each by itself.
+    """
     logits = np.asarray(logits, np.float64)
     positive = np.logaddexp.reduce(-np.logaddexp(0.0, -logits), axis=0)  # log of S times the mean of p
     negative = np.logaddexp.reduce(-np.logaddexp(0.0, logits), axis=0)
@@ -42,7 +45,7 @@ def binary_entropy(logits: np.ndarray) -> np.ndarray:
 
 
 def mutual_information(logits: np.ndarray) -> np.ndarray:
-    """Of prediction and member, H(mean p) - mean H(p), in nats: (S, N) -> (N,), in [0, log 2].
+    """Of prediction and member, H(mean p) - mean H(p), in nats: (S, N[, O]) -> (N[, O]), in [0, log 2].
 
     It is what the members disagree about, apart from what they agree to be uncertain (BALD; Houlsby et al. 2011).
     """
@@ -112,20 +115,33 @@ def fit_temperature(logits: np.ndarray, target: np.ndarray) -> float:
 
     The NLL is convex in 1 / T, so the root of its derivative is the minimum. T stays in [0.05, 20]: where the logits
     separate the classes the likelihood would have T -> 0, and where they say nothing, or the opposite, T -> infinity.
-    T = 1 is allowed, so the NLL on these examples never rises.
+    T = 1 is allowed, so the NLL on these examples never rises. One T for all classes, or all labels.
 
     Args:
-        logits: (N,); target: (N,) of 0 and 1.
+        logits: (N,) with target (N,) of 0 and 1; (N, O) of labels with target (N, O); or (N, C) of classes, up to a
+            constant in each row, with target (N,) class numbers.
+
+    Raises ValueError for other values or shapes.
     """
     logits, target = np.asarray(logits, np.float64), np.asarray(target, np.float64)
-    _checked(expit(logits), target)
+    if logits.ndim == target.ndim + 1:
+        if target.shape != logits.shape[:1] or not np.isin(target, np.arange(logits.shape[1])).all():
+            raise ValueError(
+                f"logits {logits.shape} and target {target.shape} do not fit: (N, C) and class numbers (N,)"
+            )
+        logits = logits - np.take_along_axis(logits, target.astype(int)[:, None], 1)  # minus the true class's margins
+
+        def slope(inverse: float) -> float:
+            return float((softmax(inverse * logits, -1) * logits).sum(-1).mean())  # d NLL / d (1 / T), increasing
+    else:
+        _checked(expit(logits).ravel(), target.ravel())
+        signed = (2 * target - 1) * logits  # margins
+
+        def slope(inverse: float) -> float:
+            return float(-(signed * expit(-inverse * signed)).mean())
+
     if not logits.any():
         return 1.0  # every temperature is the same
-    signed = (2 * target - 1) * logits  # (N,) margins
-
-    def slope(inverse: float) -> float:
-        return float(-(signed * expit(-inverse * signed)).mean())  # d NLL / d (1 / T), increasing
-
     coldest, hottest = TEMPERATURES
     if slope(1 / hottest) >= 0:
         return hottest

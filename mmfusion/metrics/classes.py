@@ -1,12 +1,14 @@
-"""Scores of multiclass and multilabel predictions with their bootstrap intervals over examples.
+"""Scores of multiclass and multilabel predictions with their bootstrap intervals over examples; ensembles of classes.
 
 S members, N examples, C classes or labels, K weightings of the examples. Each score is defined under weights, so that
 a resample of the examples is one row of weights; at equal weights it is scikit-learn's of the same name.
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
+from scipy.special import log_softmax, logsumexp
 
 from mmfusion.metrics.scores import RESAMPLES, Score, bootstrap_counts, summarise_score, weighted_auroc, weighted_ece
 
@@ -183,3 +185,54 @@ _MULTILABEL: dict[str, _Weighted] = {
     "brier": lambda p, hot, w: _mean(np.square(p - hot).mean(1), w),
     "ece": _per_label(weighted_ece),
 }
+
+
+# ---- ensembles of classes ----------------------------------------------------------------------------------------
+
+
+def ensemble_log_probabilities(logits: np.ndarray) -> np.ndarray:
+    """Logarithm (N, C) of the members' mean probabilities, from their logits (S, N, C); no probability underflows."""
+    logits = np.asarray(logits, np.float64)
+    return logsumexp(log_softmax(logits, -1), axis=0) - np.log(len(logits))
+
+
+def likeliest_log_odds(logits: np.ndarray) -> np.ndarray:
+    """Log-odds (...) of the largest of the probabilities softmax(logits (..., C)), without its ties at 1."""
+    logits = np.asarray(logits, np.float64)
+    others = np.arange(logits.shape[-1]) != logits.argmax(-1)[..., None]
+    return logits.max(-1) - logsumexp(np.where(others, logits, -np.inf), axis=-1)
+
+
+def class_entropy(log_probabilities: np.ndarray) -> np.ndarray:
+    """Entropy (...) in nats of log-probabilities (..., C)."""
+    return -(np.exp(log_probabilities) * log_probabilities).sum(-1)
+
+
+def class_mutual_information(logits: np.ndarray) -> np.ndarray:
+    """H(mean p) - mean H(p) in nats, (S, N, C) -> (N,), in [0, log C]: what the members disagree about (BALD)."""
+    alone = class_entropy(log_softmax(np.asarray(logits, np.float64), -1)).mean(0)
+    return np.maximum(class_entropy(ensemble_log_probabilities(logits)) - alone, 0.0)  # rounding leaves -1e-17
+
+
+class ClassSetSummary(NamedTuple):
+    """Of sets of classes on N examples."""
+
+    coverage: float
+    least: float
+    """coverage among the examples of the class that is covered least"""
+    size: float
+    """mean number of classes in the set"""
+    empty: float
+    """share of sets without a class"""
+    single: float
+    """share of sets of one class"""
+
+
+def class_set_summary(p: np.ndarray, target: np.ndarray, quantile: np.ndarray | float) -> ClassSetSummary:
+    """Of the sets {c: 1 - p_c <= quantile}; p (N, C), target (N,) class numbers, quantile one number or (N,)."""
+    target = np.asarray(target).astype(int)
+    sets = 1 - p <= np.broadcast_to(quantile, target.shape)[:, None]  # (N, C)
+    covered, size = sets[np.arange(target.size), target], sets.sum(1)
+    least = min(covered[target == c].mean() for c in np.unique(target))
+    values = covered.mean(), least, size.mean(), (size == 0).mean(), (size == 1).mean()
+    return ClassSetSummary(*map(float, values))

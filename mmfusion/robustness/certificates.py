@@ -80,6 +80,21 @@ def certified_class_radius(layer: LowRankMultimodalFusion, latents: Sequence[Ten
     return least_change(margins, own - gradient, norm).scatter(-1, first, math.inf).amin(-1)
 
 
+def class_contrasts(first: Tensor, classes: int) -> Tensor:
+    """Weights of the logits whose sums are the margins of one class over every other: 1 of the one, -1 of the other.
+
+    Args:
+        first: (...) class numbers; classes: C.
+
+    Returns:
+        (..., C - 1, C), the others in ascending order.
+    """
+    others = torch.arange(classes - 1, device=first.device)
+    others = others + (others >= first.unsqueeze(-1))  # (..., C - 1), `first` left out
+    eye = torch.eye(classes, device=first.device)
+    return eye[first].unsqueeze(-2) - eye[others]
+
+
 def least_change(value: Tensor, gradient: Tensor, norm: Norm) -> Tensor:
     """|value| / ||gradient||_q: least l_p change that brings an affine function with that value and gradient to 0.
 
@@ -132,17 +147,27 @@ def pair_norm(layer: LowRankMultimodalFusion, latents: Sequence[Tensor], m: int,
     return norm.expand(*latents[0].shape[:-1], layer.output_dim)
 
 
-def joint_radius(layer: LowRankMultimodalFusion, latents: Sequence[Tensor], m: int, n: int) -> Tensor:
+def joint_radius(
+    layer: LowRankMultimodalFusion, latents: Sequence[Tensor], m: int, n: int, contrast: Tensor | None = None
+) -> Tensor:
     """Certified l_2 radius when latents m and n may each move by that much: a lower bound of the exact one.
 
     The positive root of eps ||g_m|| + eps ||g_n|| + eps^2 ||B||_2 = |y|.
 
+    Args:
+        layer, latents: as for `certified_radius`.
+        contrast: (..., K, O), weights of the outputs: y is then each of these K sums, and ||B||_2 at most the sum of
+            the outputs' own by the weights' size. Default: every output by itself.
+
     Returns:
-        (..., O).
+        (..., O), or (..., K).
     """
-    y = layer(latents).abs()
-    linear = sum(torch.linalg.vector_norm(layer.modality_gradient(latents, k), dim=-1) for k in (m, n))
-    b = pair_norm(layer, latents, m, n)
+    y, b = layer(latents), pair_norm(layer, latents, m, n)
+    gradients = [layer.modality_gradient(latents, k) for k in (m, n)]  # (..., O, d)
+    if contrast is not None:
+        gradients = [contrast @ gradient for gradient in gradients]  # (..., K, O) (..., O, d) -> (..., K, d)
+        y, b = ((weights @ x.unsqueeze(-1)).squeeze(-1) for weights, x in ((contrast, y), (contrast.abs(), b)))
+    y, linear = y.abs(), sum(torch.linalg.vector_norm(gradient, dim=-1) for gradient in gradients)
     # 2 |y| / (l + sqrt(l^2 + 4 b |y|)): the root without cancellation, and |y| / l where b is 0
     return torch.where(y == 0, 0.0, 2 * y / (linear + (linear.square() + 4 * b * y).sqrt()))
 
@@ -176,6 +201,18 @@ class FeaturePath:
         """Outputs (N, O) after the features have changed by (N, d)."""
         moved = F.gelu(self.activation + change @ self.weight.T) - F.gelu(self.activation)  # (N, d) (d, H) -> (N, H)
         return self.output + torch.einsum("noh,nh->no", self.coefficient, moved)
+
+    def take(self, rows: Tensor) -> "FeaturePath":
+        """The same of some of the examples, rows (n,)."""
+        return FeaturePath(self.weight, self.activation[rows], self.coefficient[rows], self.output[rows])
+
+    def contrast(self, weights: Tensor) -> "FeaturePath":
+        """Weighted sums of the outputs, weights (N, K, O), as K outputs: margins between classes (`class_contrasts`).
+
+        Bounded so, a margin falls less than its two logits bounded apart: what moves both alike cancels.
+        """
+        output = (weights @ self.output.unsqueeze(-1)).squeeze(-1)
+        return FeaturePath(self.weight, self.activation, weights @ self.coefficient, output)
 
 
 @torch.no_grad()

@@ -5,9 +5,11 @@ deviations in training (of standardised features: s = 1 in each of the d coordin
 in l_2 and rho in l_inf). Gaussian noise of level rho has that l_2 size too, so curves of noise and of attacks share an
 axis.
 
-Scores are per example and larger is better: 1 where the sign of the logit is right whatever the change, else 0; for a
-regression minus the worst absolute error in standard deviations of the target, mean over outputs (the certificate lets
-every output have a change of its own, the attack has one for all).
+Scores are per example and larger is better: 1 where the class (of two: the sign of the logit) is right whatever the
+change, else 0, which rests on the margins of the true class over every other; of several labels the share that is
+right, each label under the change that is worst for it; for a regression minus the worst absolute error in standard
+deviations of the target, mean over outputs (the certificate lets every output have a change of its own, the attack has
+one for all).
 """
 
 import math
@@ -19,46 +21,80 @@ import torch
 from torch import Tensor
 
 from lmf_module import LowRankMultimodalFusion
+from mmfusion.dataset import Task
 from mmfusion.models.fusion import FusionModel
-from mmfusion.robustness.attacks import pgd, random_change
-from mmfusion.robustness.certificates import FeaturePath, Norm, certified_change, dual, feature_path, joint_radius
+from mmfusion.robustness.attacks import Attack, pgd, random_change
+from mmfusion.robustness.certificates import (
+    FeaturePath,
+    Norm,
+    certified_change,
+    class_contrasts,
+    dual,
+    feature_path,
+    joint_radius,
+)
 
 Features = Mapping[str, Tensor]
 SIZES = (0.02, 0.05, 0.1, 0.2, 0.4)
 """rho of certificates and attacks"""
 STEPS, RESTARTS = 20, 3
 """of an attack; `attack_checks` tells whether more would find more"""
+AT_ONCE = 2**22
+"""numbers (examples x margins x hidden units) in each of some twenty tensors of a bound through an encoder"""
 NAMES: dict[Norm, str] = {1: "l1", 2: "l2", math.inf: "linf"}
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """What n predictions are judged by."""
+    """What n predictions are judged by.
+
+    J margins per example: one, or one of each label; K contrasts, sums of outputs that decide them.
+    """
 
     target: Tensor
-    """(n, O)"""
-    binary: bool
+    """(n, O) of 0 and 1, or values; multiclass: (n, 1) class numbers"""
+    task: Task
     scale: Tensor
     """(O,) standard deviation of a regression's target, else 1"""
 
+    def contrasts(self, output: Tensor) -> Tensor:
+        """Weights (n, K, O) of outputs (n, O), whose sums are above 0 where a label, or class against class, is right.
+
+        Of labels their signs, K = O; of classes the margins of the true one, K = C - 1; of a regression its outputs.
+        """
+        if self.task == "multiclass":
+            return class_contrasts(self.target.long().squeeze(-1), output.shape[-1]).to(output)
+        return torch.diag_embed(torch.ones_like(output) if self.task == "regression" else self._signs(output))
+
     def margin(self, output: Tensor) -> Tensor:
-        """(n, O) outputs -> (n,): what an attacker makes as small as possible; above 0 where a sign is right."""
-        if self.binary:
-            return ((2 * self.target - 1) * output).squeeze(-1)
-        return -((output - self.target).abs() / self.scale).mean(-1)
+        """(n, O) outputs -> (n, J): what an attacker makes as small as possible, each by itself; > 0 where right."""
+        if self.task == "regression":
+            return -((output - self.target).abs() / self.scale).mean(-1, keepdim=True)
+        if self.task == "multiclass":
+            true = self.target.long()  # (n, 1)
+            others = output.scatter(-1, true, -math.inf)
+            return output.gather(-1, true) - others.amax(-1, keepdim=True)
+        return self._signs(output) * output
 
     def score(self, margin: Tensor) -> Tensor:
-        """(n,): of that margin."""
-        return (margin > 0).to(margin.dtype) if self.binary else margin
+        """(n,): of those margins (n, J)."""
+        return (margin if self.task == "regression" else (margin > 0).to(margin.dtype)).mean(-1)
 
-    def certified_margin(self, output: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-        """Lower bound (n,) on the margin, from change(direction (n, O)) -> (n, O) >= direction * (y' - y)."""
-        if self.binary:
-            sign = 2 * self.target - 1
-            return (sign * output - change(-sign)).squeeze(-1)
-        error, one = output - self.target, torch.ones_like(output)
-        worst = torch.maximum(error + change(one), change(-one) - error)
-        return -(worst / self.scale).mean(-1)
+    def weakest(self, sums: Tensor) -> Tensor:
+        """What `contrasts` gives (n, K) -> margins (n, J) of classes or labels: a class must beat every other."""
+        return sums.amin(-1, keepdim=True) if self.task == "multiclass" else sums
+
+    def certified_margin(self, output: Tensor, rise: Callable[[Tensor], Tensor]) -> Tensor:
+        """Lower bound (n, J) on the margins, from rise(weights (n, K, O)) -> (n, K) >= weights . (y' - y)."""
+        weights = self.contrasts(output)
+        if self.task != "regression":
+            return self.weakest((weights @ output.unsqueeze(-1)).squeeze(-1) - rise(-weights))
+        error = output - self.target
+        worst = torch.maximum(error + rise(weights), rise(-weights) - error)
+        return -(worst / self.scale).mean(-1, keepdim=True)
+
+    def _signs(self, output: Tensor) -> Tensor:
+        return (2 * self.target - 1).to(output)
 
 
 def change_size(std: Tensor, norm: Norm) -> float:
@@ -74,8 +110,9 @@ def latent_scores(
     latents, output = _latents(model, features)
     scores = {}
     for m, name in enumerate(model.modalities):
-        gradient = model.fusion.modality_gradient(latents, m)  # (n, O, L)
-        steepest = torch.linalg.vector_norm(gradient, ord=dual(norm), dim=-1) * model.rescale.std
+        gradient = model.fusion.modality_gradient(latents, m) * model.rescale.std.unsqueeze(-1)  # (n, O, L)
+        gradient = criterion.contrasts(output) @ gradient  # (n, K, O) (n, O, L) -> (n, K, L)
+        steepest = torch.linalg.vector_norm(gradient, ord=dual(norm), dim=-1)
         epsilons = [rho * change_size(stds[name], norm) for rho in sizes]
         scores[name] = torch.stack(
             [criterion.score(criterion.certified_margin(output, lambda _, e=e, g=steepest: e * g)) for e in epsilons]
@@ -87,16 +124,18 @@ def latent_scores(
 def joint_scores(
     model: FusionModel, features: Features, criterion: Criterion, stds: Mapping[str, Tensor], sizes=SIZES
 ) -> dict[str, Tensor]:
-    """{pair: (len(sizes), n)}: certified scores when two latents move, each by that l_2 size; for one logit."""
+    """{pair: (len(sizes), n)}: certified scores when two latents move, each by that l_2 size; of classes or labels."""
     latents, output = _latents(model, features)
-    correct = criterion.margin(output) > 0
+    contrasts = criterion.contrasts(output)
+    right = (contrasts @ output.unsqueeze(-1)).squeeze(-1) > 0  # (n, K)
     scores = {}
     for m, first in enumerate(model.modalities):
         for n, second in enumerate(model.modalities[m + 1 :], m + 1):
-            radius = joint_radius(model.fusion, latents, m, n).squeeze(-1)
+            radius = joint_radius(model.fusion, latents, m, n, contrasts)
+            radius = criterion.weakest(torch.where(right, radius, 0.0))  # (n, J)
             # one epsilon for both: the larger of the two sizes
             size = max(change_size(stds[first], 2), change_size(stds[second], 2))
-            scores[f"{first} + {second}"] = torch.stack([(correct & (radius > rho * size)).float() for rho in sizes])
+            scores[f"{first} + {second}"] = torch.stack([criterion.score(radius - rho * size) for rho in sizes])
     return scores
 
 
@@ -107,14 +146,19 @@ def feature_certificates(
     """(len(sizes), n): certified scores of an LMF model when the standardised features of a modality move."""
     path = feature_path(model, features, name)
     size = change_size(torch.ones(path.weight.shape[1]), norm)
-    return torch.stack(
-        [
-            criterion.score(
-                criterion.certified_margin(path.output, lambda d, rho=rho: certified_change(path, d, rho * size, norm))
-            )
-            for rho in sizes
-        ]
-    )
+
+    def margin(epsilon: float) -> Tensor:
+        def rise(weights: Tensor) -> Tensor:
+            at_once = max(1, AT_ONCE // (weights.shape[1] * path.weight.shape[0]))  # a hundred classes have 99 margins
+            chunks = []
+            for rows in torch.arange(len(weights)).split(at_once):
+                sums = path.take(rows).contrast(weights[rows])
+                chunks.append(certified_change(sums, torch.ones_like(sums.output), epsilon, norm))
+            return torch.cat(chunks)
+
+        return criterion.certified_margin(path.output, rise)
+
+    return torch.stack([criterion.score(margin(rho * size)) for rho in sizes])
 
 
 def outputs_under_change(model: FusionModel, features: Features, name: str) -> FeaturePath | Callable[[Tensor], Tensor]:
@@ -152,10 +196,25 @@ def attacked_scores(
     size = change_size(torch.ones(like.shape[1]), norm)
     worst, scores = criterion.margin(outputs(like)).detach(), []
     for rho in sizes:
-        attack = pgd(lambda c: criterion.margin(outputs(c)), like, rho * size, norm, steps=steps, restarts=restarts)
-        worst = torch.minimum(worst, attack.value)
+        attacks = _attack_each(
+            lambda c: criterion.margin(outputs(c)), like, rho * size, norm, steps=steps, restarts=restarts
+        )
+        worst = torch.minimum(worst, _values(attacks))
         scores.append(criterion.score(worst))
     return torch.stack(scores)
+
+
+def _attack_each(
+    margin: Callable[[Tensor], Tensor], like: Tensor, epsilon: float, norm: Norm, **effort: int
+) -> list[Attack]:
+    """PGD on every one of J margins by itself, from margin(change) -> (n, J)."""
+    with torch.no_grad():
+        count = margin(like).shape[1]
+    return [pgd(lambda c, j=j: margin(c)[:, j], like, epsilon, norm, **effort) for j in range(count)]
+
+
+def _values(attacks: list[Attack]) -> Tensor:
+    return torch.stack([attack.value for attack in attacks], -1)  # (n, J)
 
 
 @torch.no_grad()
@@ -193,8 +252,8 @@ def attack_checks(
         return criterion.margin(outputs(change))
 
     def attacked_at(size: float, effort: int = 1) -> float:
-        attack = pgd(margin, like, size, norm, steps=(2 * effort - 1) * STEPS, restarts=effort * RESTARTS)
-        return float(criterion.score(attack.value).mean())
+        attacks = _attack_each(margin, like, size, norm, steps=(2 * effort - 1) * STEPS, restarts=effort * RESTARTS)
+        return float(criterion.score(_values(attacks)).mean())
 
     attacked, stronger = attacked_at(epsilon), attacked_at(epsilon, effort=3)
     checks = [
@@ -212,20 +271,26 @@ def attack_checks(
         Check(f"random changes of this size, worst of 10: {noisy:.3f}, attack {attacked:.3f}", noisy >= attacked)
     )
     if other is not None:
+        theirs = outputs_under_change(other, features, name)
+        attacks = _attack_each(lambda c: criterion.margin(theirs(c)), like, epsilon, norm, steps=STEPS)
         with torch.no_grad():
-            moved = float(criterion.score(margin(_attack_of(other, features, criterion, name, epsilon, norm))).mean())
+            margins = torch.stack([margin(attack.change)[:, j] for j, attack in enumerate(attacks)], -1)
+            moved = float(criterion.score(margins).mean())
         text = f"attack on another seed, transferred: {moved:.3f}, own attack {attacked:.3f}"
         checks.append(Check(text, moved >= attacked))
     start = torch.zeros_like(like, requires_grad=True)
-    (gradient,) = torch.autograd.grad(margin(start).sum(), start)
-    zero = int((gradient.flatten(1).norm(dim=1) == 0).sum())
+    flat = torch.zeros(len(like), dtype=torch.bool, device=like.device)
+    for values in margin(start).unbind(-1):
+        (gradient,) = torch.autograd.grad(values.sum(), start, retain_graph=True)
+        flat |= gradient.flatten(1).norm(dim=1) == 0
+    zero = int(flat.sum())
     checks.append(Check(f"examples whose gradient is zero: {zero} of {len(like)}", zero == 0))
     return checks
 
 
 def _far_check(criterion: Criterion, epsilon: float, attacked: float, attacked_at: Callable[[float], float]) -> Check:
     """A large enough change must bring every sign down, or a regression far from its target."""
-    if not criterion.binary:
+    if criterion.task == "regression":
         far = attacked_at(16 * epsilon)
         return Check(f"16 times this size: score {attacked:.3f} -> {far:.3f}", far < attacked)
     factor, left = 1, attacked
@@ -235,40 +300,31 @@ def _far_check(criterion: Criterion, epsilon: float, attacked: float, attacked_a
     return Check(f"every example falls at {factor} times this size (left: {left:.3f})", left == 0)
 
 
-def _attack_of(
-    model: FusionModel, features: Features, criterion: Criterion, name: str, epsilon: float, norm: Norm
-) -> Tensor:
-    outputs = outputs_under_change(model, features, name)
-    with torch.enable_grad():
-        return pgd(
-            lambda c: criterion.margin(outputs(c)), torch.zeros_like(features[name]), epsilon, norm, steps=STEPS
-        ).change
+def latent_attack_gap(
+    model: FusionModel, features: Features, criterion: Criterion, name: str, norm: Norm, rho: float = 0.2
+) -> float:
+    """Largest relative difference between PGD on a latent and the closed form, over examples and contrasts.
 
-
-def latent_attack_gap(model: FusionModel, features: Features, name: str, norm: Norm, rho: float = 0.2) -> float:
-    """Largest relative difference between PGD on a latent and the closed form, over examples and outputs.
-
-    |drop by PGD - eps ||g||_q| / (eps ||g||_q), the drop of |y_o| of each output by itself; should be rounding.
+    |drop by PGD - eps ||g||_q| / (eps ||g||_q), the drop of |w_k . y| of each contrast by itself; should be rounding.
     """
     with torch.no_grad():
         latents, _ = _latents(model, features)
         m = model.modalities.index(name)
         latents = [z.double() for z in latents]
         layer = _double(model.fusion)
-        y = layer(latents)
-        steepest = torch.linalg.vector_norm(layer.modality_gradient(latents, m), ord=dual(norm), dim=-1)
+        weights = criterion.contrasts(layer(latents))  # (n, K, O)
+        y = (weights @ layer(latents).unsqueeze(-1)).squeeze(-1)  # (n, K)
+        gradient = weights @ layer.modality_gradient(latents, m)  # (n, K, O) (n, O, L) -> (n, K, L)
+        steepest = torch.linalg.vector_norm(gradient, ord=dual(norm), dim=-1)
         epsilon = rho * change_size(latents[m].std(0), norm)
-    worst = 0.0
-    for o in range(y.shape[1]):
 
-        def margin(change: Tensor, o: int = o) -> Tensor:
-            moved = [z + change if k == m else z for k, z in enumerate(latents)]
-            return y[:, o].sign() * layer(moved)[:, o]
+    def margins(change: Tensor) -> Tensor:
+        moved = [z + change if k == m else z for k, z in enumerate(latents)]
+        return y.sign() * (weights @ layer(moved).unsqueeze(-1)).squeeze(-1)
 
-        value = pgd(margin, torch.zeros_like(latents[m]), epsilon, norm, steps=STEPS, restarts=RESTARTS).value
-        drop, exact = y[:, o].abs() - value, epsilon * steepest[:, o]
-        worst = max(worst, float(((drop - exact).abs() / exact.clamp_min(1e-12)).max()))
-    return worst
+    attacks = _attack_each(margins, torch.zeros_like(latents[m]), epsilon, norm, steps=STEPS, restarts=RESTARTS)
+    drop, exact = y.abs() - _values(attacks), epsilon * steepest
+    return float(((drop - exact).abs() / exact.clamp_min(1e-12)).max())
 
 
 def _double(layer: LowRankMultimodalFusion) -> LowRankMultimodalFusion:

@@ -60,7 +60,7 @@ class TrainedRun:
 
     @property
     def task(self) -> Task:
-        """ "binary" or "regression"."""
+        """One of `mmfusion.dataset.Task`."""
         return self.data.task
 
     @property
@@ -101,13 +101,6 @@ class TrainedRun:
         given = self.memes.given if self.memes else ()
         names = [name for name in dataset.input_dims if TEXT_COLUMNS.get(name) in metadata and name not in given]
         return {name: metadata[TEXT_COLUMNS[name]] for name in names}
-
-
-def require_task(run: TrainedRun, *known: Task) -> None:
-    """Raise InputError unless the run's task is one of these."""
-    task = run.data.task
-    if task not in known:
-        raise InputError(f"{run.folder}: its task is {task}; this experiment knows {' and '.join(known)} alone")
 
 
 def load_run(folder: Path, device: str = "cpu") -> TrainedRun:
