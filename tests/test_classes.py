@@ -148,7 +148,9 @@ def test_mistakes_in_the_arguments_are_named():
 
 def random_layer(outputs: int, shared: bool = False, active: int | None = None) -> LowRankMultimodalFusion:
     torch.manual_seed(outputs)
-    return LowRankMultimodalFusion((3, 4, 2), outputs, 5, active_rank=active, shared_factors=shared).double()
+    layer = LowRankMultimodalFusion((3, 4, 2), outputs, 5, active_rank=active, shared_factors=shared).double()
+    torch.nn.init.normal_(layer.rank_weights)  # of +-1/sqrt(R) two outputs of shared factors may be the same
+    return layer
 
 
 def random_latents(count: int = 20) -> list[torch.Tensor]:

@@ -482,7 +482,7 @@ def test_joint_scores_count_what_is_right_and_beyond_reach():
     output = model(features).prediction.detach()
     criterion = Criterion((output + 5 * torch.randn(40, 1) > 0).double(), "binary", torch.ones(1))
     stds = latent_stds(model, features)
-    (scores,) = joint_scores(model, features, criterion, stds, sizes=(0.0, 0.01, 0.1)).values()
+    (scores,) = joint_scores(model, features, criterion, stds, sizes=(0.0, 0.05, 0.3)).values()
     assert torch.equal(scores[0] == 1, criterion.margin(output)[:, 0] > 0) and 0 < scores[1].mean() < scores[0].mean()
     assert scores[2].mean() < scores[1].mean()
 
