@@ -1,11 +1,13 @@
 """Closed forms against their definitions: EMAP, Shapley values, relevance."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
 
 from lmf_module import LowRankMultimodalFusion
 from mmfusion.dataset import Split
@@ -219,3 +221,37 @@ def test_unlabelled_split_has_no_scores_and_all_else():
     unlabelled = Split(split.features, None, split.ids)
     summary = summarise(made.members, unlabelled, "test", "binary", 0, "logit", variance_shares)
     assert summary.scores == {} and len(summary_rows(summary)) == 2
+
+
+# ---- the summary of classes and labels
+
+
+def test_summary_of_classes_scores_all_logits_and_accounts_for_the_margin():
+    made, split = ensemble("lmf", outputs=3)
+    split = replace(split, target=(torch.arange(len(split)) % 3).float())
+    summary = summarise(made.members, split, "dev", "multiclass", 0, "margin (...)")
+    logits = torch.stack([member(split.features, reconstruct=False).prediction for member in made.members]).double()
+    additive = torch.stack([projected(member, split.features) for member in made.members])
+    for row, outputs in (("full model", logits), ("its EMAP: additive in the modalities", additive)):
+        losses = [torch.nn.functional.cross_entropy(z, split.target.long()).item() for z in outputs]
+        assert summary.scores[row]["log_loss"].members == pytest.approx(losses, rel=1e-5)
+        right = (outputs.argmax(-1) == split.target).double().mean(1).tolist()
+        assert summary.scores[row]["accuracy"].members == pytest.approx(right)
+    first, second = logits.softmax(-1).mean(0).topk(2).indices.T[:, :, None]
+    layer, latents = exact_layer(made.members[1]), latents_of(made.members[1], split.features)
+    values = interventional_values(layer, latents)  # (N, C) each
+    phi = shapley_values({known: (v.gather(1, first) - v.gather(1, second))[:, 0] for known, v in values.items()})
+    assert [summary.shapley[m][1] for m in ("image", "text")] == pytest.approx(phi.abs().mean(0).tolist())
+
+
+def test_summary_of_labels_scores_the_chosen_one_and_names_it():
+    made, split = ensemble("lmf", outputs=2)
+    split = replace(
+        split, target=torch.stack([torch.arange(len(split)) % 2, torch.arange(len(split)) % 3 > 0], 1).float()
+    )
+    summary = summarise(made.members, split, "dev", "multilabel", 1, "logit of rain", label="rain")
+    logits = torch.stack([member(split.features, reconstruct=False).prediction[:, 1] for member in made.members])
+    expected = [roc_auc_score(split.target[:, 1], z) for z in logits.detach()]
+    assert summary.scores["full model"]["auroc"].members == pytest.approx(expected)
+    captions = [caption for caption, _, _ in summary_rows(summary)]
+    assert "scores of rain" in captions[0] and "logit of rain" in captions[1]

@@ -194,7 +194,15 @@ def test_what_python_trains_is_read_explained_and_certified(target, options, cap
     assert all(radius.shape == (2, 4) and (radius >= 0).all() for radius in again.robustness(test).values())
     assert explain.run([str(run.folder), "--split", "test", "--worst", "2"]) == 0
     assert explain.run([str(run.folder), "--summary"]) == 0
-    assert "a x b" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "a x b" in printed
+    task = again.trained.task
+    said = {
+        "multiclass": "margin (likeliest class less",
+        "multilabel": "logit of target_1",
+        "binary": "of the logit on",
+    }
+    assert said.get(task, "correlation") in printed and ("correlation" in printed) == (task == "regression")
 
 
 def test_the_same_file_by_command_and_from_python_gives_the_same_scores(tmp_path):

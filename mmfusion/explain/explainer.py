@@ -168,15 +168,18 @@ class Explainer:
             for row, ensemble in self.run.ensembles.items()
             if isinstance(ensemble.members[0].fusion, ConcatenationHead)
         }
+        label = self.class_names[1] if self.run.task == "multilabel" else ""
+        kinds = {"multiclass": "margin (likeliest class less the runner-up)", "multilabel": f"logit of {label}"}
         return summarise(
             self.members,
             self.dataset.splits[name],
             name if len(self.run.datasets) == 1 else f"{name} of fold {self.choices.fold}",
             self.run.task,
             self.choices.output,
-            self.output,
+            kinds.get(self.run.task, self.output),
             others if baselines else None,
             self.notes(name),
+            label,
         )
 
     def notes(self, split: str | None = None) -> list[str]:
