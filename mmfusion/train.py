@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from mmfusion.cli import pick_device, run_command
+from mmfusion.data.array_values import plain_array
 from mmfusion.data.arrays import (
     ArraysConfig,
     arrays_of,
@@ -105,6 +106,14 @@ class Run:
         return self.results["scores"]
 
     @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes in the order of their numbers, or of the labels; none of a regression."""
+        dataset, task = self.trained.datasets[0], self.trained.task
+        if task == "regression":
+            return ()
+        return tuple(dataset.target_names) if task == "multilabel" else dataset.class_names
+
+    @property
     def ensemble(self) -> FusionEnsemble:
         """All members of jWAE-LMF."""
         return self.trained.ensembles[self.trained.main_row]
@@ -179,7 +188,16 @@ class Run:
         Args:
             features: raw (n, d_m).
             target: (n,) or (n, O), as in `mmfusion.dataset.Split`: class numbers, not names.
+
+        Raises ValueError for a target that does not fit, or holds what is no class number.
         """
+        target, task = np.asarray(target), self.trained.task
+        if target.dtype.kind not in "biuf":
+            order = f", in the order of class_names: {', '.join(self.class_names[:9])}" if task == "multiclass" else ""
+            raise ValueError(f"target: holds no numbers but {target.dtype}; give numbers of classes or values{order}")
+        count = len(self.class_names) if task == "multiclass" else 2  # of labels: absent, present
+        if task != "regression" and not (known := np.isin(target, range(count))).all():
+            raise ValueError(f"target: {target[~known][0]:g} is no class number; they are 0 to {count - 1}")
         p = self.ensemble.predict(features).double().mean(0).numpy()
         self._conformal = Conformal.fit(p, target, self.trained.task)
         return self
@@ -215,16 +233,19 @@ class Run:
         runner-up (`Account.pairs`); where their mean says otherwise, `Account.seeds_disagree` is True of that row.
         """
         members = self.trained.members(self.trained.main_row)
-        tensors = {name: torch.as_tensor(features[name], dtype=torch.float32) for name in members[0].modalities}
+        tensors = self.ensemble._tensors(features, caller="explain")
         train = self.trained.datasets[0].splits["train"].features
         if self.trained.task == "multiclass":
+            if output != 0:
+                raise ValueError(f"output {output!r}: of more than two classes the margin is explained; leave it out")
             p = self.ensemble.part(0, len(self.trained.datasets)).predict(tensors).mean(0)  # (N, C)
             return account_for_margins(members, tensors, train, p)
         return account_for(members, tensors, train, output)
 
     def robustness(self, features: Mapping[str, Tensor | np.ndarray], norm: Norm = 2) -> dict[str, np.ndarray]:
         """Exact certified radii of each modality's latent, (S, N) each (`mmfusion.explain.account.latent_radii`)."""
-        return latent_radii(self.trained.members(self.trained.main_row), features, self.trained.task, norm)
+        tensors = self.ensemble._tensors(features, caller="robustness")
+        return latent_radii(self.trained.members(self.trained.main_row), tensors, self.trained.task, norm)
 
 
 def fit(
@@ -249,9 +270,17 @@ def fit(
     """
     config = config or Config()
     config.check()
+    for name, entry in (further_terms or {}).items():
+        if not (isinstance(entry, tuple | list) and len(entry) == 2 and callable(entry[1])):
+            raise ValueError(f"further_terms: {name!r} is not (weight, term), such as (0.1, my_term)")
     known = {*FIT_TERM.values(), *config.objective.loss_weights("binary", ("two", "modalities"))}
     if taken := sorted(known & set(further_terms or {})):
         raise ValueError(f"further_terms: the objective has a term {taken[0]!r} of its own; choose another name")
+    if not isinstance(data, Mapping | Dataset | MemesConfig):
+        given = (
+            f"{str(data)!r:.100}, a path: np.load reads it," if isinstance(data, str | Path) else type(data).__name__
+        )
+        raise InputError(f"data: is {given} and not a dict of arrays such as {{'image': x, 'text': z, 'target': y}}")
     if encoders is not None and not isinstance(data, MemesConfig):
         raise ValueError("encoders: are of memes; arrays and datasets hold features already")
     device = pick_device(config.training.device)
@@ -278,8 +307,8 @@ def fit(
 
 
 def _save(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Keep arrays that were given from Python in their run's folder."""
-    plain = {key: np.asarray(value) for key, value in arrays.items()}
+    """Keep arrays that were given from Python in their run's folder: no objects, which could not be read again."""
+    plain = {str(key): plain_array(value, str(key)) for key, value in arrays.items()}
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:

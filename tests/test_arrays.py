@@ -422,12 +422,18 @@ def test_mistakes_in_a_file_with_splits_are_one_line(tmp_path, spoil, words):
         (lambda x: x.update(label=x.pop("target")), {"folds": 2}, "name it with --target label"),
         (_set("target", np.zeros(60)), {"folds": 2}, "all values are '0'; at least two classes are needed"),
         (_set("target", np.zeros((60, 2))), {"folds": 2}, "all targets of train are the same"),
-        (_set("target", np.arange(60) // 59), {"folds": 2}, "a class has one example only"),
+        (
+            _set("target", np.arange(60) // 59),
+            {"folds": 2},
+            "class '1' has one example only; add examples, or leave that class out",
+        ),
         (
             _set("target", np.arange(60) // 58),
             {"folds": 2},
-            "class number 1 has one example there, and each part",
+            "class '1' has one example there, and each part",
         ),
+        (_drop(), {"folds": 2, "ignore": ("b", "gps")}, "--ignore gps: .* has no such key; it has a, b, target"),
+        (_drop(), {"folds": 2, "modalities": ("a", "b", "a")}, "--modalities: names a twice"),
         (_drop(), {"folds": 2, "task": "binary"}, "has 3 distinct values; binary takes two"),
         (_drop(), {"folds": 2, "task": "multilabel"}, r"target: has shape \(60,\) and values from 0 to 2; multilabel"),
         (_set("target", np.array(["a", "b"] * 30)), {"folds": 2, "task": "regression"}, "texts, which are classes"),
@@ -514,7 +520,7 @@ def test_a_fifo_within_a_folder_and_objects_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"a\.npy: cannot be read \(is a FIFO"):
         load_arrays(ArraysConfig(tmp_path, folds=2))
     np.savez(tmp_path / "x.npz", a=np.array([1, "b"], object))
-    with pytest.raises(InputError, match="holds Python objects"):
+    with pytest.raises(InputError, match=r"holds Python objects.*save it with \.astype\(str\) \(texts\) or as numbers"):
         load_arrays(ArraysConfig(tmp_path / "x.npz", folds=2))
     with pytest.raises(InputError, match="the arrays: a: holds Python objects"):
         in_memory({"a": np.array([1, "b"], object)}, folds=2)

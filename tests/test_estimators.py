@@ -57,6 +57,27 @@ def test_dict_list_and_slices_are_the_same_model():
     np.testing.assert_array_equal(of_dict, of_list)
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"rank": 0}, "^rank 0: give a number from 1"),
+        ({"n_members": 0}, "^n_members 0: give a number from 1"),
+        ({"weight_decay": -1.0}, "^weight_decay -1.0: give"),
+        ({"keep": "first"}, "^keep 'first': give best or last"),
+    ],
+)
+def test_settings_out_of_range_are_named_as_arguments(settings, said):
+    x, y = audio_and_video()
+    with pytest.raises(ValueError, match=said):
+        FusionClassifier(**settings).fit(x, y)
+
+
+def test_one_class_is_named_as_a_person_writes_it():
+    x, _ = audio_and_video()
+    with pytest.raises(ValueError, match=r"one class alone \(3\)"):
+        FusionClassifier().fit(x, np.full(150, 3))
+
+
 def test_order_of_the_dict_and_further_keys_do_not_matter(fitted):
     x, _ = audio_and_video()
     p = fitted.predict_proba(x)

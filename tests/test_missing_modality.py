@@ -115,8 +115,9 @@ def test_the_expected_probability_is_not_that_of_the_expected_logit():
 @pytest.mark.parametrize(
     "spoil, kind, words",
     [
-        (lambda x: x | {"text": x["text"] * torch.nan}, "error", "'text': hold NaN"),
-        (lambda x: {"audio": x["audio"]}, "error", "text"),
+        (lambda x: x | {"text": x["text"] * torch.nan}, "error", "'text': row 0 holds nan; give missing="),
+        (lambda x: {"audio": x["audio"]}, "error", "predict needs every modality; missing: text, video; give missing"),
+        (lambda x: x | {"text": x["text"] / 0}, "prior", "'text': row 0 holds -?inf"),
         (lambda x: {}, "prior", "every one of audio, text, video is absent"),
         (lambda x: x | {"text": torch.where(torch.arange(4) == 1, torch.nan, x["text"])}, "prior", "NaN in part"),
         (lambda x: x, "training", "training features"),

@@ -13,11 +13,11 @@ from mmfusion.data.arrays import ArraysConfig, dataset_from_arrays
 from mmfusion.data.cmu_mosi import load_cmu_mosi
 from mmfusion.errors import InputError
 from mmfusion.explain import __main__ as explain
-from mmfusion.models.fusion import FusionEnsemble
+from mmfusion.models.fusion import FusionEnsemble, ModelConfig
 from mmfusion.runs import figure
 from mmfusion.train import Config, Run, fit
 from mmfusion.training.fit import Method
-from mmfusion.training.recipe import TrainingConfig
+from mmfusion.training.recipe import ObjectiveConfig, TrainingConfig
 
 PAGE = (Path(__file__).parent.parent / "docs" / "your_data.md").read_text(encoding="utf-8")
 SMALL = TrainingConfig(seeds=2, epochs=2)
@@ -132,7 +132,7 @@ def test_a_regression_has_no_probabilities_and_says_what_has_its_values():
 @pytest.mark.parametrize(
     ("features", "said"),
     [
-        ({"a": np.zeros((5, 4))}, "give a dict with a, b"),
+        ({"a": np.zeros((5, 4))}, "missing: b"),
         ({"a": np.zeros((5, 9)), "b": np.zeros((5, 3))}, "width 4"),
     ],
 )
@@ -142,6 +142,52 @@ def test_features_that_do_not_fit_are_named(features, said):
 
 
 # ---- the run -----------------------------------------------------------------------------------------------------
+
+
+def test_texts_as_objects_are_kept_so_that_they_are_read_again():
+    run = fit_small(np.array(["cat", "dog"], object)[classes(2)])
+    assert Run(run.folder).trained.datasets[0].class_names == ("cat", "dog")
+
+
+@pytest.mark.parametrize(
+    ("section", "settings", "said"),
+    [
+        (TrainingConfig, {"class_weight": "balance"}, "--class-weight 'balance': give none or balanced"),
+        (TrainingConfig, {"keep": None}, "--keep None: give best or last"),
+        (TrainingConfig, {"seeds": "2"}, "--seeds '2': give a whole number"),
+        (TrainingConfig, {"seeds": True}, "--seeds True: give a whole number"),
+        (TrainingConfig, {"epochs": 2.5}, "--epochs 2.5: give a whole number"),
+        (TrainingConfig, {"learning_rate": "fast"}, "--learning-rate 'fast': give a number"),
+        (TrainingConfig, {"compile": "no"}, "--compile 'no': give True or False"),
+        (ObjectiveConfig, {"alignment": "infonce"}, "--alignment 'infonce': give margin or info_nce"),
+        (ObjectiveConfig, {"mmd_weight": "1"}, "--mmd-weight '1': give a number"),
+        (ModelConfig, {"rank": "4"}, "--rank '4': give a whole number"),
+    ],
+)
+def test_settings_of_another_kind_are_refused_from_python(section, settings, said):
+    with pytest.raises(InputError, match=f"^{re.escape(said)}$"):
+        section(**settings).check()
+
+
+def test_numbers_of_numpy_are_numbers():
+    TrainingConfig(seeds=np.int64(2), learning_rate=np.float32(1e-3)).check()
+    ModelConfig(rank=np.int32(2), spectral_norm=1).check()
+
+
+@pytest.mark.parametrize(
+    ("data", "said"), [("act.npz", "'act.npz', a path: np.load"), ([1, 2], "data: is list and not a dict")]
+)
+def test_what_is_no_dict_of_arrays_is_said(data, said):
+    with pytest.raises(InputError, match=said):
+        fit(data)
+
+
+def test_a_regression_says_which_label_kept_it_from_classes():
+    target = np.append(classes(3)[:-1], 7)
+    (dataset,) = dataset_from_arrays(arrays_with(target), HELD_OUT)
+    assert dataset.task == "regression" and "as 7 occurs once and a class needs two examples" in dataset.notes[0]
+    (dataset,) = dataset_from_arrays(arrays_with(np.arange(N) / 7), HELD_OUT)
+    assert "occurs once" not in dataset.notes[0]
 
 
 def test_a_new_loss_term_is_logged_and_drawn(monkeypatch):
@@ -203,6 +249,94 @@ def test_what_python_trains_is_read_explained_and_certified(target, options, cap
         "binary": "of the logit on",
     }
     assert said.get(task, "correlation") in printed and ("correlation" in printed) == (task == "regression")
+
+
+def _spoilt(**columns: np.ndarray) -> dict[str, np.ndarray]:
+    return {"a": np.zeros((5, 4)), "b": np.zeros((5, 3))} | columns
+
+
+@pytest.fixture(scope="module")
+def labels(tmp_path_factory) -> Run:
+    """A run on two labels."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("labels"))
+        target = np.random.default_rng(3).integers(0, 2, (N, 2))
+        run = fit(arrays_with(target, target_names=np.array(["rain", "wind"])), Config(HELD_OUT, SMALL), ONE)
+        return Run(run.folder.absolute())
+
+
+@pytest.mark.parametrize("method", ["predict", "explain", "robustness"])
+@pytest.mark.parametrize(
+    ("features", "said"),
+    [
+        (_spoilt(a=np.where(np.arange(5)[:, None] == 3, np.nan, np.zeros((5, 4)))), "'a': row 3 holds nan"),
+        (_spoilt(b=np.where(np.arange(5)[:, None] == 2, np.inf, np.zeros((5, 3)))), "'b': row 2 holds inf"),
+        (_spoilt(b=np.zeros((3, 3))), "a has 5 rows, b has 3 rows"),
+        (_spoilt(b=np.zeros((5, 7))), "'b': shape .5, 7. does not end in its width 3"),
+        (_spoilt(b=np.zeros(3)), r"'b': shape .3,.; .* takes .N, 3."),
+        (_spoilt(b=np.full((5, 3), "x")), "'b': is no array of numbers"),
+        ({"a": np.zeros((5, 4))}, "METHOD needs every modality; missing: b"),
+        ([np.zeros((5, 4))], "give a dict with a, b; got list"),
+    ],
+)
+def test_all_that_a_run_answers_names_what_is_wrong(labels, method, features, said):
+    with pytest.raises(ValueError, match=said.replace("METHOD", method)) as caught:
+        getattr(labels, method)(features)
+    assert ("missing=" in str(caught.value)) == (method == "predict" and ("nan" in said or "needs" in said))
+
+
+@pytest.mark.parametrize("output", [2, -1, "rain", True])
+def test_an_output_that_is_not_there_is_refused(labels, output):
+    with pytest.raises(ValueError, match=f"output {output!r}: give a number from 0 to 1"):
+        labels.explain(_spoilt(), output)
+
+
+@pytest.mark.parametrize(
+    ("target", "said"), [(np.full((5, 2), "rain"), "holds no numbers but <U4"), (np.full((5, 2), 2), "2 is no class")]
+)
+def test_a_target_that_does_not_calibrate_is_refused(labels, target, said):
+    with pytest.raises(ValueError, match=said):
+        labels.calibrate(_spoilt(), target)
+
+
+def test_a_run_knows_the_names_of_its_classes(labels):
+    assert labels.class_names == ("rain", "wind")
+    run = fit_small(np.array(["x", "y", "z"])[classes(3)])
+    assert run.class_names == ("x", "y", "z")
+    with pytest.raises(ValueError, match="in the order of class_names: x, y, z"):
+        run.calibrate(_spoilt(), np.full(5, "x"))
+    with pytest.raises(ValueError, match="output 1: of more than two classes the margin"):
+        run.explain(_spoilt(), 1)
+    assert fit_small(np.arange(N) / 7).class_names == ()
+
+
+# ---- what is refused before a run is begun
+
+
+def _lmf(*modalities: str, **settings: object) -> Method:
+    return Method("jWAE-LMF", modalities, **settings)
+
+
+@pytest.mark.parametrize(
+    ("stacks", "terms", "said"),
+    [
+        ([[_lmf("a", "gps")]], None, "method 'jWAE-LMF' takes gps; the data have a, b"),
+        ([[_lmf("a", "b", active_rank=9)]], None, "method 'jWAE-LMF': .*rank"),
+        ([[_lmf("a", "b", fusion="sum")]], None, "method 'jWAE-LMF': fusion is one of"),
+        ([[_lmf("a", "b", fusion="concatenation")]], None, "first method, .* needs fusion='lmf'"),
+        ([[_lmf("a", "b")], [_lmf("a")]], None, "is there twice"),
+        ([[_lmf("a", "b"), Method("a only", ("a",))]], None, "'a only' has another shape than 'jWAE-LMF'"),
+        ([], None, "give at least one method"),
+        (None, {"size": (1.0, lambda output, batch: output.latents["a"].square())}, "'size' returns shape"),
+        (None, {"size": (1.0, lambda output, batch: 1.0)}, "'size' returns a float"),
+        (ONE, {"size": (1.0, lambda output, batch: output.latents["c"].mean())}, "'size' fails on 8 .*KeyError: 'c'"),
+        (ONE, {"size": lambda output, batch: output.prediction.mean()}, "'size' is not .weight, term."),
+    ],
+)
+def test_mistakes_in_stacks_and_terms_leave_nothing_behind(tmp_path, stacks, terms, said):
+    with pytest.raises(ValueError, match=said):
+        fit(arrays_with(classes(2)), Config(HELD_OUT, SMALL), stacks, terms)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_same_file_by_command_and_from_python_gives_the_same_scores(tmp_path):

@@ -125,6 +125,8 @@ def test_a_batch_is_encoded_as_each_meme_alone_and_as_the_explainer_does(place, 
         ("img/00040.png", "a dog on the ", ValueError, "a list of N files"),
         (None, None, ValueError, "a list of N files"),
         ([], [], ValueError, "nothing to encode"),
+        (["img/00040.png"], [None], ValueError, "texts: row 0 is None, no text; .* with texts left out"),
+        (["img/00040.png", None], ["a", "b"], ValueError, "images: row 1 is None, no file"),
     ],
 )
 def test_what_cannot_be_encoded_is_named(place, run, images, texts, error, said):

@@ -160,7 +160,10 @@ def test_run_of_the_command_line_is_read_with_its_data(place):
 def test_folder_that_holds_no_run_is_named(place, capsys):
     assert "runs/nothing: holds no run" in refused(capsys, "runs/nothing")
     (place / "empty").mkdir()
-    assert "empty: holds no run (no run.json); train one" in refused(capsys, "empty")
+    assert (
+        "empty: holds no run (no run.json); train one with main_hateful_memes.py, python -m mmfusion.train"
+        in refused(capsys, "empty")
+    )
 
 
 def test_run_that_has_not_ended_is_to_be_resumed(place, tmp_path, capsys):

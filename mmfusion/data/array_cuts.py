@@ -1,7 +1,7 @@
 """Cuts of users' own examples into train, dev and test: by whole groups where there are groups, else classes alike."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from sklearn.model_selection import GroupKFold, KFold, StratifiedGroupKFold, StratifiedKFold
@@ -10,6 +10,7 @@ from mmfusion.dataset import Split, take
 from mmfusion.errors import InputError
 
 DEV_SHARE = 0.1
+FEW_REMEDY = "add examples, or leave that class out"
 DRAWS = 100  # of whole groups, until both parts have the classes that they need
 OVERSTATED = "folds share training examples: the spread over folds understates the spread over data sets"
 
@@ -17,7 +18,9 @@ Cut = tuple[np.ndarray, np.ndarray]
 """rows of the rest and of what is cut off, ascending"""
 
 
-def cut_folds(split: Split, folds: int, stratify: bool, seed: int, source: str) -> tuple[list[Cut], list[str]]:
+def cut_folds(
+    split: Split, folds: int, stratify: bool, seed: int, source: str, class_names: Sequence[str] = ()
+) -> tuple[list[Cut], list[str]]:
     """K cuts (rest, test) in which each example is tested once, and notes on them.
 
     Whole groups where the split's metadata has `group`; with `stratify`, classes alike as far as that allows. Raises
@@ -28,9 +31,11 @@ def cut_folds(split: Split, folds: int, stratify: bool, seed: int, source: str) 
     if count < folds:
         raise InputError(f"--folds {folds}: {source} has {count} {kind}; give at most as many folds")
     target = split.target.numpy() if stratify else None
-    rarest = None if target is None else int(np.unique(target, return_counts=True)[1].min())
+    classes, counts = (None, None) if target is None else np.unique(target, return_counts=True)
+    rarest = None if target is None else int(counts.min())
     if rarest == 1:
-        raise InputError(f"{source}: a class has one example only; leave that class out, or add to it")
+        name = _class_in_words(classes[counts.argmin()], class_names)
+        raise InputError(f"{source}: {name} has one example only; {FEW_REMEDY}")
     options = {"n_splits": folds, "shuffle": True, "random_state": seed}
     rows = np.zeros(len(split))
     if groups is None:
@@ -38,7 +43,7 @@ def cut_folds(split: Split, folds: int, stratify: bool, seed: int, source: str) 
     else:
         balanced, plain = StratifiedGroupKFold(**options), GroupKFold(**options)
     cuts: list[Cut] = []
-    if target is not None and np.unique(target, return_counts=True)[1].max() >= folds:
+    if target is not None and counts.max() >= folds:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of classes with fewer examples than folds: noted below
             cuts = list(balanced.split(rows, target, groups))
@@ -51,19 +56,23 @@ def cut_folds(split: Split, folds: int, stratify: bool, seed: int, source: str) 
     return [(np.sort(rest), np.sort(test)) for rest, test in cuts], notes
 
 
-def cut_test(split: Split, share: float, stratify: bool, seed: int, source: str) -> tuple[list[Cut], list[str]]:
+def cut_test(
+    split: Split, share: float, stratify: bool, seed: int, source: str, class_names: Sequence[str] = ()
+) -> tuple[list[Cut], list[str]]:
     """One cut (rest, test), and notes on it. Raises InputError as `cut_dev` does."""
-    cut = _cut_off(split, share, stratify, seed, f"--hold-out {share:g}: {source} cannot be cut")
+    cut = _cut_off(split, share, stratify, seed, f"--hold-out {share:g}: {source} cannot be cut", class_names)
     manner = _manner("group" in split.metadata, stratify)
     return [cut], [f"test: {len(cut[1])} of {len(split)} examples were held out ({manner}, seed {seed})"]
 
 
-def cut_dev(train: Split, stratify: bool, seed: int, source: str) -> tuple[Split, Split, str]:
+def cut_dev(
+    train: Split, stratify: bool, seed: int, source: str, class_names: Sequence[str] = ()
+) -> tuple[Split, Split, str]:
     """(train without dev, dev, note): a tenth of train, by groups or of each class alike.
 
     Raises InputError where train has too few examples, groups, or examples of a class.
     """
-    rest, dev = _cut_off(train, DEV_SHARE, stratify, seed, f"{source}: no dev split can be cut from train")
+    rest, dev = _cut_off(train, DEV_SHARE, stratify, seed, f"{source}: no dev split can be cut from train", class_names)
     manner = _manner("group" in train.metadata, stratify)
     note = f"no dev split: {len(dev)} of {len(train)} training examples were cut from train ({manner}, seed {seed})"
     return take(train, rest), take(train, dev), note
@@ -73,15 +82,20 @@ def _manner(grouped: bool, stratify: bool) -> str:
     return "whole groups" if grouped else "each class alike" if stratify else "at random"
 
 
-def _cut_off(split: Split, share: float, stratify: bool, seed: int, where: str) -> Cut:
+def _class_in_words(number: float, class_names: Sequence[str]) -> str:
+    return f"class {class_names[int(number)]!r}" if class_names else f"class number {number:g}"
+
+
+def _cut_off(split: Split, share: float, stratify: bool, seed: int, where: str, class_names: Sequence[str]) -> Cut:
     """Cut about `share` of the examples off. Raises InputError beginning with `where`."""
     groups = split.metadata.get("group")
     target = split.target.numpy() if stratify else np.zeros(len(split))
     classes, counts = np.unique(target, return_counts=True)
     if groups is None:
         if counts.min() < 2:
-            what = f"class number {classes[counts.argmin()]:g} has" if stratify else "it has"
-            raise InputError(f"{where}: {what} one example there, and each part needs one; add examples")
+            name = _class_in_words(classes[counts.argmin()], class_names) if stratify else "it"
+            remedy = FEW_REMEDY if stratify else "add examples"
+            raise InputError(f"{where}: {name} has one example there, and each part needs one; {remedy}")
         rng = np.random.default_rng(seed)
         return _sides(np.concatenate([_some(np.flatnonzero(target == c), share, rng) for c in classes]), len(split))
     names, group_of = np.unique(groups, return_inverse=True)

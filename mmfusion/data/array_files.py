@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from mmfusion.data.pickles import check_array_header, file_identity, load_npz
+from mmfusion.data.pickles import PLAIN_REMEDY, HoldsObjects, check_array_header, file_identity, load_npz
 from mmfusion.errors import InputError
 from mmfusion.files import DATA_BYTES, check_regular_file, in_units
 
@@ -72,7 +72,8 @@ def _read_npy(path: Path) -> np.ndarray:
         raise InputError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
     except Exception as error:  # damaged headers end in any of a dozen inside numpy
         reason = " ".join(str(error).split())[:120] or type(error).__name__
-        raise InputError(f"{path}: is not a readable array of plain numbers ({reason}); save it again") from error
+        remedy = PLAIN_REMEDY if isinstance(error, HoldsObjects) else "save it again"
+        raise InputError(f"{path}: is not a readable array of plain numbers ({reason}); {remedy}") from error
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:

@@ -109,6 +109,7 @@ def encode_targets(
             )
         note = f"{name}: multilabel, {columns} labels ({said})"
     elif found == "regression":
+        said = _why_values(together) if task == "auto" else said
         note = f"{name}: regression of {columns} value{'s' if columns > 1 else ''} ({said})"
     else:
         raise InputError(f"{where}: task {task!r} does not exist; choose binary, multiclass, multilabel or regression")
@@ -116,6 +117,17 @@ def encode_targets(
     if (np.ptp(values["train"].reshape(len(values["train"]), -1).numpy(), axis=0) == 0).all():
         raise InputError(f"{where}: all targets of train are the same; there is nothing to learn")
     return Targets(found, values, (), names if together.ndim == 2 else [], note)
+
+
+def _why_values(target: np.ndarray) -> str:
+    """What a regression was inferred from; of whole numbers that are nearly classes, which of them spoils that."""
+    said = "inferred; --task changes it"
+    if target.ndim == 1 and _is_whole(target):
+        values, counts = np.unique(target, return_counts=True)
+        if len(values) <= MOST_CLASSES and counts.min() == 1:
+            lone = class_name(values[counts.argmin()])
+            said = f"inferred, as {lone} occurs once and a class needs two examples; --task changes it"
+    return said
 
 
 def _squeezed(target: np.ndarray) -> np.ndarray:

@@ -177,13 +177,13 @@ def _cut(
     splits: dict[str, Split], targets: Targets, config: ArraysConfig, source: str
 ) -> list[tuple[dict[str, Split], list[str]]]:
     """(splits with train first and dev, notes) of each fold."""
-    is_classes = targets.task in ("binary", "multiclass")
+    is_classes, names = targets.task in ("binary", "multiclass"), targets.class_names
     if "" in splits:  # a file without splits
         everything = splits[""]
         if config.folds is not None:
-            cuts, notes = cut_folds(everything, config.folds, is_classes, config.split_seed, source)
+            cuts, notes = cut_folds(everything, config.folds, is_classes, config.split_seed, source, names)
         else:
-            cuts, notes = cut_test(everything, config.hold_out, is_classes, config.split_seed, source)
+            cuts, notes = cut_test(everything, config.hold_out, is_classes, config.split_seed, source, names)
         folds = [{"train": take(everything, rest), "test": take(everything, test)} for rest, test in cuts]
     else:
         folds, notes = [splits], overlap_notes(splits)
@@ -191,7 +191,7 @@ def _cut(
     for fold in folds:
         said = []
         if not any(name.startswith("dev") for name in fold):
-            train, dev, note = cut_dev(fold["train"], is_classes, config.split_seed, source)
+            train, dev, note = cut_dev(fold["train"], is_classes, config.split_seed, source, names)
             fold, said = {"train": train, "dev": dev} | {n: s for n, s in fold.items() if n != "train"}, [note]
         results.append((fold, notes + said))
     return results
@@ -223,6 +223,10 @@ def _tables(
 
     The one split of a file without splits is called "".
     """
+    columns = {found[1] for found in map(SPLIT_KEY.fullmatch, arrays) if found}
+    for key in config.ignore:
+        if key not in arrays and key not in columns:
+            raise InputError(f"--ignore {printable(key)[:60]}: {source} has no such key; it has {_listed(arrays)}")
     arrays = {key: x for key, x in arrays.items() if key not in config.ignore}
     if not arrays:
         raise InputError(f"{source}: holds no arrays{' but those of --ignore' if config.ignore else ''}")
@@ -278,7 +282,9 @@ def _modalities(tables: dict[str, Table], config: ArraysConfig, source: str) -> 
         raise InputError(f"{source}: has no target {key!r}, its keys are {_listed(first)}; {remedy}")
     known = (config.target, *STRING_COLUMNS)
     present = [key for key in first if key not in known]
-    for modality in config.modalities:
+    for place, modality in enumerate(config.modalities):
+        if modality in config.modalities[:place]:
+            raise InputError(f"--modalities: names {printable(modality)[:60]} twice; name it once")
         if modality not in present:
             raise InputError(f"{source}: has no modality {modality!r}; choose from {_listed(dict.fromkeys(present))}")
     chosen = [key for key in present if key in config.modalities] if config.modalities else present

@@ -25,6 +25,7 @@ MAX_DEPTH = 50  # containers within containers; the released files need five
 PLAIN_DTYPE = re.compile(
     r"[<>|=]?([biufcSUO?])(\d{0,9})"
 )  # no structured, dated or void types: theirs is a richer state
+PLAIN_REMEDY = "save it with .astype(str) (texts) or as numbers"
 UNICODE_END = 0x110000
 HEADER_BYTES = 16_384  # of an array in an .npz; numpy itself reads headers of up to 10,000 characters
 # deflate makes zeros a thousand times smaller: a small file may say that it holds more memory than there is
@@ -72,7 +73,8 @@ def load_npz(path: Path) -> dict[str, np.ndarray]:
         raise
     except Exception as error:  # damaged bytes end in any of a dozen inside zipfile, zlib and numpy
         reason = " ".join(str(error).split())[:120] or type(error).__name__
-        raise InputError(f"{path}: is not a readable .npz of plain arrays ({reason}); fetch the file again") from error
+        remedy = PLAIN_REMEDY if isinstance(error, HoldsObjects) else "fetch the file again"
+        raise InputError(f"{path}: is not a readable .npz of plain arrays ({reason}); {remedy}") from error
 
 
 def _check_members(archive: zipfile.ZipFile, file_bytes: int) -> None:
@@ -88,6 +90,10 @@ def _check_members(archive: zipfile.ZipFile, file_bytes: int) -> None:
             check_array_header(file, info.file_size, info.filename)
 
 
+class HoldsObjects(ValueError):
+    """An array of Python objects, which only unpickling, that is running what it says, would read."""
+
+
 def check_array_header(file: BinaryIO, held: int, name: str) -> None:
     """Raise ValueError where an array in the .npy format claims more than the `held` bytes that it comes in.
 
@@ -100,7 +106,7 @@ def check_array_header(file: BinaryIO, held: int, name: str) -> None:
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, _, dtype = read_header(head)
     if dtype.hasobject:
-        raise ValueError(f"{name!r} holds Python objects, not numbers")
+        raise HoldsObjects(f"{name!r} holds Python objects, not numbers")
     if any(size < 0 for size in shape):
         raise ValueError(f"{name!r} has shape {shape}")
     claimed = math.prod(shape) * max(dtype.itemsize, 1)  # as Python's integers, which do not overflow

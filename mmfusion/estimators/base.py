@@ -3,6 +3,7 @@
 N examples, M modalities, d_m width of modality m, S members, C classes, O outputs.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from torch import Tensor
 from mmfusion.cli import pick_device
 from mmfusion.data.modalities import Modalities, read_modalities
 from mmfusion.dataset import Dataset, Split, Task
+from mmfusion.errors import InputError
 from mmfusion.explain.account import Account, account_for, account_for_margins, latent_radii
 from mmfusion.metrics.conformal import Conformal
 from mmfusion.models.fusion import FusionEnsemble, ModelConfig
@@ -140,7 +142,8 @@ class FusionEstimator(BaseEstimator):
         splits, selection = self._cut(features, target, task, first_seed)
         self.modalities_ = tuple(features)
         dataset = Dataset("arrays", task, splits, selection, class_names=class_names)
-        rank = int(self.rank) if len(features) > 1 else 1
+        rank = int(self.rank) if isinstance(self.rank, Integral) else self.rank  # NumPy's in a search
+        rank = rank if len(features) > 1 else 1
         batch_size = self.batch_size
         if batch_size == "auto":
             batch_size = max(SMALLEST_BATCH, min(TrainingConfig.batch_size, len(splits["train"]) // STEPS))
@@ -160,8 +163,11 @@ class FusionEstimator(BaseEstimator):
         )
         model = ModelConfig(self.latent_dim, self.hidden_dim, rank)
         objective = ObjectiveConfig(self.mmd_weight, self.reconstruction_weight, self.alignment_weight)
-        for section in (training, model, objective):
-            section.check()
+        try:
+            for section in (training, model, objective):
+                section.check()
+        except InputError as error:
+            raise ValueError(_without_flag(str(error))) from error
         method = Method("jWAE-LMF", self.modalities_, active_rank=rank)
         device = pick_device(self.device)
         with torch.random.fork_rng(devices=[]):  # a new model draws values, which the members' seeds then overwrite
@@ -273,6 +279,15 @@ class Explained(NamedTuple):
     account: Account
     pairs: np.ndarray | None
     """(N, 2) of a choice between classes: the likeliest and the runner-up, whose logits' difference is accounted for"""
+
+
+def _without_flag(message: str) -> str:
+    """A message about a flag as one about an argument: "--batch-size 1: ..." -> "batch_size 1: ..."."""
+    found = re.match(r"--([\w-]+)", message)
+    if found is None:
+        return message
+    name = found[1].replace("-", "_")
+    return {"seeds": "n_members"}.get(name, name) + message[found.end() :]
 
 
 def _split(features: Mapping[str, Tensor], target: Tensor, rows: np.ndarray) -> Split:

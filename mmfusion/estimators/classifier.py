@@ -73,7 +73,7 @@ class FusionClassifier(ClassifierMixin, FusionEstimator):
         else:
             self.classes_, numbers = np.unique(y, return_inverse=True)
             if len(self.classes_) < 2:
-                raise ValueError(f"y holds one class alone ({self.classes_[0]!r}); a classifier needs two")
+                raise ValueError(f"y holds one class alone ({self.classes_.tolist()[0]!r}); a classifier needs two")
             task = "binary" if len(self.classes_) == 2 else "multiclass"
             target, names = numbers.astype(np.float32), tuple(map(str, self.classes_))
         weights = None

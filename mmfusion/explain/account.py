@@ -182,14 +182,17 @@ def account_for(
     `output`: which one; or weights (N, O) of the outputs, for each example its own: a difference of two classes' logits
     comes apart as exactly as a logit does.
 
-    Raises ArithmeticError where the parts of a prediction do not sum to it (within `TOLERANCE`), IndexError for an
+    Raises ArithmeticError where the parts of a prediction do not sum to it (within `TOLERANCE`), ValueError for an
     output that is not there.
     """
     modalities = members[0].modalities
     prediction, parts, slope, radius, latent_std = [], {}, {}, {}, {}
     weights = output
-    if isinstance(output, int):
-        weights = torch.eye(len(members[0].rescale.std))[output]
+    if not isinstance(output, Tensor):
+        outputs = len(members[0].rescale.std)
+        if isinstance(output, bool) or output not in range(outputs):
+            raise ValueError(f"output {output!r}: give a number from 0 to {outputs - 1}")
+        weights = torch.eye(outputs)[int(output)]
 
     def chosen(values: Tensor) -> Tensor:  # (N, O) -> (N,)
         return (values * weights.double()).sum(-1)

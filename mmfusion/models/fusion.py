@@ -27,6 +27,7 @@ from mmfusion.models.spectral_norm import normalise_spectrally
 
 Fusion = Literal["lmf", "concatenation", "tensor"]
 MOST_WIDTH = 65536  # of a latent, a hidden layer or a rank: beyond it a typing mistake is likelier than a wish
+INTEGRATE = 'give missing="training" or "prior" to integrate over what is missing'
 
 
 class FusionOutput(NamedTuple):
@@ -242,14 +243,11 @@ class FusionEnsemble(nn.Module):
         Returns:
             (S, N) for two classes or one value; else (S, N, O).
 
-        Raises ValueError for features that do not fit or hold NaN.
+        Raises ValueError for features that do not fit or are not finite.
         """
         if missing != "error":
             return self.predict_missing(features, missing, train).prediction.to(self.members[0].rescale.mean)
-        tensors = self._tensors(features)
-        if name := next((name for name, x in tensors.items() if x.isnan().any()), None):
-            raise ValueError(f'features {name!r}: hold NaN; give missing="prior" to integrate over missing modalities')
-        return probabilities(self(tensors), self.task)
+        return probabilities(self(self._tensors(features, caller="predict")), self.task)
 
     def predict_missing(
         self,
@@ -292,17 +290,42 @@ class FusionEnsemble(nn.Module):
         return self.predict(features)
 
     def _tensors(
-        self, features: Mapping[str, Tensor | np.ndarray], names: Sequence[str] | None = None
+        self,
+        features: Mapping[str, Tensor | np.ndarray],
+        names: Sequence[str] | None = None,
+        caller: str | None = None,
     ) -> dict[str, Tensor]:
-        """Float tensors of every modality, or of `names`. Raises ValueError naming what lacks or has another width."""
+        """Float tensors of every modality, or of `names`, whose rows may be NaN.
+
+        With a `caller`, who needs (N, d_m) of all modalities, values are checked too; `forward`, which can be traced,
+        looks at no value. Raises ValueError naming the modality, and the row where there is one.
+        """
         widths = self.shape["input_dims"]
+        if not isinstance(features, Mapping):
+            raise ValueError(f"features: give a dict with {', '.join(widths)}; got {type(features).__name__}")
         widths = widths if names is None else {name: widths[name] for name in names}
-        if not isinstance(features, Mapping) or not set(widths) <= set(features):
-            known = list(features) if isinstance(features, Mapping) else type(features).__name__
-            raise ValueError(f"features: give a dict with {', '.join(widths)}; got {known}")
-        like = self.members[0].rescale.mean
-        tensors = {name: torch.as_tensor(features[name], dtype=like.dtype, device=like.device) for name in widths}
-        for name, x in tensors.items():
-            if x.ndim == 0 or x.shape[-1] != widths[name]:
-                raise ValueError(f"features {name!r}: shape {tuple(x.shape)} does not end in its width {widths[name]}")
+        absent = [name for name in widths if name not in features]
+        go_on = f"; {INTEGRATE}" if caller == "predict" else ""
+        if absent:
+            raise ValueError(f"{caller or 'features'} needs every modality; missing: {', '.join(absent)}{go_on}")
+        like, tensors = self.members[0].rescale.mean, {}
+        for name, width in widths.items():
+            try:
+                x = torch.as_tensor(features[name], dtype=like.dtype, device=like.device)
+            except (TypeError, ValueError, RuntimeError) as error:
+                reason = " ".join(str(error).split())[:80]
+                raise ValueError(f"features {name!r}: is no array of numbers ({reason})") from error
+            if x.ndim == 0 or x.shape[-1] != width:
+                raise ValueError(f"features {name!r}: shape {tuple(x.shape)} does not end in its width {width}")
+            if caller is not None and x.ndim != 2:
+                raise ValueError(f"features {name!r}: shape {tuple(x.shape)}; {caller} takes (N, {width})")
+            if caller is not None or names is not None:
+                bad = ~x.isfinite() if names is None else x.isinf()
+                if bad.any():
+                    row, value = bad.any(-1).nonzero()[0].item(), x[bad][0].item()
+                    remedy = go_on if math.isnan(value) else ""
+                    raise ValueError(f"features {name!r}: row {row} holds {value}{remedy}")
+            tensors[name] = x
+        if caller is not None and len({len(x) for x in tensors.values()}) > 1:
+            raise ValueError(", ".join(f"{name} has {len(x)} rows" for name, x in tensors.items()))
         return tensors

@@ -83,6 +83,16 @@ class RunEncoders:
             raise ValueError("give a list of N files as images, a list of N texts, or both")
         if not len(given[0]):
             raise ValueError("there is nothing to encode: the lists are empty")
+        for what, values, kind in (("images", images, str | Path), ("texts", texts, str)):
+            if (
+                row := next(
+                    (i for i, one in enumerate(() if values is None else values) if not isinstance(one, kind)), None
+                )
+            ) is not None:
+                raise ValueError(
+                    f"{what}: row {row} is {values[row]!r:.40}, no {'file' if what == 'images' else 'text'}; "
+                    f"encode memes that lack it apart, with {what} left out"
+                )
         features = {}
         if images is not None:
             _ = self.preprocessing  # before the first picture: an encoder that is lacking is no bad picture

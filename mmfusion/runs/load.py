@@ -188,7 +188,10 @@ def _features_device(data: Mapping[str, object], device: str) -> str:
 
 
 def _read_run(folder: Path) -> dict[str, dict]:
-    remedy = "train one with main_hateful_memes.py or experiments.baselines, and give its folder, such as runs/demo"
+    remedy = (
+        "train one with main_hateful_memes.py, python -m mmfusion.train or experiments.baselines, "
+        "and give its folder, such as runs/demo"
+    )
     if not (folder / "run.json").exists():
         raise InputError(f"{folder}: holds no run (no run.json); {remedy}")
     begun = read_run(folder)

@@ -4,7 +4,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,24 +16,16 @@ from mmfusion.distributed import current_processes
 from mmfusion.errors import InputError
 from mmfusion.metrics.scores import Score, binary_scores
 from mmfusion.metrics.tasks import ALL_SCORES, can_score, task_scores
-from mmfusion.models.fusion import FusionEnsemble, ModelConfig
+from mmfusion.models.fusion import FusionEnsemble
 from mmfusion.runs import figure, report
 from mmfusion.runs.card import write_card
+from mmfusion.runs.checks import Sections, check_stacks, check_terms
 from mmfusion.runs.folder import RunFolder
 from mmfusion.runs.missing import missing_report
 from mmfusion.runs.outputs import MetricsLog, SilentLog, save_ensembles, write_predictions
 from mmfusion.training.fit import Method, fit_methods
 from mmfusion.training.objective import Term
-from mmfusion.training.recipe import ObjectiveConfig, TrainingConfig
 from mmfusion.training.trainer import Trained
-
-
-class Sections(Protocol):
-    """What a run's config holds, whichever command it is of."""
-
-    training: TrainingConfig
-    model: ModelConfig
-    objective: ObjectiveConfig
 
 
 @dataclass(frozen=True)
@@ -101,6 +92,8 @@ def carry_out(
         further_terms: {name: (weight, term)} added to the objective.
         before: called with the folder once it is there.
 
+    Raises ValueError, before anything is written, for stacks that cannot be trained and a further term that is none.
+
     Returns:
         what was found; None in a process that is not the main one, and where a resumed run is complete already.
     """
@@ -108,6 +101,11 @@ def carry_out(
         raise InputError(
             f"--class-weight {config.training.class_weight}: the target has values, no classes; leave it out"
         )
+    dataset = datasets[0]
+    if stacks is not None:
+        check_stacks(stacks, dataset, config)
+    stacks = methods(tuple(dataset.input_dims), config) if stacks is None else stacks
+    check_terms(further_terms or {}, stacks, dataset, config, device)
     processes, goes_on = current_processes(), False
     with processes.together():
         if processes.is_main:
@@ -115,8 +113,6 @@ def carry_out(
     goes_on, folder = processes.gather((goes_on, run.path))[0]
     if not goes_on:
         return None
-    dataset = datasets[0]
-    stacks = methods(tuple(dataset.input_dims), config) if stacks is None else stacks
     if not processes.is_main:
         train_stacks(SilentLog(folder), datasets, stacks, config, device, further_terms)
         return None

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from mmfusion.dataset import Task
-from mmfusion.errors import InputError, check_numbers
+from mmfusion.errors import InputError, check_numbers, check_types
 from mmfusion.models.fusion import ModelConfig
 from mmfusion.training.objective import FIT_TERM, Alignment
 
@@ -43,6 +43,7 @@ class ObjectiveConfig:
 
     def check(self) -> None:
         """Raise InputError naming the first flag out of range."""
+        check_types(self)
         names = [field.name for field in fields(self) if field.name.endswith("_weight")]
         check_numbers(self, {name: (0, 1e9) for name in names})
 
@@ -82,6 +83,7 @@ class TrainingConfig:
 
     def check(self) -> None:
         """Raise InputError naming the first flag out of range."""
+        check_types(self)
         bounds = {
             "seeds": (1, 1024),
             "first_seed": (0, 2**31 - 2048),

@@ -461,7 +461,7 @@ class _Selection:
             prediction = predictions[s, self.place[rows]]
             if not np.isfinite(prediction).all():
                 raise NonFiniteLoss(
-                    f"loss term unknown: the predictions of member {s} (seed {member.seed}) are not finite after the "
+                    f"the predictions of member {s} (seed {member.seed}) are not finite after the "
                     f"last step of epoch {epoch}; lower --learning-rate"
                 )
             scores.append(float(self.score(prediction, self.target[rows])))
