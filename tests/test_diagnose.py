@@ -6,12 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import balanced_accuracy_score
 
 from mmfusion.data.arrays import ArraysConfig, dataset_from_arrays
 from mmfusion.diagnose import Budget, diagnose, diagnosis_page, diagnosis_text
 from mmfusion.diagnose.__main__ import run
 from mmfusion.diagnose.additive import emap_outputs
-from mmfusion.diagnose.inner import chance_scores, inner_folds
+from mmfusion.diagnose.inner import chance_scores, inner_folds, inner_scoring
 from mmfusion.models.decomposition import emap, values_by_definition
 from mmfusion.training.grid import Setting, train_grid
 from mmfusion.training.recipe import Recipe
@@ -100,6 +101,35 @@ def test_chance_is_the_score_of_the_most_frequent_class():
         values, counts = data.pool.target[fold.train].unique(return_counts=True)
         wanted += (data.pool.target[fold.test] == values[counts.argmax()]).float().tolist()
     np.testing.assert_allclose(chance_scores(data), wanted)
+
+
+def rare(kind: str) -> dict[str, np.ndarray]:
+    """A class of a tenth of the examples, which the features tell or do not."""
+    x = arrays("additive", "regression")
+    score = x["target"] if kind == "told" else np.random.default_rng(1).normal(size=len(x["target"]))
+    return x | {"target": (score > np.quantile(score, 0.9)).astype(int)}
+
+
+def test_a_rare_class_is_judged_by_balanced_accuracy():
+    told = diagnose(dataset_from_arrays(rare("told"), ArraysConfig(hold_out=0.2))[0], SMALL)
+    assert told.score == "balanced accuracy" and told.chance == pytest.approx(0.5, abs=0.01)
+    assert told.learns and told.full > 0.75 and "90% are of class '0'" in told.notes[-1]
+    assert "Nothing beats a constant" not in diagnosis_text(told)
+
+
+def test_a_page_says_where_nothing_beats_a_constant():
+    noise = diagnose(dataset_from_arrays(rare("untold"), ArraysConfig(hold_out=0.2))[0], SMALL)
+    assert not noise.learns
+    for words in (diagnosis_text(noise), diagnosis_page(noise)):
+        assert "Nothing beats a constant beyond doubt" in words
+
+
+def test_balanced_accuracy_is_that_of_its_definition():
+    data = inner_folds(dataset_from_arrays(rare("told"), ArraysConfig(hold_out=0.2))[0], SMALL)
+    scoring, y = inner_scoring(data), data.pool.target.numpy()
+    p = np.random.default_rng(0).uniform(0.01, 0.6, len(y))
+    found = scoring.of(np.log(p / (1 - p))[None], y, "binary")[0].mean()
+    assert found == pytest.approx(balanced_accuracy_score(y, p >= y.mean()))
 
 
 def test_no_test_example_is_looked_at():

@@ -1,21 +1,24 @@
 """Inner folds of the training examples, and what is trained on them within a budget."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from mmfusion.data.array_cuts import cut_folds
 from mmfusion.data.folds import FoldedDataset
-from mmfusion.dataset import Dataset, Fold, Split, take
+from mmfusion.dataset import Dataset, Fold, Split, Task, take
 from mmfusion.errors import InputError, check_numbers
 from mmfusion.metrics.scores import example_scores
+from mmfusion.metrics.tasks import balanced_weights
 from mmfusion.training.grid import Grid, Setting, per_example
 from mmfusion.training.recipe import Recipe
 
 TERMS = ("mmd", "reconstruction")  # the pair alignment would let a left-out modality shape the others' encoders
+PREVAILS = 1.5  # times its share among classes alike: of two classes, three quarters of the examples
 BATCH = 64  # the prior's cost is quadratic in it
 
 
@@ -62,7 +65,8 @@ def inner_folds(dataset: Dataset, budget: Budget) -> FoldedDataset:
         pool = take(pool, rows)
         notes.append(f"{budget.most_examples} of {count} examples, drawn at random, were used")
     is_classes = dataset.task in ("binary", "multiclass")
-    cuts, cut_notes = cut_folds(pool, budget.inner_folds, is_classes, 0, dataset.name)
+    names = dataset.class_names if is_classes else ()
+    cuts, cut_notes = cut_folds(pool, budget.inner_folds, is_classes, 0, dataset.name, names)
     folds = [Fold(torch.from_numpy(rest), torch.from_numpy(test), torch.from_numpy(test)) for rest, test in cuts]
     kept = (dataset.provenance, dataset.label_range, dataset.class_names)
     return FoldedDataset(dataset.name, dataset.task, pool, folds, [*notes, *cut_notes], *kept)
@@ -85,12 +89,48 @@ def inner_settings(names: Sequence[str], ranks: Sequence[int], reference: int) -
     return settings
 
 
-def hidden_scores(grid: Grid) -> dict[str, np.ndarray]:
+class Scoring(NamedTuple):
+    """The additive score that settings are compared by."""
+
+    name: str
+    of: Callable[[np.ndarray, np.ndarray, Task], np.ndarray]
+    """as `mmfusion.metrics.scores.example_scores`"""
+    note: str | None = None
+    """why it is not the usual one"""
+
+
+def inner_scoring(data: FoldedDataset) -> Scoring:
+    """The usual score, or balanced accuracy where one class prevails: there a constant has nearly all the accuracy.
+
+    Balanced accuracy is the mean of an example's accuracy times N / (C n_c), c its class. The class is chosen by the
+    logits less the logarithms of the classes' shares: of calibrated logits that is the choice of the largest balanced
+    accuracy, where the likeliest class is that of the largest accuracy.
+    """
+    usual = Scoring(data.score_name, example_scores)
+    if data.task not in ("binary", "multiclass"):
+        return usual
+    classes = max(2, data.output_dim)
+    counts = torch.bincount(data.pool.target.long(), minlength=classes)
+    share = (counts.max() / counts.sum()).item()
+    if share <= PREVAILS / classes:
+        return usual
+    weights = balanced_weights(data.pool.target, data.task, classes).numpy()  # (C,)
+    logs = (counts.clamp_min(1) / counts.sum()).log().numpy()
+    offset = logs if data.task == "multiclass" else logs[1] - logs[0]
+
+    def of(predictions: np.ndarray, target: np.ndarray, task: Task) -> np.ndarray:
+        return example_scores(predictions - offset, target, task) * weights[target.astype(int)]
+
+    name = data.class_names[int(counts.argmax())]
+    return Scoring("balanced accuracy", of, f"{share:.0%} are of class {name!r}: the score is balanced accuracy")
+
+
+def hidden_scores(grid: Grid, of: Callable = example_scores) -> dict[str, np.ndarray]:
     """{setting: (S, n)}; what a setting's models were trained without is hidden from them in testing too."""
     found = {}
     for place, setting in enumerate(grid.settings):
         hidden = [name for name, rate in setting.dropout.items() if rate == 1]
-        found[setting.label] = grid.without(hidden, [place])[0]
+        found[setting.label] = grid.without(hidden, [place], of=of)[0]
     return found
 
 
@@ -113,7 +153,7 @@ def tested_groups(data: FoldedDataset) -> list[str] | None:
     return None if groups is None else [groups[i] for i in data.test_rows.tolist()]
 
 
-def chance_scores(data: FoldedDataset) -> np.ndarray:
+def chance_scores(data: FoldedDataset, of: Callable = example_scores) -> np.ndarray:
     """(n,) scores of a constant: the class (or label) that is most frequent in an inner training part; the median."""
     said = []
     for fold in data.folds:
@@ -126,4 +166,4 @@ def chance_scores(data: FoldedDataset) -> np.ndarray:
             row = (train.mean(0) >= 0.5).float() - 0.5  # a logit
         said.append(row.expand(len(fold.test), *row.shape))
     constant = torch.cat(said).numpy()[None]
-    return per_example(data, constant, "test", example_scores)[0]
+    return per_example(data, constant, "test", of)[0]

@@ -2,7 +2,8 @@
 
 Everything is measured on examples that the members have not seen, and never on a test split: train and the selection
 split are pooled and cut into K inner folds. d[s, n] is the paired difference of seed s on example n throughout
-(`mmfusion.metrics.statistics`); the score is `FoldedDataset.score_name`: accuracy, or -MAE / std of the target.
+(`mmfusion.metrics.statistics`); the score is accuracy, balanced
+accuracy where a class prevails (`mmfusion.diagnose.inner.inner_scoring`), or -MAE / std of the target.
 
     interaction   score of a fusion model - score of its EMAP, the best additive approximation of that very model
                   (Hessel & Lee, EMNLP 2020): about 0, or below, where it only adds up; and less a linear readout of
@@ -32,10 +33,11 @@ from mmfusion.diagnose.inner import (
     hidden_scores,
     inner_folds,
     inner_recipe,
+    inner_scoring,
     inner_settings,
     tested_groups,
 )
-from mmfusion.metrics.scores import example_losses, example_scores
+from mmfusion.metrics.scores import example_losses
 from mmfusion.metrics.statistics import (
     Contrast,
     Difference,
@@ -82,6 +84,8 @@ class Diagnosis:
     """how many groups the examples come in, which are what is resampled then"""
     chance: float
     """score of the most frequent class, label by label, or of the median, of each inner training part"""
+    over_chance: list[Contrast]
+    """of every rank, and of every modality alone, less the constant"""
     full: float
     """score of all modalities at `reference_rank`"""
     reference_rank: int
@@ -119,6 +123,11 @@ class Diagnosis:
         return combine([self.interaction.verdict, self.over_readout.verdict], "all")
 
     @property
+    def learns(self) -> bool:
+        """True where anything beats a constant."""
+        return any(contrast.verdict == "supported" for contrast in self.over_chance)
+
+    @property
     def enough_data(self) -> bool:
         """True where the smallest effect of interest would be seen."""
         return self.detectable <= self.budget.effect
@@ -152,8 +161,17 @@ def diagnose(
         device=device,
         title=f"diagnose {data.name}",
     )
-    scores = hidden_scores(grid)
+    scoring = inner_scoring(data)
+    scores, chance = hidden_scores(grid, scoring.of), chance_scores(data, scoring.of)
     groups = tested_groups(data)
+    compared = [*(f"rank {rank}" for rank in ranks), *(f"{name} alone" for name in names if several)]
+    over_chance = corrected_contrasts(
+        {
+            f"{label} over a constant": Difference(grouped(scores[label] - chance, groups), f"{label} tells something")
+            for label in compared
+        },
+        budget.effect,
+    )
 
     full = scores[f"rank {reference}"]
     interaction = over_readout = loss = None
@@ -161,7 +179,7 @@ def diagnose(
     if several:
         place = grid.index(f"rank {reference}")
         additive, readout = emap_outputs(grid, place), readout_outputs(grid, place)
-        gaps = [full - per_example(data, said, "test", example_scores) for said in (additive, readout)]
+        gaps = [full - per_example(data, said, "test", scoring.of) for said in (additive, readout)]
         claims = {
             "fusion over its EMAP": "the model makes use of interactions",
             "fusion over a linear readout": "interactions are needed: a linear readout of the same latents does worse",
@@ -171,17 +189,18 @@ def diagnose(
         loss = float((per_example(data, additive, "test", example_losses) - grid.losses()[place]).mean())
         pairs = [(low, high) for k, low in enumerate(ranks) for high in ranks[k + 1 :]]
         rank_contrasts = _rank_contrasts(scores, pairs, groups, budget.effect)
-    detectable, examples_needed, more_seeds = _power(scores, ranks, full - chance_scores(data), groups, budget.effect)
+    detectable, examples_needed, more_seeds = _power(scores, ranks, full - chance, groups, budget.effect)
     beaten = {c.name.split(" over ")[1] for c in rank_contrasts if c.verdict == "supported"}
     supported = next((rank for rank in ranks if f"rank {rank}" not in beaten), ranks[-1])
     parts = _parts(grid, grid.index(f"rank {reference}")) if len(names) <= MOST_SUBSETS else {}
     return Diagnosis(
         name=data.name,
         task=data.task,
-        score=data.score_name,
+        score=scoring.name,
         examples=len(data.test_rows),
         groups=None if groups is None else len(set(groups)),
-        chance=float(chance_scores(data).mean()),
+        chance=float(chance.mean()),
+        over_chance=list(over_chance),
         full=float(full.mean()),
         reference_rank=reference,
         interaction=interaction,
@@ -198,7 +217,7 @@ def diagnose(
         budget=budget,
         trainings=len(grid.models),
         seconds=time.perf_counter() - started,
-        notes=data.notes,
+        notes=[*data.notes, *([scoring.note] if scoring.note else [])],
     )
 
 

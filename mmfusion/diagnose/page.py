@@ -12,7 +12,7 @@ from mmfusion.metrics.statistics import Contrast
 
 PAGE_STYLE = """
 section { max-width: 780px; } section h2 { margin-top: 1.4rem; } section h2::before { content: none; }
-td .track { min-width: 140px; }
+td .track { min-width: 140px; } th, td.n { white-space: nowrap; }
 """
 SHOWN_PARTS = 10
 
@@ -38,10 +38,14 @@ def headline(found: Diagnosis) -> str:
     """What was looked at, and how well a model does there."""
     groups = "" if found.groups is None else f" in {counted(found.groups, 'group')}"
     modalities = "1 modality" if len(found.modalities) == 1 else f"{len(found.modalities)} modalities"
+    nothing = ""
+    if not found.learns:
+        best = max(found.over_chance, key=lambda contrast: contrast.estimate)
+        nothing = f" Nothing beats a constant beyond doubt ({best.name} {_interval(best)}): what follows says little."
     return (
         f"{counted(found.examples, 'example')}{groups}, {modalities}, "
         f"{found.task}. Score: {found.score}, on inner folds; all modalities at rank {found.reference_rank} reach "
-        f"{found.full:.3f}, saying the same of every example {found.chance:.3f}."
+        f"{found.full:.3f}, saying the same of every example {found.chance:.3f}.{nothing}"
     )
 
 

@@ -77,11 +77,13 @@ class Grid:
         block = len(self.seeds) * len(self.data.folds)
         return [model for p in places for model in self.models[p * block : (p + 1) * block]]
 
-    def without(self, missing: Sequence[str], places: Sequence[int], part: str = "test") -> np.ndarray:
+    def without(
+        self, missing: Sequence[str], places: Sequence[int], part: str = "test", of: Callable = example_scores
+    ) -> np.ndarray:
         """(len(places), S, n): additive scores of these settings where the latents in `missing` are zero."""
         outputs = outputs_of(self.data, self.members(places), missing)
         outputs = outputs.reshape(len(places), *self.outputs.shape[1:])
-        return per_example(self.data, select(self.data, outputs, part), part, example_scores)
+        return per_example(self.data, select(self.data, outputs, part), part, of)
 
     def scores(self, part: str = "test") -> np.ndarray:
         """(P, S, n): additive score of each example, larger is better (mmfusion.metrics.scores.example_scores)."""
