@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from mmfusion.dataset import Dataset, Split
@@ -90,3 +91,27 @@ def test_legends_of_the_figure_lie_outside_the_axes(ensemble, features, tmp_path
     for axis in figure.axes:
         legend = axis.get_legend().get_window_extent()
         assert not any(legend.overlaps(box) for box in boxes)
+
+
+@pytest.mark.parametrize("task", ["binary", "multiclass", "multilabel"])
+def test_the_legend_of_reliability_lies_below_a_label_of_two_lines(task):
+    rng, wide = np.random.default_rng(0), task != "binary"
+    p = rng.dirichlet(np.ones(3), size=(2, 60)) if wide else rng.random((2, 60))
+    target = torch.from_numpy(rng.integers(0, 2, (60, 3) if task == "multilabel" else 60)).float()
+    figure = Figure(figsize=(5, 5), layout="constrained")
+    axis = figure.subplots()
+    split = Split({}, target, [str(i) for i in range(60)])
+    run_figure._draw_reliability(axis, Dataset("toy", task, {}, "dev"), run_figure.Shown("test", split, p), "test")
+    FigureCanvasAgg(figure).draw()
+    label = axis.xaxis.get_label()
+    assert label.get_text().count("\n") == (task != "binary")
+    assert axis.get_legend().get_window_extent().y1 <= label.get_window_extent().y0
+
+
+def test_errors_say_where_they_are_standardised():
+    for outputs, said in ((1, "prediction - target"), (2, "prediction - target (2 targets, standardised)")):
+        target = torch.randn(30, outputs)
+        shown = run_figure.Shown("test", Split({}, target, [str(i) for i in range(30)]), target.numpy()[None])
+        axis = Figure().subplots()
+        run_figure._draw_errors(axis, Dataset("toy", "regression", {}, "dev"), shown, "test")
+        assert axis.get_xlabel() == said

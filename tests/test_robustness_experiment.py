@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from experiments.robustness import measure as robustness
 from experiments.robustness.corrupted_inputs import encode_corrupted
 from experiments.robustness.corruption_curves import CorruptionResult, Curve, _curve, curve_area
 from experiments.robustness.corruption_grid import KERNEL_MACHINE, LATE_FUSION, Condition, Predictor, conditions
-from experiments.robustness.figure import MODALITIES, row_colors
+from experiments.robustness.figure import MODALITIES, panels, row_colors
 from experiments.robustness.measure import OVER_LATE_FUSION, lead_over_constant
 from hateful_memes_loader import load_hateful_memes
 from lmf_module import LowRankMultimodalFusion
@@ -217,6 +218,17 @@ def test_complete_run_is_said_to_be_complete_and_other_flags_are_refused(place, 
     assert robustness.run(flags.split()) == 0 and "complete" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in Path("runs/measured").rglob("*")}
     assert "--draws 2, not 3" in refused(capsys, flags.replace("--draws 2", "--draws 3"))
+
+
+@pytest.mark.parametrize(("names", "said"), [("ab", "missing, either"), ("abc", "missing, one of them")])
+def test_one_of_two_modalities_is_either_and_of_three_one_of_them(names, said):
+    run = SimpleNamespace(data=SimpleNamespace(input_dims=dict.fromkeys(names, 2)), folder="runs/toy")
+    made = conditions(run, ("missing",), 1)
+    assert {c.curve for c in made if c.where == "either"} == {said}
+    drawn = Condition("missing", "missing", "either", 0.5, 0)  # a name changes no draw
+    found = next(c for c in made if c.where == "either").rng().random()
+    assert found == drawn.rng().random()
+    assert panels(CorruptionResult({}, {("missing", said): {}, ("missing", "missing, a"): {}}, {}, {}))[0][0] == said
 
 
 # ---- predictions under a condition -----------------------------------------------------------------------------------

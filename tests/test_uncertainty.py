@@ -14,6 +14,7 @@ from scipy.special import expit
 
 from experiments.robustness.corruption_grid import Condition
 from experiments.uncertainty import measure as uncertainty
+from experiments.uncertainty.figure import bins_for
 from experiments.uncertainty.measure import Options
 from experiments.uncertainty.predictors import (
     PARTS,
@@ -235,10 +236,15 @@ def test_rows_are_called_what_they_are_in_the_run_and_legends_leave_the_curves_f
     canvas = FigureCanvasAgg(figure)
     outcome.draw(figure)
     canvas.draw()
+    assert f"({bins_for(len(toy_study().test_rows))} bins of equal mass)" in figure.axes[0].get_title()
     labels = {text.get_text() for axis in figure.axes for text in axis.get_legend().get_texts()}
     assert f"ensemble, {other}" in labels and not any("with jWAE" in label for label in labels)
     for axis in figure.axes:
         assert not axis.get_legend().get_window_extent().overlaps(axis.get_window_extent())
+
+
+def test_few_examples_are_cut_into_few_bins():
+    assert [bins_for(n) for n in (10, 80, 200, 5000)] == [3, 4, 10, 15]
 
 
 def test_undisturbed_copies_are_detected_by_no_disagreement():

@@ -23,6 +23,8 @@ GROUPS = get_args(Group)
 LATE_FUSION = "late fusion"
 KERNEL_MACHINE = "MKL-SVM, learned weights"
 
+ONE_OF_SEVERAL = "one of them"  # what "either" of three or more modalities is called
+
 
 class Condition(NamedTuple):
     """One way to spoil the test examples, of one strength, drawn once."""
@@ -35,11 +37,13 @@ class Condition(NamedTuple):
     level: float
     """severity, in (0, 1]"""
     draw: int
+    shown: str = ""
+    """what `where` is called in tables and figures; default: the same"""
 
     @property
     def curve(self) -> str:
         """What its levels have in common."""
-        return self.name if self.group == "input" else f"{self.name}, {self.where}"
+        return self.name if self.group == "input" else f"{self.name}, {self.shown or self.where}"
 
     def rng(self) -> np.random.Generator:
         """Random numbers of this curve and draw: the same for every model, and for every severity.
@@ -94,10 +98,11 @@ def _conditions(run: TrainedRun, groups: Sequence[str], draws: int) -> list[Cond
             ]
     if "missing" in groups and len(names) > 1:
         for where in [*names, "either"]:
+            shown = ONE_OF_SEVERAL if where == "either" and len(names) > 2 else where
             for level in MISSING_LEVELS:
                 # all examples lack it: nothing is left to draw
                 count = 1 if level == 1 and where != "either" else draws
-                grid += [Condition("missing", "missing", where, level, draw) for draw in range(count)]
+                grid += [Condition("missing", "missing", where, level, draw, shown) for draw in range(count)]
     return grid
 
 

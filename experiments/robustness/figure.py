@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.robustness.corruption_curves import CorruptionResult
+from experiments.robustness.corruption_grid import ONE_OF_SEVERAL
 from experiments.robustness.worst_cases import WorstCases
 from mmfusion.robustness.worst_case import SIZES
 from mmfusion.runs.load import TrainedRun
@@ -24,7 +25,7 @@ def row_colors(rows: Iterable[str]) -> dict[str, str]:
 def panels(result: CorruptionResult) -> list[tuple[str, list[tuple[str, str]]]]:
     """(title, curves to average) of at most five panels: inputs where they were measured, else latents."""
     keys = list(result.curves)
-    several = [(g, c) for g, c in keys if c.endswith((", all", ", either"))] or keys
+    several = [(g, c) for g, c in keys if c.endswith((", all", ", either", f", {ONE_OF_SEVERAL}"))] or keys
     chosen = [(c, [(g, c)]) for g, c in several if g in ("features", "missing")]
     modalities = sorted({c.split()[0] for g, c in keys if g == "input"})
     for name in modalities:

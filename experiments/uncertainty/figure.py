@@ -42,6 +42,11 @@ EVENTS: dict[Task, tuple[str, str]] = {
 """axes of a reliability diagram"""
 
 
+def bins_for(examples: int) -> int:
+    """3 to 15 bins, of 20 test examples at least where there are so many: a bin of a handful says nothing."""
+    return min(calibration.BINS, max(3, examples // 20))
+
+
 def draw_reliability(axis: Axes, result: UncertaintyResult) -> None:
     """Share that comes true against probability, bins of equal mass; the members' examples in one pool."""
     row, outputs = result.rows[result.main], result.outputs[result.main]
@@ -52,13 +57,14 @@ def draw_reliability(axis: Axes, result: UncertaintyResult) -> None:
         return np.concatenate(p), np.concatenate(true)
 
     alone, together = [(m, outputs[[s]]) for s, m in enumerate(row.members)], [(row.ensemble, outputs)]
-    band = consistency_band(pooled(together, RAW)[0])
+    bins = bins_for(len(result.targets.test))
+    band = consistency_band(pooled(together, RAW)[0], bins)
     axis.plot([0, 1], [0, 1], color="black", linewidth=0.8)
     axis.fill_between(*band, color="0.9", label="ensemble, raw: 95 % if right")
     lowest = min(x.min() for x in band)
     for who, predictors, color in ((MEMBER, alone, "C7"), (ENSEMBLE, together, "C0")):
         for scaling, style in ((RAW, "o-"), (SCALED, "s--")):
-            curve = calibration.reliability(*pooled(predictors, scaling), kind="mass")
+            curve = calibration.reliability(*pooled(predictors, scaling), bins, kind="mass")
             lowest = min(lowest, curve.predicted.min(), curve.observed.min())
             axis.plot(
                 curve.predicted,
@@ -73,7 +79,7 @@ def draw_reliability(axis: Axes, result: UncertaintyResult) -> None:
     low = np.floor(10 * lowest) / 10 if result.targets.task == "multiclass" else 0.0
     predicted, observed = EVENTS[result.targets.task]
     axis.set(
-        title=f"reliability of {result.main}, clean (15 bins of equal mass)",
+        title=f"reliability of {result.main}, clean ({bins} bins of equal mass)",
         xlabel=predicted,
         ylabel=observed,
         xlim=(low, 1),
@@ -82,10 +88,12 @@ def draw_reliability(axis: Axes, result: UncertaintyResult) -> None:
     legend_below(axis, 3)
 
 
-def consistency_band(p: np.ndarray, draws: int = 500, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def consistency_band(
+    p: np.ndarray, bins: int = calibration.BINS, draws: int = 500, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean probability of each bin of equal mass, and 95 % limits of its share of positives where p is right."""
     rng = np.random.default_rng(seed)
-    drawn = [calibration.reliability(p, rng.random(p.size) < p, kind="mass") for _ in range(draws)]
+    drawn = [calibration.reliability(p, rng.random(p.size) < p, bins, kind="mass") for _ in range(draws)]
     low, high = np.quantile([curve.observed for curve in drawn], [0.025, 0.975], axis=0)
     return drawn[0].predicted, low, high
 

@@ -77,8 +77,9 @@ def draw(
 
 
 def _legend_below(axis, columns: int) -> None:
-    """The legend under the axis: inside, some run's curve or point would lie beneath it."""
-    axis.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=3.6, ncols=columns)
+    """The legend under the axis and its label: inside, some run's curve or point would lie beneath it."""
+    pad = 3.6 + 1.4 * axis.get_xlabel().count("\n")  # in heights of a letter
+    axis.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=pad, ncols=columns)
 
 
 def _draw_losses(axis, trained: Trained, members: int) -> None:
@@ -213,7 +214,8 @@ def _draw_errors(axis, dataset: Dataset, shown: Shown, where: str) -> None:
     target, values = _standardised_values(shown)
     axis.hist((values - target).ravel(), bins=40, color=BLUE, alpha=0.7, label="prediction - target")
     axis.axvline(0, color=GREY, linestyle=":")
-    axis.set(title=f"errors on {where}", xlabel="prediction - target", ylabel="examples")
+    unit = "" if target.shape[1] == 1 else f" ({target.shape[1]} targets, standardised)"
+    axis.set(title=f"errors on {where}", xlabel=f"prediction - target{unit}", ylabel="examples")
     _legend_below(axis, 1)
 
 
