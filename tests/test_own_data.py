@@ -355,6 +355,26 @@ def test_a_dataset_keeps_its_splits_and_classes():
         assert kept.splits[name].ids == split.ids and torch.equal(kept.splits[name].target, split.target)
 
 
+def test_a_selection_on_a_handful_of_a_class_is_said_to_be_noise(capsys):
+    target = (np.arange(N) % 8 == 0).astype(int)  # a tenth of the rest is dev: one of class 1
+    said = "note: dev has 1 of class 1: the selection is noise; give a larger dev split"
+    fit(arrays_with(target), Config(HELD_OUT, SMALL), ONE)
+    assert said in capsys.readouterr().out
+    fit(arrays_with(target), Config(HELD_OUT, TrainingConfig(seeds=1, epochs=1, keep="last")), ONE)
+    assert "the selection is noise" not in capsys.readouterr().out  # nothing is selected
+    fit(arrays_with(np.arange(N) / 7), Config(HELD_OUT, SMALL), ONE)
+    assert "the selection is noise" not in capsys.readouterr().out
+
+
+def test_a_run_is_read_whatever_its_notes_were_called():
+    run = fit_small(classes(2))
+    path = run.folder / "run.json"
+    begun = json.loads(path.read_text())
+    begun["data"]["notes"] = ["as an earlier version put it"]
+    path.write_text(json.dumps(begun))
+    assert Run(run.folder).trained.task == "binary"
+
+
 def test_examples_of_users_own_are_not_called_memes(tmp_path, capsys):
     rng = np.random.default_rng(0)
     arrays = {"image": rng.normal(size=(N, 4)), "text": rng.normal(size=(N, 3)), "target": classes(2)}

@@ -228,6 +228,8 @@ def same_data(begun: Mapping[str, object], now: Mapping[str, object]) -> bool:
 
 def _without_places(data: Mapping[str, object]) -> dict:
     plain = json.loads(json.dumps(data))
+    if plain.get("loader") == "arrays":  # known by their SHA-256: a later version may put its notes otherwise
+        plain.pop("notes", None)
     plain.pop("encoder_config", None)  # as typed; what matters of it is in the encoders' identities
     for encoder in plain.get("encoders", {}).values() if isinstance(plain.get("encoders"), dict) else ():
         if isinstance(encoder, dict):

@@ -85,11 +85,12 @@ def _identified(output: Tensor, task: Task) -> Tensor:
 OUT_OF_FOLD = "out_of_fold"
 """what the part is called that holds every fold's test examples, each predicted by models that have not seen it"""
 CELL = len("0.998 +- 0.001 [0.993, 1.000]")
+FEW = 5  # examples of a class that a selection split needs
 MOST_PARTS = 12  # that are printed; of six modalities there are 63
 
 
-def print_dataset(datasets: Sequence[Dataset], folder: Path, device: torch.device) -> None:
-    """What is trained on, and whatever the reader of the scores must know."""
+def print_dataset(datasets: Sequence[Dataset], folder: Path, device: torch.device, selects: bool = True) -> None:
+    """What is trained on, and whatever the reader of the scores must know; `selects`: epochs are selected."""
     dataset = datasets[0]
     noun = "memes" if "hateful" in dataset.class_names else "examples"
     if len(datasets) > 1:
@@ -98,8 +99,24 @@ def print_dataset(datasets: Sequence[Dataset], folder: Path, device: torch.devic
         print(f"{name:12} {len(split):6} {noun}  {_target_in_words(dataset, split)}".rstrip())
     widths = ", ".join(f"{name} {width}" for name, width in dataset.input_dims.items())
     print(f"features: {widths}; training on {device}; run in {folder}/")
-    for note in dataset.notes:
+    for note in [*dataset.notes, *(few_to_select_on(datasets) if selects else [])]:
         print(f"note: {note}")
+
+
+def few_to_select_on(datasets: Sequence[Dataset]) -> list[str]:
+    """A note where the selection split, of any fold, has hardly an example of some class; none of labels and values."""
+    fewest: tuple[int, str, str] | None = None
+    for dataset in datasets:
+        if dataset.task in ("binary", "multiclass"):
+            target = dataset.splits[dataset.selection].target.long()
+            counts = torch.bincount(target, minlength=len(dataset.class_names))
+            found = int(counts.min()), dataset.selection, dataset.class_names[int(counts.argmin())]
+            fewest = found if fewest is None else min(fewest, found)
+    if fewest is None or fewest[0] >= FEW:
+        return []
+    count, split, name = fewest
+    name = name.removeprefix("class ")  # what classes without names are called
+    return [f"{split} has {count} of class {name}: the selection is noise; give a larger {split} split"]
 
 
 def _target_in_words(dataset: Dataset, split: Split) -> str:

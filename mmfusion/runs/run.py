@@ -118,7 +118,7 @@ def carry_out(
         return None
     if before is not None:
         before(folder)
-    report.print_dataset(datasets, folder, device)
+    report.print_dataset(datasets, folder, device, config.training.keep == "best")
     with MetricsLog(folder, datasets[0].task, run.writes_events) as log:
         ensembles, histories = train_stacks(log, datasets, stacks, config, device, further_terms)
     outcome = predict_and_score(datasets, ensembles, histories)
