@@ -316,6 +316,9 @@ def test_regression_of_any_number_of_modalities_is_explained_by_value(toy, modal
     values = [float(bar.rsplit(" ", 1)[1]) for bar in bars]
     assert sum(values[:-1]) == pytest.approx(values[-1], abs=0.01 * len(bars))
     assert "correlation" in capsys.readouterr().out
+    whiskers = re.findall(r'class="whisker" style="left:(.*?)%;width:(.*?)%', page.source)
+    assert len(whiskers) > 0  # and they lie on the track: its ends are theirs, where they reach beyond the bars
+    assert all(float(left) >= 0 and float(left) + float(width) < 100.02 for left, width in whiskers)
     # the bar of the bias has no length: a value is drawn from what the model says at the mean latents
     widths = [float(x) for x in re.findall(r'class="(?:raises|lowers|sum)" style="left:.*?%;width:(.*?)%', page.source)]
     assert widths[0] == 0 < max(widths[: len(bars)])
