@@ -27,7 +27,6 @@ from mmfusion.models.spectral_norm import normalise_spectrally
 
 Fusion = Literal["lmf", "concatenation", "tensor"]
 MOST_WIDTH = 65536  # of a latent, a hidden layer or a rank: beyond it a typing mistake is likelier than a wish
-INTEGRATE = 'give missing="training" or "prior" to integrate over what is missing'
 
 
 class FusionOutput(NamedTuple):
@@ -305,7 +304,7 @@ class FusionEnsemble(nn.Module):
             raise ValueError(f"features: give a dict with {', '.join(widths)}; got {type(features).__name__}")
         widths = widths if names is None else {name: widths[name] for name in names}
         absent = [name for name in widths if name not in features]
-        go_on = f"; {INTEGRATE}" if caller == "predict" else ""
+        go_on = '; give missing="training" or "prior" to integrate over what is missing' if caller == "predict" else ""
         if absent:
             raise ValueError(f"{caller or 'features'} needs every modality; missing: {', '.join(absent)}{go_on}")
         like, tensors = self.members[0].rescale.mean, {}
