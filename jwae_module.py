@@ -10,6 +10,7 @@ No forward pass here draws random numbers, works in place or branches on values,
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,12 @@ from torch import Tensor, nn
 # power near the prior, 4 and 32 still see latents of std 3 and 10. (A single bandwidth v = L leaves 7e-15 at std 10.)
 GAUSSIAN_SCALES = (0.25, 0.5, 4.0, 32.0)
 
+Noise = Literal["none", "dimension"]
+START_STD = 0.5
+# a std by dimension is one number that Adam moves by its learning rate a step, a weight of an encoder acts with many
+RAW_STD_SPEED = 10.0
+_RAW_START = math.log(math.expm1(START_STD))
+
 
 class JWAE(nn.Module):
     """An encoder d_m -> hidden -> L and a mirrored decoder for each modality.
@@ -28,30 +35,62 @@ class JWAE(nn.Module):
         input_dims: width d_m of each modality, by name; this order is the order of every returned dict.
         latent_dim: shared latent width L.
         hidden_dim: width of the one hidden layer of each encoder and decoder.
+        noise: an encoder's latent is N(mu(x), diag s^2) with s 0 ("none": it is deterministic) or learned for each
+            "dimension". Decoders see the mean.
 
     Raises:
-        ValueError: no modality, or a width below 1.
+        ValueError: no modality, a width below 1, or an unknown noise.
     """
 
-    def __init__(self, input_dims: Mapping[str, int], latent_dim: int, hidden_dim: int = 128) -> None:
+    def __init__(
+        self, input_dims: Mapping[str, int], latent_dim: int, hidden_dim: int = 128, noise: Noise = "none"
+    ) -> None:
         super().__init__()
         self.input_dims = dict(input_dims)
         self.latent_dim = latent_dim
         self.hidden_dim = hidden_dim
+        self.noise = noise
         if not self.input_dims or min(latent_dim, hidden_dim, *self.input_dims.values()) < 1:
             sizes = f"{self.input_dims}, latent_dim {latent_dim}, hidden_dim {hidden_dim}"
             raise ValueError(f"at least one modality and widths of at least 1 are needed, got {sizes}")
+        if noise not in get_args(Noise):
+            raise ValueError(f"noise is one of {', '.join(get_args(Noise))}, not {noise!r}")
         self.encoders = nn.ModuleDict({name: _mlp(d, hidden_dim, latent_dim) for name, d in self.input_dims.items()})
         self.decoders = nn.ModuleDict({name: _mlp(latent_dim, hidden_dim, d) for name, d in self.input_dims.items()})
+        if noise == "dimension":
+            self.raw_stds = nn.ParameterDict({name: nn.Parameter(torch.zeros(latent_dim)) for name in self.input_dims})
 
     def encode(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Map features (..., d_m), standardised by the caller, to latents (..., L) of each modality.
+        """Map features (..., d_m), standardised by the caller, to (mean) latents (..., L) of each modality.
 
         Raises:
             ValueError: other modalities, or other widths, than the model's.
         """
+        return self.posterior(features)[0]
+
+    def posterior(self, features: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Map features (..., d_m) to the means (..., L) and variances of their latents.
+
+        Returns:
+            means, and variances (L,) of noise by dimension, none at all of deterministic latents.
+
+        Raises:
+            ValueError: as `encode`.
+        """
         _check(features, self.input_dims, "features")
-        return {name: encoder(features[name]) for name, encoder in self.encoders.items()}
+        return {name: encoder(features[name]) for name, encoder in self.encoders.items()}, self.noise_variances()
+
+    def noise_variances(self) -> dict[str, Tensor]:
+        """Variances (L,) of the latents' noise, by modality; none of deterministic latents."""
+        if self.noise == "none":
+            return {}
+        return {name: F.softplus(RAW_STD_SPEED * raw + _RAW_START).square() for name, raw in self.raw_stds.items()}
+
+    @torch.no_grad()
+    def set_noise(self, name: str, variances: Tensor) -> None:
+        """Let the noise of one modality have these variances (L,); one below 1e-12 becomes that."""
+        std = variances.double().clamp_min(1e-12).sqrt()
+        self.raw_stds[name].copy_((torch.log(torch.expm1(std)) - _RAW_START) / RAW_STD_SPEED)
 
     def decode(self, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Map latents (..., L) back to features (..., d_m) of each modality.

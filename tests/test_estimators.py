@@ -211,7 +211,7 @@ def test_several_labels_have_a_probability_each():
     np.testing.assert_array_equal(model.predict(x), p >= 0.5)
     assert (model.predict(x)[:, :2] == labels[:, :2]).mean() > 0.9
     account = model.explain(x, output=1).account
-    np.testing.assert_allclose(1 / (1 + np.exp(-account.prediction[0])), p[:, 1], atol=1e-6)
+    np.testing.assert_allclose(1 / (1 + np.exp(-account.moderated[0])), p[:, 1], atol=1e-6)
 
 
 def test_a_regression_of_several_targets_keeps_their_units():
@@ -227,6 +227,20 @@ def test_a_regression_of_several_targets_keeps_their_units():
 # ---- exact -------------------------------------------------------------------------------------------------------
 
 
+def drawn_margins(member, features, order):
+    """(draws, N) logit of the first class less that of the second, over draws of the latents' noise."""
+    torch.manual_seed(0)
+    latents, stds = member.latents(features), [v.sqrt() for v in member.latent_variances()]
+    found = []
+    for _ in range(2000):
+        logits = (
+            member.fusion([z + s * torch.randn_like(z) for z, s in zip(latents, stds, strict=True)]).detach().numpy()
+        )
+        pair = np.take_along_axis(logits, order, 1)
+        found.append(pair[:, 0] - pair[:, 1])
+    return np.stack(found)
+
+
 def test_the_parts_of_an_explanation_sum_to_the_margin_of_the_two_likeliest(fitted):
     x, _ = audio_and_video()
     explained, p = fitted.explain(x), fitted.predict_proba(x)
@@ -235,9 +249,13 @@ def test_the_parts_of_an_explanation_sum_to_the_margin_of_the_two_likeliest(fitt
     assert list(account.parts) == ["bias", "audio alone", "video alone", "audio x video"]
     order = np.argsort(-p, 1)
     np.testing.assert_array_equal(explained.pairs, fitted.classes_[order[:, :2]])
-    members = fitted.member_predictions(x).astype(np.float64)  # a margin of logits is a log ratio of probabilities
-    first, second = (np.take_along_axis(members, order[None, :, [k]], 2)[..., 0] for k in (0, 1))
-    np.testing.assert_allclose(account.prediction, np.log(first / second), atol=1e-3)
+    tensors = {name: torch.as_tensor(values, dtype=torch.float32) for name, values in x.items()}
+    logits = torch.stack([member(tensors, reconstruct=False).prediction for member in fitted.ensemble_.members])
+    first, second = (np.take_along_axis(logits.detach().numpy(), order[None, :, [k]], 2)[..., 0] for k in (0, 1))
+    np.testing.assert_allclose(account.prediction, first - second, atol=1e-3)
+    assert list(account.variance) == ["audio alone", "video alone", "audio x video"]
+    drawn = drawn_margins(fitted.ensemble_.members[0], tensors, order[:, :2])
+    np.testing.assert_allclose(drawn.var(0), account.std[0] ** 2, rtol=0.15)
 
 
 @pytest.mark.parametrize("norm", [1, 2, float("inf")])

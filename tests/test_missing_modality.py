@@ -47,7 +47,8 @@ def test_mean_and_variance_over_missing_latents_are_those_of_draws(gone, kind):
     train = [1.5 * z.double().pow(2) for z in member.latents(features(40, seed=2))]  # skewed: no Gaussian
     distributions = [standard_normal(6) if kind == "prior" else empirical(z) for z in train]
     missing = torch.tensor([[m in gone for m in range(3)]] * 3)
-    mean, variance = integrated_moments(layer, latents, missing, distributions)
+    mean, covariance = integrated_moments(layer, latents, missing, distributions)
+    variance = covariance.diagonal(dim1=-2, dim2=-1)
     p, error = expected_probability(layer, latents, missing, distributions, "multilabel")
     assert (error > 0).all() == (len(gone) > 1)
     for i in range(3):
@@ -65,7 +66,8 @@ def test_variance_of_one_missing_latent_is_its_gradient_through_the_covariance()
     layer, latents = exact_layer(member), [z.double() for z in member.latents(features())]
     distribution = empirical(latents[1] * 2)
     missing = torch.tensor([[False, True, False]] * 7)
-    _, variance = integrated_moments(layer, latents, missing, [standard_normal(6), distribution, standard_normal(6)])
+    known = [standard_normal(6), distribution, standard_normal(6)]
+    variance = integrated_moments(layer, latents, missing, known).covariance.diagonal(dim1=-2, dim2=-1)
     gradient = layer.modality_gradient(latents, 1)  # (N, O, L)
     wanted = torch.einsum("noi,ij,noj->no", gradient, distribution.covariance, gradient)
     torch.testing.assert_close(variance, wanted)

@@ -36,7 +36,7 @@ def small_run(task: str, modalities=MODALITIES, **cut) -> Run:
         "regression": 5 + 3 * signal,
     }[task]
     training = TrainingConfig(seeds=2, epochs=4, batch_size=16, learning_rate=1e-2, device="cpu")
-    config = Config(ArraysConfig(task=task, **cut), training, ModelConfig(4, 8, 2))
+    config = Config(ArraysConfig(task=task, **cut), training, ModelConfig(4, 8, 2, "none"))
     return fit(arrays, config, [[Method("jWAE-LMF", modalities, active_rank=2 if len(modalities) > 1 else 1)]])
 
 

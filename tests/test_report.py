@@ -86,7 +86,7 @@ def test_legends_of_the_figure_lie_outside_the_axes(ensemble, features, tmp_path
     ranks = rank_report(ensemble.members, features)
     run_figure.draw(tmp_path / "report.png", dataset, ensemble, trained, shown, ranks)
     (figure,) = figures
-    assert len(figure.axes) == 6
+    assert len(figure.axes) == 8
     boxes = [axis.get_window_extent() for axis in figure.axes]
     for axis in figure.axes:
         legend = axis.get_legend().get_window_extent()

@@ -151,7 +151,7 @@ def test_estimator_and_command_agree_to_rounding(tmp_path, monkeypatch):
     keyed = {f"{name}_{part}": x[place] for name, x in mine.items() for part, place in places.items()}
     np.savez("mine.npz", **keyed, **{f"target_{part}": y[place] for part, place in places.items()})
     flags = "--seeds 2 --first-seed 3 --epochs 5 --patience 5 --modality-dropout 0.1 --latent-dim 4 --hidden-dim 8"
-    flags += " --rank 2 --batch-size 16 --device cpu --select-by log_loss"
+    flags += " --rank 2 --batch-size 16 --device cpu --select-by log_loss --feature-dropout 0.5"
     assert train.run(["--data", "mine.npz", *flags.split()]) == 0
     ensemble = FusionEnsemble.from_pretrained("runs/mine")
     test = {name: x[100:] for name, x in mine.items()}

@@ -30,6 +30,7 @@ from mmfusion.training.recipe import ObjectiveConfig, TrainingConfig
 
 # chosen on inner folds by benchmarks/estimator_defaults.py
 EPOCHS, PATIENCE, VALIDATION_FRACTION, WEIGHT_DECAY, MODALITY_DROPOUT = 60, 10, 0.1, 1.0, 0.3
+FEATURE_DROPOUT = 0.5
 SMALLEST_BATCH, STEPS = 8, 16
 
 
@@ -39,12 +40,12 @@ class FusionEstimator(BaseEstimator):
     Args:
         modalities: for one array X (N, d): {name: columns}, columns a slice or a list of numbers; default: one modality
             of all columns. A dict of arrays names its modalities itself; those of a list are "m0", "m1", ...
-        latent_dim, hidden_dim, rank: of the model (`mmfusion.models.fusion.ModelConfig`).
+        latent_dim, hidden_dim, rank, noise: of the model (`mmfusion.models.fusion.ModelConfig`).
         n_members: S, seeds trained at once.
         epochs: at most; see `patience`.
         patience: epochs without a better score on the validation examples after which a member stops.
         batch_size: examples per step; "auto": as many as leave 16 steps to an epoch, from 8 to 64.
-        learning_rate, weight_decay, modality_dropout, annealing: of the training (`TrainingConfig`).
+        learning_rate, weight_decay, modality_dropout, feature_dropout, annealing: of the training (`TrainingConfig`).
         keep: "last" epoch, or "best" one on the validation examples, which are then cut from those given.
         mmd_weight, reconstruction_weight, alignment_weight: of the objective (`ObjectiveConfig`).
         validation_fraction: with keep="best", share of the examples that epochs are selected on; 0, or too few
@@ -60,6 +61,7 @@ class FusionEstimator(BaseEstimator):
         latent_dim: int = ModelConfig.latent_dim,
         hidden_dim: int = ModelConfig.hidden_dim,
         rank: int = ModelConfig.rank,
+        noise: str = ModelConfig.noise,
         n_members: int = TrainingConfig.seeds,
         epochs: int = EPOCHS,
         patience: int = PATIENCE,
@@ -67,6 +69,7 @@ class FusionEstimator(BaseEstimator):
         learning_rate: float = TrainingConfig.learning_rate,
         weight_decay: float = WEIGHT_DECAY,
         modality_dropout: float = MODALITY_DROPOUT,
+        feature_dropout: float = FEATURE_DROPOUT,
         annealing: str = TrainingConfig.annealing,
         keep: str = TrainingConfig.keep,
         mmd_weight: float = ObjectiveConfig.mmd_weight,
@@ -80,6 +83,7 @@ class FusionEstimator(BaseEstimator):
         self.latent_dim = latent_dim
         self.hidden_dim = hidden_dim
         self.rank = rank
+        self.noise = noise
         self.n_members = n_members
         self.epochs = epochs
         self.patience = patience
@@ -87,6 +91,7 @@ class FusionEstimator(BaseEstimator):
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.modality_dropout = modality_dropout
+        self.feature_dropout = feature_dropout
         self.annealing = annealing
         self.keep = keep
         self.mmd_weight = mmd_weight
@@ -156,13 +161,18 @@ class FusionEstimator(BaseEstimator):
             learning_rate=self.learning_rate,
             weight_decay=self.weight_decay,
             modality_dropout=self.modality_dropout,
+            feature_dropout=self.feature_dropout,
             annealing=self.annealing,
             keep=self.keep,
             class_weight="balanced" if balanced else "none",
             select_by="log_loss",
         )
-        model = ModelConfig(self.latent_dim, self.hidden_dim, rank)
-        objective = ObjectiveConfig(self.mmd_weight, self.reconstruction_weight, self.alignment_weight)
+        model = ModelConfig(self.latent_dim, self.hidden_dim, rank, self.noise)
+        objective = ObjectiveConfig(
+            mmd_weight=self.mmd_weight,
+            reconstruction_weight=self.reconstruction_weight,
+            alignment_weight=self.alignment_weight,
+        )
         try:
             for section in (training, model, objective):
                 section.check()

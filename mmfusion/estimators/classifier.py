@@ -10,6 +10,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from mmfusion.data.modalities import Modalities
 from mmfusion.estimators.base import (
     EPOCHS,
+    FEATURE_DROPOUT,
     MODALITY_DROPOUT,
     PATIENCE,
     VALIDATION_FRACTION,
@@ -35,6 +36,7 @@ class FusionClassifier(ClassifierMixin, FusionEstimator):
         latent_dim: int = ModelConfig.latent_dim,
         hidden_dim: int = ModelConfig.hidden_dim,
         rank: int = ModelConfig.rank,
+        noise: str = ModelConfig.noise,
         n_members: int = TrainingConfig.seeds,
         epochs: int = EPOCHS,
         patience: int = PATIENCE,
@@ -42,6 +44,7 @@ class FusionClassifier(ClassifierMixin, FusionEstimator):
         learning_rate: float = TrainingConfig.learning_rate,
         weight_decay: float = WEIGHT_DECAY,
         modality_dropout: float = MODALITY_DROPOUT,
+        feature_dropout: float = FEATURE_DROPOUT,
         annealing: str = TrainingConfig.annealing,
         keep: str = TrainingConfig.keep,
         mmd_weight: float = ObjectiveConfig.mmd_weight,

@@ -15,11 +15,12 @@ import torch
 from scipy.special import expit, logsumexp
 from torch import Tensor
 
+from lmf_module import LowRankMultimodalFusion
 from mmfusion.dataset import Dataset, Task
 from mmfusion.explain.ranks import RankAccount, largest_residual
 from mmfusion.explain.saliency import Box, RegionMap
-from mmfusion.models.decomposition import Subset, recentred_parts
-from mmfusion.models.exact import exact_layer, latents_of
+from mmfusion.models.decomposition import Subset, contrast_layer, recentred_parts
+from mmfusion.models.exact import exact_layer, latents_of, noise_of
 from mmfusion.models.fusion import FusionModel
 from mmfusion.robustness.certificates import Norm, certified_class_radius, certified_radius, least_change
 
@@ -44,6 +45,24 @@ class Account:
     pairs: np.ndarray | None = None
     """(N, 2) of a choice between more than two classes: the likeliest by the mean probability, and the runner-up, whose
     logits' difference, the margin, is what is accounted for"""
+    variance: dict[str, np.ndarray] = field(default_factory=dict)
+    """(S, N) of the prediction, by the set of modalities whose latents' noise it comes from, exactly; empty where
+    latents are certain"""
+
+    @property
+    def std(self) -> np.ndarray:
+        """(S, N) of the prediction, because of the latents' noise."""
+        return np.sqrt(sum(self.variance.values(), np.zeros_like(self.prediction)))
+
+    @property
+    def moderated(self) -> np.ndarray:
+        """(S, N) logits, or margins, of the expected probability (`mmfusion.losses.expected`): nearer 0, same sign."""
+        return self.prediction / np.sqrt(1 + np.pi / 8 * np.square(self.std))
+
+    def losses(self, target: np.ndarray, task: Task, rows: Sequence[int] | slice = slice(None)) -> np.ndarray:
+        """(n,) loss of the mean over members of those rows (`ensemble_losses`)."""
+        said = self.prediction if task == "regression" else self.moderated
+        return ensemble_losses(said[:, rows], target, task)
 
     @property
     def seeds_disagree(self) -> np.ndarray:
@@ -51,7 +70,7 @@ class Account:
 
         A probability saturates and a logit does not: one far-off seed then outweighs all others in the account.
         """
-        decides = expit(self.prediction).mean(0) >= 0.5 if self.pairs is None else True
+        decides = expit(self.moderated).mean(0) >= 0.5 if self.pairs is None else True
         return (self.prediction.mean(0) >= 0) != decides
 
 
@@ -133,7 +152,7 @@ class Explanation:
         """(S,) of label 1, or of the class that is likeliest by the mean over members; one per member."""
         if self.pairs is not None:
             return self.chances[:, row, self.pairs[row][0]]
-        return expit(self.account.prediction[:, row])
+        return expit(self.account.moderated[:, row])
 
     def says(self, row: int) -> int:
         """Number of the class that the mean probability decides for."""
@@ -146,7 +165,7 @@ class Explanation:
             return None
         if self.pairs is not None:
             return float(-np.log(self.chances[:, row, int(target)].mean()))
-        return float(ensemble_losses(self.account.prediction[:, [row]], np.array([target]), self.task)[0])
+        return float(self.account.losses(np.array([target]), self.task, [row])[0])
 
     def label(self, target: float | None) -> str:
         """A target in words: its class, or a regression's value; empty where there is none."""
@@ -186,7 +205,7 @@ def account_for(
     output that is not there.
     """
     modalities = members[0].modalities
-    prediction, parts, slope, radius, latent_std = [], {}, {}, {}, {}
+    prediction, parts, slope, radius, latent_std, variance = [], {}, {}, {}, {}, {}
     weights = output
     if not isinstance(output, Tensor):
         outputs = len(members[0].rescale.std)
@@ -199,7 +218,7 @@ def account_for(
 
     for member in members:
         layer, latents, reference = exact_layer(member), latents_of(member, features), latents_of(member, train)
-        whole = chosen(layer(latents))
+        noise, whole = noise_of(member), chosen(layer(latents))
         prediction.append(chosen(member(features, reconstruct=False).prediction.double()).numpy())
         for subset, part in recentred_parts(layer, latents, [z.mean(0) for z in reference]).items():
             parts.setdefault(subset_name(subset, modalities), []).append(chosen(part).numpy())
@@ -208,7 +227,11 @@ def account_for(
             gradient = (gradient * weights.double().unsqueeze(-1)).sum(-2)  # (N, L)
             slope.setdefault(name, []).append(torch.linalg.vector_norm(gradient, dim=-1).numpy())
             radius.setdefault(name, []).append(least_change(whole, gradient, 2).numpy())
-            latent_std.setdefault(name, []).append(reference[m].var(0).mean().sqrt().item())
+            latent_std.setdefault(name, []).append(
+                (reference[m].var(0) + (noise[m] if noise else 0)).mean().sqrt().item()
+            )
+        for subset, part in _variance_terms(layer, latents, noise, weights).items():
+            variance.setdefault(subset_name(subset, modalities), []).append(part.numpy())
     columns = {name: np.stack(values) for name, values in parts.items()}
     prediction = np.stack(prediction)
     residual = largest_residual(sum(columns.values()), prediction)
@@ -218,7 +241,24 @@ def account_for(
         columns,
         residual,
         *({name: np.array(values) for name, values in part.items()} for part in (slope, radius, latent_std)),
+        variance={name: np.stack(values) for name, values in variance.items()},
     )
+
+
+def _variance_terms(
+    layer: LowRankMultimodalFusion, latents: Sequence[Tensor], noise: Sequence[Tensor], weights: Tensor
+) -> dict[Subset, Tensor]:
+    """(N,) of the weighted sum of outputs by subset; `weights` (O,), or (N, O). Empty where latents are certain."""
+    if not noise:
+        return {}
+    rows, place = weights.double().expand(len(latents[0]), -1).unique(dim=0, return_inverse=True)
+    terms: dict[Subset, Tensor] = {}
+    for k, contrast in enumerate(rows):
+        here = (place == k).nonzero().flatten()
+        made = contrast_layer(layer, contrast)
+        for subset, part in made.variance_terms([z[here] for z in latents], noise).items():
+            terms.setdefault(subset, part.new_empty(len(place)))[here] = part.squeeze(-1)
+    return terms
 
 
 def account_for_margins(

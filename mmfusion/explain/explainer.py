@@ -19,13 +19,13 @@ from mmfusion.explain.account import (
     Maps,
     account_for,
     account_for_margins,
-    ensemble_losses,
     latent_radii,
     margin_weights,
 )
 from mmfusion.explain.ranks import RankAccount, RankComponents, join_rank_accounts
 from mmfusion.explain.saliency import Box, RegionMap, region_map, seen_box, word_map
 from mmfusion.explain.summary import Summary, summarise
+from mmfusion.losses.expected import moderated_logits
 from mmfusion.metrics.tasks import probabilities
 from mmfusion.models.fusion import FusionModel
 from mmfusion.models.heads import ConcatenationHead
@@ -135,13 +135,14 @@ class Explainer:
             return -chances.gather(1, split.target.long()[:, None])[:, 0].log().numpy()
         account = account_for(self.members, split.features, self.train.features, self.choices.output)
         target = split.target.reshape(len(split), -1)[:, self.choices.output].double().numpy()
-        return ensemble_losses(account.prediction, target, self.run.task)
+        return account.losses(target, self.run.task)
 
     @torch.inference_mode()
     def predict(self, features: Mapping[str, Tensor]) -> Tensor:
         """(S, N, C) probabilities of this fold's members."""
-        outputs = torch.stack([member(features, reconstruct=False).prediction for member in self.members])
-        return probabilities(outputs, self.run.task)
+        outputs = [member(features, reconstruct=False) for member in self.members]
+        logits = torch.stack([moderated_logits(x.prediction, x.covariance, self.run.task) for x in outputs])
+        return probabilities(logits, self.run.task)
 
     def explain_places(self, places: Sequence[Place]) -> Explanation:
         """Examples of the run's own data, from their cached features."""

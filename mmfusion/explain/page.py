@@ -13,7 +13,7 @@ from mmfusion.encoders.images import decode_rgb, reason_unreadable
 from mmfusion.explain.account import Explanation
 from mmfusion.explain.saliency import overlay
 from mmfusion.explain.summary import Summary, summary_rows
-from mmfusion.explain.text import headline, is_wrong, plain, reach, sentence
+from mmfusion.explain.text import doubt, headline, is_wrong, plain, reach, sentence
 from mmfusion.explain.waterfall import waterfall
 from mmfusion.metrics.format import counted
 
@@ -166,11 +166,13 @@ def _card(explanation: Explanation, row: int, picture: "Image.Image | str | None
     seen = _seen(explanation, row, picture)
     mark = '<span class="mark">wrong</span> ' if wrong else ""
     seen = f'<div class="seen">{seen}</div>' if seen else ""
+    unsure = doubt(explanation, row)
+    unsure = f'\n<p class="note">{_escape(unsure)}</p>' if unsure else ""
     return f"""<li {data}{' class="wrong"' if wrong else ""}>
 <h2>{mark}{_escape(sentence(explanation, row))}</h2><div class="parts">{seen}
 <div class="numbers"><p><strong>{_escape(key)}</strong>: {_escape(headline(explanation, row))}</p>
 {_waterfall(explanation, row)}
-<p class="note">{_escape(reach(explanation, row))}</p>
+<p class="note">{_escape(reach(explanation, row))}</p>{unsure}
 {_ranks(explanation, row, largest)}</div></div></li>"""
 
 

@@ -154,8 +154,27 @@ def print_explanation(explanation: Explanation, row: int = 0) -> None:
         f"(allowed: {TOLERANCE:.0e})"
     )
 
+    if account.variance:
+        print(f"\nhow unsure, because of whose latent: std of the {explanation.output}{spread}, shares of its variance")
+        print(f"  {'because of all':20}  {_cell(account.std[:, row])}")
+        whole = np.maximum(account.std[:, row] ** 2, 1e-30)
+        for name, part in account.variance.items():
+            print(f"  {name:20}  {_cell(part[:, row] / whole)}")
+
     _print_ranks(explanation, row)
     _print_maps(explanation, row)
+
+
+def doubt(explanation: Explanation, row: int) -> str:
+    """How unsure the prediction is because of the latents' noise, and of whose; empty where they are certain."""
+    account = explanation.account
+    if not account.variance:
+        return ""
+    total = sum(part[:, row].mean() for part in account.variance.values())
+    shares = ", ".join(
+        f"{name} {part[:, row].mean() / max(total, 1e-30):.0%}" for name, part in account.variance.items()
+    )
+    return f"std of the {explanation.output} from the latents' noise {np.sqrt(total):.2f}, its variance: {shares}"
 
 
 def _print_ranks(explanation: Explanation, row: int) -> None:

@@ -22,6 +22,10 @@ class Member(Protocol):
         """Latents (N, L) of raw features (N, d_m), in the order of `modalities`."""
         ...
 
+    def latent_variances(self) -> list[Tensor]:
+        """Variances (L,) of their noise, in the same order; none of certain latents."""
+        ...
+
 
 @torch.no_grad()
 def exact_layer(member: Member) -> LowRankMultimodalFusion:
@@ -58,3 +62,9 @@ def exact_layer(member: Member) -> LowRankMultimodalFusion:
 def latents_of(member: Member, features: Mapping[str, Tensor]) -> list[Tensor]:
     """float64 latents (N, L) of raw features (N, d_m), in the head's order."""
     return [z.double() for z in member.latents(features)]
+
+
+@torch.no_grad()
+def noise_of(member: Member) -> list[Tensor]:
+    """float64 variances (L,) of the noise of a member's latents, in the head's order; none of certain latents."""
+    return [v.double() for v in member.latent_variances()]

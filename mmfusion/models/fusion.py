@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from jwae_module import JWAE
+from jwae_module import JWAE, Noise
 from lmf_module import LowRankMultimodalFusion
 from mmfusion.dataset import Task
 from mmfusion.errors import InputError, check_numbers
 from mmfusion.files import write_json, write_safetensors
+from mmfusion.losses.expected import moderated_logits
 from mmfusion.metrics.tasks import probabilities
 from mmfusion.models.heads import ConcatenationHead, FusedWidthHead, Rescale, Standardise, TensorHead
 from mmfusion.models.missing import Missing, MissingPrediction, missing_rows, predict_missing
@@ -36,6 +37,8 @@ class FusionOutput(NamedTuple):
     latents: dict[str, Tensor]  # (..., L) per modality
     standardised: dict[str, Tensor]  # (..., d_m) per modality: what the reconstructions are compared with
     reconstructions: dict[str, Tensor]  # (..., d_m) per modality; empty unless asked for
+    variances: dict[str, Tensor] = {}  # noqa: RUF012 (L,) or (..., L) per modality; empty: the latents are certain
+    covariance: Tensor | None = None  # (..., O, O) of the prediction; None: it is certain
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ class ModelConfig:
     """width of the encoders' and decoders' hidden layer"""
     rank: int = 4
     """number of rank-1 terms R; for one logit this is the CP rank of the interaction"""
+    noise: Noise = "dimension"
+    """std of the Gaussian latents: none (they are deterministic), learned per dimension, or given per example"""
     spectral_norm: float | None = None
     """fix the spectral norm of every weight matrix of encoders and head to this; default: weights are free"""
 
@@ -74,6 +79,9 @@ class FusionModel(nn.Module):
         fused_dim: LMF into this many outputs, and a linear layer over them; default: LMF gives the outputs itself.
         spectral_norm: every weight matrix of the encoders and of the head is divided by its spectral norm and
             multiplied by this; default: weights are free.
+        noise: of the latents (`JWAE`). The LMF head then gives the exact mean and covariance of its output.
+
+    Raises ValueError for an unknown fusion, or noise under a head that cannot integrate over it.
     """
 
     def __init__(
@@ -87,17 +95,22 @@ class FusionModel(nn.Module):
         active_rank: int | None = None,
         fused_dim: int | None = None,
         spectral_norm: float | None = ModelConfig.spectral_norm,
+        noise: Noise = "none",
     ) -> None:
         super().__init__()
         # config.json is written with sorted keys: any other order would not survive saving and loading
         input_dims = dict(sorted(input_dims.items()))
         self.modalities = tuple(input_dims)
         self.standardise = nn.ModuleDict({name: Standardise(dim) for name, dim in input_dims.items()})
-        self.jwae = JWAE(input_dims, latent_dim, hidden_dim)
+        self.jwae = JWAE(input_dims, latent_dim, hidden_dim, noise)
         widths = [latent_dim] * len(input_dims)
         self.rescale = Rescale(output_dim)
         if fusion not in get_args(Fusion):
             raise ValueError(f"fusion is one of {', '.join(get_args(Fusion))}, not {fusion!r}")
+        if noise != "none" and fusion != "lmf":
+            raise ValueError(
+                f"only LMF integrates over the noise of its latents, {fusion!r} does not: leave noise none"
+            )
         if fusion == "concatenation":
             self.fusion = ConcatenationHead(widths, output_dim, hidden_dim)
         elif fusion == "tensor":
@@ -123,23 +136,43 @@ class FusionModel(nn.Module):
         encoded = self.encode(features)
         return [encoded[name] for name in self.modalities]
 
+    def latent_variances(self) -> list[Tensor]:
+        """Variances (L,) of the latents' noise in the order of `modalities`; none of certain latents."""
+        variances = self.jwae.noise_variances()
+        return [variances[name] for name in self.modalities if variances]
+
     def forward(
-        self, features: Mapping[str, Tensor], reconstruct: bool = True, present: Mapping[str, Tensor] | None = None
+        self,
+        features: Mapping[str, Tensor],
+        reconstruct: bool = True,
+        present: Mapping[str, Tensor] | None = None,
+        kept: Mapping[str, Tensor] | None = None,
     ) -> FusionOutput:
         """Prediction (..., O), latents and, where asked for, reconstructions of raw features (..., d_m).
 
-        `present` (...) holds 1 and 0 for each modality that may be missing: the head sees 0 in place of its latent,
-        which removes exactly the parts of an LMF prediction that the modality takes part in. The latents returned are
-        whole.
+        `present` (...) holds 1 and 0 for each modality that may be missing. The head sees 0 in place of a missing
+        latent, which removes exactly the parts of an LMF prediction that the modality takes part in; where latents are
+        uncertain it sees the prior N(0, I), which is 0 with a variance of 1. The latents returned are whole.
+
+        `kept` (..., d_m) multiplies the standardised features that the encoders see: feature dropout. They are
+        reconstructed as they were.
         """
         standardised = {name: module(features[name]) for name, module in self.standardise.items()}
-        latents = self.jwae.encode(standardised)
+        seen = {name: x * kept[name] for name, x in standardised.items()} if kept else standardised
+        latents, variances = self.jwae.posterior(seen)
         reconstructions = self.jwae.decode(latents) if reconstruct else {}
-        seen = dict(latents)
+        seen, spread = dict(latents), dict(variances)
         for name, mask in (present or {}).items():
             seen[name] = latents[name] * mask.unsqueeze(-1)
-        prediction = self.rescale(self.fusion([seen[name] for name in self.modalities]))
-        return FusionOutput(prediction, latents, standardised, reconstructions)
+            if variances:
+                spread[name] = variances[name] * mask.unsqueeze(-1) + (1 - mask.unsqueeze(-1))
+        means, covariance = [seen[name] for name in self.modalities], None
+        if variances:
+            prediction, covariance = self.fusion.moments(means, [spread[name] for name in self.modalities])
+            covariance = covariance * self.rescale.std[:, None] * self.rescale.std
+        else:
+            prediction = self.fusion(means)
+        return FusionOutput(self.rescale(prediction), latents, standardised, reconstructions, variances, covariance)
 
 
 class FusionEnsemble(nn.Module):
@@ -161,6 +194,7 @@ class FusionEnsemble(nn.Module):
         fusion: Fusion = "lmf",
         spectral_norm: float | None = ModelConfig.spectral_norm,
         task: Task = "binary",
+        noise: Noise = "none",
     ) -> None:
         super().__init__()
         self.task = task
@@ -174,10 +208,11 @@ class FusionEnsemble(nn.Module):
             "fusion": fusion,
             "spectral_norm": spectral_norm,
             "task": task,
+            "noise": noise,
         }
+        shape = {"spectral_norm": spectral_norm, "noise": noise}
         self.members = nn.ModuleList(
-            FusionModel(input_dims, latent_dim, hidden_dim, rank, output_dim, fusion, spectral_norm=spectral_norm)
-            for _ in range(members)
+            FusionModel(input_dims, latent_dim, hidden_dim, rank, output_dim, fusion, **shape) for _ in range(members)
         )
 
     @classmethod
@@ -222,9 +257,13 @@ class FusionEnsemble(nn.Module):
         return chosen.eval()
 
     def forward(self, features: Mapping[str, Tensor | np.ndarray]) -> Tensor:
-        """Logits, or a regression's values, (S, N, O) of raw features (N, d_m)."""
+        """Logits, or a regression's values, (S, N, O) of raw features (N, d_m).
+
+        Logits of uncertain latents are those of the expected probabilities (`moderated_logits`).
+        """
         features = self._tensors(features)
-        return torch.stack([member(features, reconstruct=False).prediction for member in self.members])
+        outputs = [member(features, reconstruct=False) for member in self.members]
+        return torch.stack([moderated_logits(x.prediction, x.covariance, self.task) for x in outputs])
 
     @torch.inference_mode()
     def predict(

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lmf_module import LowRankMultimodalFusion
+from lmf_module import LowRankMultimodalFusion, Moments
 
 
 class Standardise(nn.Module):
@@ -106,3 +106,9 @@ class FusedWidthHead(nn.Module):
 
     def forward(self, latents: list[Tensor]) -> Tensor:
         return self.readout(self.layer(latents))
+
+    def moments(self, means: list[Tensor], variances: list[Tensor]) -> Moments:
+        """Exact mean and covariance of the output, as `LowRankMultimodalFusion.moments`."""
+        mean, covariance = self.layer.moments(means, variances)
+        weight = self.readout.weight
+        return Moments(self.readout(mean), weight @ covariance @ weight.T)

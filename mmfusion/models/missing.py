@@ -19,16 +19,18 @@ N examples, M modalities, L width of a latent, R ranks, O outputs, S members.
 """
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lmf_module import LowRankMultimodalFusion
+from lmf_module import LowRankMultimodalFusion, Moments
 from mmfusion.dataset import Task
+from mmfusion.losses.expected import moderated_logits
 from mmfusion.metrics.tasks import probabilities
-from mmfusion.models.exact import Member, exact_layer, latents_of
+from mmfusion.models.exact import Member, exact_layer, latents_of, noise_of
 
 Missing = Literal["error", "prior", "training"]
 """what is done where a modality is missing: refuse; integrate over the prior N(0, I); over the training latents"""
@@ -85,6 +87,11 @@ def empirical(latents: Tensor) -> LatentDistribution:
     return LatentDistribution(latents.mean(0), centred.T @ centred / len(latents), latents)
 
 
+def blurred(known: LatentDistribution, variances: Tensor) -> LatentDistribution:
+    """The same with independent noise (L,) on top, of which no draws are known."""
+    return LatentDistribution(known.mean, known.covariance + torch.diag(variances))
+
+
 def missing_rows(features: Mapping[str, Tensor], widths: Mapping[str, int]) -> tuple[dict[str, Tensor], Tensor]:
     """Features of every modality without NaN, and which are missing, bool (N, M) in the order of `widths`.
 
@@ -120,34 +127,38 @@ def integrated_moments(
     latents: Sequence[Tensor],
     missing: Tensor,
     distributions: Sequence[LatentDistribution],
-) -> tuple[Tensor, Tensor]:
-    """Mean and variance (N, O) of a layer's output over the missing latents, exact (module docstring).
+    variances: Sequence[Tensor] | None = None,
+) -> Moments:
+    """Mean (N, O) and covariance (N, O, O) of a layer's output over the missing latents, exact (module docstring).
 
     Args:
-        layer: in float64, no rank masked (`mmfusion.models.exact.exact_layer`).
+        layer: in float64.
         latents: M tensors (N, L); rows that are missing may hold anything finite.
         missing: bool (N, M).
         distributions: M, of every latent.
+        variances: M tensors (L,) of the noise of latents that are given; default 0.
     """
-    weights = _weights(layer)  # (R, O)
-    size = max(1, MOST_VALUES // (layer.rank**2 * layer.output_dim))
-    means, variances = [], []
-    for start in range(0, len(missing), size):
-        rows = slice(start, start + size)
-        first = second = square = None
-        for m, z in enumerate(latents):
-            gone = missing[rows, m]
-            a, _ = _rows(layer, m)
-            u = _factor(layer, m, torch.where(gone[:, None], distributions[m].mean, z[rows]))  # (n, R, O)
-            outer = u[:, :, None] * u[:, None]  # (n, R, R, O)
-            spread = torch.einsum("roi,ij,soj->rso", a, distributions[m].covariance, a)  # (R, R, O)
-            moment = outer + gone[:, None, None, None] * spread
-            first = u if first is None else first * u
-            square = outer if square is None else square * outer
-            second = moment if second is None else second * moment
-        means.append((weights * first).sum(1) + layer.bias)
-        variances.append(torch.einsum("ro,so,nrso->no", weights, weights, second - square).clamp_min(0))
-    return torch.cat(means), torch.cat(variances)
+    outputs = layer.output_dim
+    mean = torch.empty(len(missing), outputs, dtype=layer.bias.dtype)
+    covariance = torch.empty(len(missing), outputs, outputs, dtype=layer.bias.dtype)
+    size = max(1, MOST_VALUES // (layer.rank * outputs) ** 2)
+    for pattern in missing.unique(dim=0):
+        gone = pattern.nonzero().flatten().tolist()
+        turned, centres, spreads = deepcopy(layer), {}, {}
+        for m in gone:  # coordinates in which the missing latent is uncorrelated
+            spreads[m], axes = torch.linalg.eigh(distributions[m].covariance)
+            centres[m] = axes.T @ distributions[m].mean
+            turned.projections[m].weight.copy_(layer.projections[m].weight @ axes)
+        for rows in (missing == pattern).all(1).nonzero().flatten().split(size):
+            means = [centres[m].expand(len(rows), -1) if m in gone else z[rows] for m, z in enumerate(latents)]
+            spread = [
+                spreads[m].clamp_min(0)
+                if m in gone
+                else (torch.zeros_like(z[0]) if variances is None else variances[m])
+                for m, z in enumerate(latents)
+            ]
+            mean[rows], covariance[rows] = turned.moments(means, spread)
+    return Moments(mean, covariance)
 
 
 @torch.no_grad()
@@ -168,7 +179,8 @@ def expected_probability(
     Args as for `integrated_moments`; `task` is no regression, `seed` that of the draws.
     """
     generator = torch.Generator().manual_seed(seed)
-    mean, variance = integrated_moments(layer, latents, missing, distributions)
+    mean, covariance = integrated_moments(layer, latents, missing, distributions)
+    variance = covariance.diagonal(dim1=-2, dim2=-1)
     result = probabilities(mean, task)  # right where nothing is missing
     error = torch.zeros_like(result)
     for pattern in missing.unique(dim=0):
@@ -220,28 +232,26 @@ def predict_missing(
     for seed, member in enumerate(members):
         layer = exact_layer(member)
         latents = [z.cpu() for z in latents_of(member, features)]
+        noise = [v.cpu() for v in noise_of(member)]
         if train is None:
             distributions = [standard_normal(z.shape[-1]) for z in latents]
         else:
             distributions = [empirical(z.cpu()) for z in latents_of(member, train)]
-        mean, variance = integrated_moments(layer, latents, missing.cpu(), distributions)
-        if task == "regression":
-            p = probabilities(mean, task)
+            if noise:
+                distributions = [blurred(known, v) for known, v in zip(distributions, noise, strict=True)]
+        mean, covariance = integrated_moments(layer, latents, missing.cpu(), distributions, noise or None)
+        if task == "regression" or noise:
+            p = probabilities(moderated_logits(mean, covariance, task), task)
             error = torch.zeros_like(p)
         else:
             p, error = expected_probability(layer, latents, missing.cpu(), distributions, task, seed)
-        for part, value in zip(parts, (p, mean, variance.sqrt(), error), strict=True):
+        std = covariance.diagonal(dim1=-2, dim2=-1)
+        if noise:  # what the missing latents add to what there is anyway
+            whole = integrated_moments(layer, latents, torch.zeros_like(missing.cpu()), distributions, noise)
+            std = std - whole.covariance.diagonal(dim1=-2, dim2=-1)
+        for part, value in zip(parts, (p, mean, std.clamp_min(0).sqrt(), error), strict=True):
             part.append(value)
     return MissingPrediction(*(torch.stack(part) for part in parts))
-
-
-def _rows(layer: LowRankMultimodalFusion, m: int) -> tuple[Tensor, Tensor]:
-    """A_m (R, O, L) and c_m (R, O); shared factors are repeated for each output."""
-    projection, shape = layer.projections[m], (layer.rank, layer.output_dim)
-    return (
-        projection.weight.unflatten(0, (layer.rank, -1)).expand(*shape, -1),
-        projection.bias.unflatten(0, (layer.rank, -1)).expand(shape),
-    )
 
 
 def _factor(layer: LowRankMultimodalFusion, m: int, z: Tensor) -> Tensor:

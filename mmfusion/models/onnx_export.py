@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mmfusion.errors import InputError
 from mmfusion.files import write_atomically
+from mmfusion.losses.expected import moderated_logits
 from mmfusion.metrics.tasks import probabilities
 from mmfusion.models.fusion import FusionEnsemble
 
@@ -35,8 +36,10 @@ class _Exported(nn.Module):
 
     def forward(self, *features: Tensor) -> tuple[Tensor, Tensor]:
         named = dict(zip(self.names, features, strict=True))
-        outputs = torch.stack([member(named, reconstruct=False).prediction for member in self.ensemble.members])
-        members = probabilities(outputs, self.ensemble.task)
+        outputs = [member(named, reconstruct=False) for member in self.ensemble.members]
+        task = self.ensemble.task
+        logits = torch.stack([moderated_logits(x.prediction, x.covariance, task) for x in outputs])
+        members = probabilities(logits, task)
         return members.mean(0), members
 
 

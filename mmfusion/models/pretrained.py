@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from jwae_module import Noise
 from mmfusion.dataset import Task
 from mmfusion.errors import InputError
 
@@ -77,10 +78,16 @@ def check_shape(config: Mapping[str, object], widths: int, fusion: object, path:
         raise InputError(f"{path}: fusion is {json.dumps(config['fusion'])[:40]}; known are {known}")
     if config.get("task", "binary") not in get_args(Task):
         raise InputError(f"{path}: task is {json.dumps(config['task'])[:40]}; known are {', '.join(get_args(Task))}")
+    if config.get("noise", "none") not in get_args(Noise):
+        raise InputError(f"{path}: noise is {json.dumps(config['noise'])[:40]}; known are {', '.join(get_args(Noise))}")
     bound = config.get("spectral_norm")
     if bound is not None and not (type(bound) in (int, float) and 0 < bound < math.inf):
         raise InputError(f"{path}: spectral_norm is {json.dumps(bound)[:40]}, not a number above 0")
-    return {name: config[name] for name in (*whole, "input_dims", "fusion", "spectral_norm", "task") if name in config}
+    return {
+        name: config[name]
+        for name in (*whole, "input_dims", "fusion", "spectral_norm", "task", "noise")
+        if name in config
+    }
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
+from scipy.stats import chi2
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import roc_curve
-from torch import Tensor
 
 from mmfusion.dataset import Dataset, Split
 from mmfusion.files import write_atomically
@@ -17,6 +16,7 @@ from mmfusion.metrics.classes import weighted_average_precision
 from mmfusion.metrics.format import counted
 from mmfusion.metrics.tasks import SELECTION
 from mmfusion.models.fusion import FusionEnsemble, FusionModel
+from mmfusion.runs.prior import latents_of_split
 from mmfusion.runs.report import RankReport
 from mmfusion.training.trainer import Trained
 
@@ -42,7 +42,7 @@ def draw(
     ranks: RankReport | None,
     folds: int = 1,
 ) -> None:
-    """Six panels: losses, selection score, rank factors, two of the predictions, latents against the prior.
+    """Eight panels: losses, selection score, rank factors, two of the predictions, three of latents and the prior.
 
     Two classes: ROC and reliability; more: confusion and reliability of the likeliest; labels: average precision and
     reliability of each; values: prediction against target, and the errors.
@@ -53,9 +53,9 @@ def draw(
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # half a second of every command's start
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(15, 9.8), layout="constrained")
+    figure = Figure(figsize=(20, 9.8), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(2, 3)
+    axes = figure.subplots(2, 4)
     members = len(ensemble.members)
     _draw_losses(axes[0, 0], trained, members)
     _draw_selection(axes[0, 1], trained, members, dataset)
@@ -69,7 +69,10 @@ def draw(
         left, right = PANELS[dataset.task]
         left(axes[1, 0], dataset, shown, where)
         right(axes[1, 1], dataset, shown, where)
-    _draw_latents(axes[1, 2], ensemble.members[0], dataset.splits[dataset.selection].features, dataset.selection)
+    latents = _aggregate_latents(ensemble.members[0], dataset.splits[dataset.selection])
+    _draw_plane(axes[0, 3], latents, main_axes(latents), f"latents on {dataset.selection}, first seed: two main axes")
+    _draw_plane(axes[1, 3], latents, random_plane(latents), "the same latents on a random plane")
+    _draw_norms(axes[1, 2], latents, f"squared norms on {dataset.selection}, first seed")
     of_folds = f", {folds} folds" if folds > 1 else ""
     rank = f", rank {ranks.weight.shape[1]}" if ranks else ""
     figure.suptitle(f"jWAE-LMF on {dataset.name}: {counted(members // folds, 'seed')}{of_folds}{rank}", fontsize=14)
@@ -228,15 +231,31 @@ PANELS = {
 """the two panels of the predictions, by task"""
 
 
-@torch.inference_mode()
-def _draw_latents(axis, member: FusionModel, features: Mapping[str, Tensor], split: str) -> None:
-    """All modalities on the two axes along which the pooled latents vary most, with the prior's circles."""
-    latents = {name: z.numpy() for name, z in member.encode(features).items()}  # (N, L)
-    pooled = np.concatenate(list(latents.values()))
-    # not centred: the prior's mean is the origin, and a shift of the latents must stay visible
-    _, _, axes = np.linalg.svd(pooled, full_matrices=False)
+def _aggregate_latents(member: FusionModel, split: Split) -> dict[str, np.ndarray]:
+    """(N, L) per modality: the mean latent and one draw of its noise for every example."""
+    found = {}
+    for name in member.modalities:
+        z, variances = latents_of_split(member, split, name)
+        noise = np.random.default_rng(0).standard_normal(z.shape)
+        found[name] = z if variances is None else z + np.sqrt(variances) * noise
+    return found
+
+
+def main_axes(latents: Mapping[str, np.ndarray]) -> np.ndarray:
+    """(2, L) the directions along which the pooled latents lie farthest from the origin, the prior's mean."""
+    return np.linalg.svd(np.concatenate(list(latents.values())), full_matrices=False)[2][:2]
+
+
+def random_plane(latents: Mapping[str, np.ndarray]) -> np.ndarray:
+    """(2, L) orthonormal, the same for every run of that width; (1, 1) of a single coordinate."""
+    width = next(iter(latents.values())).shape[1]
+    return np.linalg.qr(np.random.default_rng(width).standard_normal((width, min(2, width))))[0].T
+
+
+def _draw_plane(axis, latents: Mapping[str, np.ndarray], plane: np.ndarray, title: str) -> None:
+    """All modalities on two directions, with the circles that the prior fills."""
     for (name, z), color in zip(latents.items(), itertools.cycle((BLUE, ORANGE, *TERM_COLORS[3:]))):
-        x, y = (z @ axes[:2].T).T if z.shape[1] > 1 else (z[:, 0], np.zeros(len(z)))  # one axis is all there is
+        x, y = (z @ plane.T).T if len(plane) > 1 else (z[:, 0], np.zeros(len(z)))  # one axis is all there is
         axis.scatter(x, y, s=9, color=color, alpha=0.5, linewidths=0, label=name)
     angle = np.linspace(0, 2 * np.pi, 200)
     for share in (0.5, 0.95):
@@ -244,6 +263,17 @@ def _draw_latents(axis, member: FusionModel, features: Mapping[str, Tensor], spl
         style = "--" if share > 0.5 else "-"
         circle = radius * np.cos(angle), radius * np.sin(angle)
         axis.plot(*circle, color="black", linestyle=style, linewidth=0.8, label=f"N(0, I) holds {share:.0%}")
-    axis.set(title=f"latents on {split}, first seed: two main axes, prior", aspect="equal")
-    axis.set(xlabel="first axis", ylabel="second axis")
+    axis.set(title=title, aspect="equal", xlabel="first axis", ylabel="second axis")
     _legend_below(axis, 2 if len(latents) < 3 else 3)
+
+
+def _draw_norms(axis, latents: Mapping[str, np.ndarray], title: str) -> None:
+    """Sorted squared norms against the quantiles of chi-square with L degrees of freedom, which are the prior's."""
+    highest = 0.0
+    for (name, z), color in zip(latents.items(), itertools.cycle((BLUE, ORANGE, *TERM_COLORS[3:]))):
+        expected = chi2.ppf((np.arange(len(z)) + 0.5) / len(z), z.shape[1])
+        axis.plot(expected, np.sort(np.square(z).sum(1)), ".", color=color, alpha=0.6, markersize=4, label=name)
+        highest = max(highest, expected[-1])
+    axis.plot([0, highest], [0, highest], color="black", linestyle=":", linewidth=0.8, label="N(0, I)")
+    axis.set(title=title, xlabel="quantiles of chi-square", ylabel="|z|^2")
+    _legend_below(axis, 3)

@@ -23,6 +23,7 @@ from mmfusion.runs.checks import Sections, check_stacks, check_terms
 from mmfusion.runs.folder import RunFolder
 from mmfusion.runs.missing import missing_report
 from mmfusion.runs.outputs import MetricsLog, SilentLog, save_ensembles, write_predictions
+from mmfusion.runs.prior import print_prior, prior_report
 from mmfusion.training.fit import Method, fit_methods
 from mmfusion.training.objective import Term
 from mmfusion.training.trainer import Trained
@@ -148,6 +149,9 @@ def report_and_save(folder: Path, datasets: Sequence[Dataset], outcome: Outcome)
         ranks = report.rank_report(of_first_fold, dataset.splits[dataset.selection].features, dataset.task)
         report.print_ranks(ranks, dataset.selection, dataset.task)
         results["ranks"] = ranks
+    if main.shape["fusion"] == "lmf":
+        results["prior"] = prior_report(datasets, main)
+        print_prior(results["prior"])
     save_ensembles(folder, outcome.ensembles)
     write_card(folder, dataset, main, outcome.scores, len(datasets))
     write_predictions(folder, dataset, outcome.parts, predictions)

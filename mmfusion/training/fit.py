@@ -17,7 +17,8 @@ from mmfusion.data.folds import FoldedDataset, fold_datasets, only, target_scale
 from mmfusion.dataset import Dataset, Fold
 from mmfusion.metrics.tasks import balanced_weights, selection_score
 from mmfusion.models.fusion import Fusion, FusionEnsemble, FusionModel, ModelConfig
-from mmfusion.training.objective import Term, objective, predict
+from mmfusion.models.whitening import whiten_latents
+from mmfusion.training.objective import PRIOR_TERMS, Term, objective, predict
 from mmfusion.training.recipe import ObjectiveConfig, TrainingConfig
 from mmfusion.training.trainer import Member, Problem, Schedule, Trained, TrainingData, train
 
@@ -85,6 +86,7 @@ def fit_methods(
         "output_dim": first.output_dim,
         "fusion": fusion,
         "spectral_norm": model.spectral_norm,
+        "noise": model.noise if fusion == "lmf" else "none",
     }
     fitted = [_fitted(shape, data, fold, first.task) for fold in data.folds]
 
@@ -102,6 +104,7 @@ def fit_methods(
         "alignment": objectives.alignment,
         "scale": 1.0 if scale is None else scale.to(device),
         "class_weights": None if class_weights is None else class_weights.to(device),
+        "prior": objectives.prior,
         "further": {name: term for name, (_, term) in (further_terms or {}).items()},
     }
     problem = Problem(
@@ -123,12 +126,22 @@ def fit_methods(
     term_weights |= {name: weight for name, (weight, _) in (further_terms or {}).items()}
     members = _members(methods, term_weights, training, len(data.folds))
     trained = train(problem, members, data, schedule, device=device, checkpoint=checkpoint, on_epoch=on_epoch)
+    if fusion == "lmf" and model.spectral_norm is None:
+        give_prior(trained.models, members, data)
     count = training.seeds * len(data.folds)
     ensembles = [
         FusionEnsemble.from_members(trained.models[i * count : (i + 1) * count], **shape, task=first.task)
         for i in range(len(methods))
     ]
     return ensembles, trained
+
+
+def give_prior(models: Sequence[FusionModel], members: Sequence[Member], data: TrainingData) -> None:
+    """Mean 0 and covariance I to the latents of those that were trained towards the prior (`whiten_latents`)."""
+    for model, member in zip(models, members, strict=True):
+        if any(member.loss_weights.get(name) for name in PRIOR_TERMS):
+            rows = data.folds[member.fold].train
+            whiten_latents(model, {name: x[rows] for name, x in data.train.features.items()})
 
 
 def _training_data(datasets: Sequence[Dataset], modalities: Sequence[str]) -> tuple[TrainingData, Tensor]:
@@ -162,11 +175,12 @@ def _members(
     return [
         Member(
             seed,
-            weights if method.prior else {**weights, "mmd": 0.0},
+            weights if method.prior else weights | {name: 0.0 for name in PRIOR_TERMS if name in weights},
             training.weight_decay,
             {"active_rank": method.active_rank},
             {name: training.modality_dropout for name in modalities if len(modalities) > 1},
             fold,
+            training.feature_dropout,
         )
         for method in methods
         for seed in range(training.first_seed, training.first_seed + training.seeds)

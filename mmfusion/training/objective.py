@@ -1,19 +1,22 @@
 """The named loss terms of one fusion model on one batch; their weighted sum is minimised."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jwae_module import mmd_penalty, reconstruction_error
+from jwae_module import bures_penalty, mmd_penalty, reconstruction_error
 from mmfusion.dataset import Task
 from mmfusion.losses.contrastive import info_nce, margin_ranking
+from mmfusion.losses.expected import expected_absolute_error, moderated_logits
 from mmfusion.models.fusion import FusionOutput
 from mmfusion.training.trainer import Batch, ModelCall
 
 Alignment = Literal["margin", "info_nce"]
+Prior = Literal["mmd", "bures"]
+PRIOR_TERMS: dict[Prior, Callable[..., Tensor]] = {"mmd": mmd_penalty, "bures": bures_penalty}
 Term = Callable[[FusionOutput, Batch], Tensor]
 """a further loss term: what one model says of one batch, and the batch -> a scalar"""
 FIT_TERM: dict[Task, str] = {
@@ -25,7 +28,7 @@ FIT_TERM: dict[Task, str] = {
 
 
 def fit_loss(
-    prediction: Tensor,
+    output: FusionOutput,
     target: Tensor,
     task: Task = "binary",
     target_scale: Tensor | float = 1.0,
@@ -33,20 +36,26 @@ def fit_loss(
 ) -> Tensor:
     """Mean over the batch of how far a prediction is from its target: cross-entropy, or absolute error.
 
+    Where the prediction is uncertain: the cross-entropy of the expected probability, the expected absolute error.
+
     Args:
-        prediction: (B, O), logits or values.
+        output: whose `prediction` (B, O) are logits or values, with their `covariance` (B, O, O) or None.
         target: (B,) or (B, O), as in `mmfusion.dataset.Split`.
         target_scale: () or (O,), what a regression's errors are divided by: the standard deviation of the targets.
         class_weights: (C,) of a binary or multiclass target, (O, 2) of a multilabel one: what an example of that class
             weighs (`mmfusion.metrics.tasks.balanced_weights`); default 1.
     """
     if task == "regression":
-        values = prediction if target.ndim > 1 else prediction.squeeze(-1)
-        return ((values - target) / target_scale).abs().mean()
+        error = (output.prediction - target.reshape(output.prediction.shape)) / target_scale
+        if output.covariance is None:
+            return error.abs().mean()
+        variance = output.covariance.diagonal(dim1=-2, dim2=-1)
+        return expected_absolute_error(error, variance / target_scale**2).mean()
+    logits = moderated_logits(output.prediction, output.covariance, task)
     if task == "multiclass":
-        losses, weights = F.cross_entropy(prediction, target.long(), reduction="none"), class_weights
+        losses, weights = F.cross_entropy(logits, target.long(), reduction="none"), class_weights
     else:
-        logits = prediction if target.ndim > 1 else prediction.squeeze(-1)
+        logits = logits if target.ndim > 1 else logits.squeeze(-1)
         if class_weights is None:
             return F.binary_cross_entropy_with_logits(logits, target)
         losses, weights = F.binary_cross_entropy_with_logits(logits, target, reduction="none"), class_weights
@@ -62,6 +71,7 @@ def loss_terms(
     alignment: Alignment = "margin",
     target_scale: Tensor | float = 1.0,
     class_weights: Tensor | None = None,
+    prior: Collection[Prior] = ("mmd",),
 ) -> dict[str, Tensor]:
     """The named terms whose weighted sum a fusion model is trained on, as scalars of one batch.
 
@@ -71,9 +81,12 @@ def loss_terms(
         task: names the first term: "bce", "cross_entropy" or "absolute_error".
         alignment: which loss aligns the latents of one example; a single modality has nothing to be aligned with, and
             then there is no such term.
+        prior: the penalties towards N(0, I), each a term, mean over modalities.
     """
-    terms = {FIT_TERM[task]: fit_loss(output.prediction, target, task, target_scale, class_weights)}
-    terms["mmd"] = torch.stack([mmd_penalty(z) for z in output.latents.values()]).mean()
+    terms = {FIT_TERM[task]: fit_loss(output, target, task, target_scale, class_weights)}
+    for name in prior:
+        distances = [PRIOR_TERMS[name](z, output.variances.get(m)) for m, z in output.latents.items()]
+        terms[name] = torch.stack(distances).mean()
     terms["reconstruction"] = reconstruction_error(output.standardised, output.reconstructions)
     if len(output.latents) > 1:
         align = info_nce if alignment == "info_nce" else margin_ranking
@@ -89,13 +102,14 @@ def objective(
     scale: Tensor | float = 1.0,
     class_weights: Tensor | None = None,
     further: Mapping[str, Term] | None = None,
+    prior: Collection[Prior] = ("mmd",),
 ) -> dict[str, Tensor]:
     """Loss terms (`loss_terms`) of one model on one batch, and the `further` ones by their names.
 
     batch.features holds (B, d_m) per modality, batch.target (B,) or (B, O).
     """
-    output = model(batch.features, present=batch.present)
-    terms = loss_terms(output, batch.target, task, alignment, scale, class_weights)
+    output = model(batch.features, present=batch.present, kept=batch.kept)
+    terms = loss_terms(output, batch.target, task, alignment, scale, class_weights, prior)
     return terms | {name: term(output, batch) for name, term in (further or {}).items()}
 
 
@@ -107,5 +121,6 @@ def predict(
     features holds (N, d_m) per modality; the head sees 0 in place of the latents of those in `missing`.
     """
     present = {name: features[name].new_zeros(len(features[name])) for name in missing}
-    prediction = model(features, reconstruct=False, present=present).prediction
+    output = model(features, reconstruct=False, present=present)
+    prediction = moderated_logits(output.prediction, output.covariance, task)
     return prediction.squeeze(-1) if task != "multiclass" and prediction.shape[-1] == 1 else prediction

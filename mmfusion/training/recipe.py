@@ -9,7 +9,7 @@ from typing import Literal
 from mmfusion.dataset import Task
 from mmfusion.errors import InputError, check_numbers, check_types
 from mmfusion.models.fusion import ModelConfig
-from mmfusion.training.objective import FIT_TERM, Alignment
+from mmfusion.training.objective import FIT_TERM, Alignment, Prior
 
 INFINITY = float("inf")
 
@@ -19,7 +19,9 @@ class ObjectiveConfig:
     """What is minimised: BCE + mmd * MMD^2 + reconstruction * squared error + alignment * pair alignment."""
 
     mmd_weight: float = 1.0
-    """weight of the MMD to the Gaussian prior; 0 turns the prior off"""
+    """weight of the MMD to the Gaussian prior; 0, with --bures-weight 0, turns the prior off"""
+    bures_weight: float = 0.0
+    """weight of the 2-Wasserstein distance of the latents' mean and covariance to the prior's"""
     reconstruction_weight: float = 0.1
     """weight of the reconstruction error"""
     alignment_weight: float = 0.1
@@ -37,9 +39,16 @@ class ObjectiveConfig:
         weights = {FIT_TERM[task]: 1.0}
         for field in fields(self):
             term = field.name.removesuffix("_weight")
+            if term == "bures" and not self.bures_weight:
+                continue  # and is not computed
             if term != field.name and (term != "alignment" or len(modalities) > 1):
                 weights[term] = getattr(self, field.name) if active is None or term in active else 0.0
         return weights
+
+    @property
+    def prior(self) -> tuple[Prior, ...]:
+        """The penalties towards the prior that are terms of the loss."""
+        return ("mmd", "bures") if self.bures_weight else ("mmd",)
 
     def check(self) -> None:
         """Raise InputError naming the first flag out of range."""
@@ -74,6 +83,8 @@ class TrainingConfig:
     """decoupled, on weight matrices"""
     modality_dropout: float = 0.0
     """rate at which each modality is hidden in training, of models that have several"""
+    feature_dropout: float = 0.0
+    """rate at which single features are set to their mean in training"""
     class_weight: Literal["none", "balanced"] = "none"
     """balanced: every class (of a multilabel target, each label's presence and absence) weighs alike in the fit"""
     device: str = "auto"
@@ -96,6 +107,8 @@ class TrainingConfig:
             raise InputError(f"--learning-rate {self.learning_rate}: give a number above 0, for instance 1e-3")
         if not 0 <= self.modality_dropout < 1:
             raise InputError(f"--modality-dropout {self.modality_dropout}: give a rate from 0 up to, not including, 1")
+        if not 0 <= self.feature_dropout <= 0.99:
+            raise InputError(f"--feature-dropout {self.feature_dropout}: give a rate from 0 to 0.99")
         check_compiler(self.compile)
 
 
@@ -136,4 +149,8 @@ class Recipe:
     @property
     def objective(self) -> ObjectiveConfig:
         """The weights of the loss terms."""
-        return ObjectiveConfig(self.mmd_weight, self.reconstruction_weight, self.alignment_weight)
+        return ObjectiveConfig(
+            mmd_weight=self.mmd_weight,
+            reconstruction_weight=self.reconstruction_weight,
+            alignment_weight=self.alignment_weight,
+        )

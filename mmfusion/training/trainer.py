@@ -37,6 +37,7 @@ class Batch(NamedTuple):
     features: dict[str, Tensor]  # (B, d_m)
     target: Tensor  # (B,) or (B, O)
     present: dict[str, Tensor] = {}  # noqa: RUF012 (B,) of 1 and 0 where modalities are dropped; empty where none is
+    kept: dict[str, Tensor] = {}  # noqa: RUF012 (B, d_m) of 0 and 1 / (1 - rate) where features are dropped; or empty
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ class Member:
     """rate at which each modality is hidden in training, independently; a modality that is not named is always seen"""
     fold: int = 0
     """which of the folds it is trained on"""
+    feature_dropout: float = 0.0
+    """rate at which each feature of each example is set to its mean in training, a multiple of 1/256"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +104,12 @@ def epoch_uniforms(seed: int, epoch: int, examples: int, modalities: int) -> Ten
     All rates share them, so what is hidden at a low rate is hidden at every higher one too.
     """
     return torch.from_numpy(np.random.default_rng([seed, epoch, 1]).random((examples, modalities), dtype=np.float32))
+
+
+def batch_bytes(seed: int, epoch: int, step: int, examples: int, features: int) -> Tensor:
+    """Uniform bytes (examples, features) of a step: a feature of rate p is dropped where they are < 256 p."""
+    generator = np.random.default_rng([seed, epoch, 2, step])
+    return torch.from_numpy(generator.integers(0, 256, (examples, features), dtype=np.uint8))
 
 
 def build_members(build: Callable[[Member], nn.Module], members: list[Member]) -> list[nn.Module]:
@@ -410,6 +419,8 @@ class _Feed:
             for name in self.features
             if any(member.dropout.get(name, 0) for member in members)
         }  # (S,) of every modality that some member drops
+        rates = [round(256 * member.feature_dropout) / 256 for member in members]
+        self.feature_rates = torch.tensor(rates, device=device) if any(rates) else None  # (S,)
 
     def batches(self, epoch: int) -> Iterator[Batch]:
         """Batches with features (S, B, d_m), target (S, B) and, if a modality is dropped, present (S, B)."""
@@ -427,7 +438,19 @@ class _Feed:
                 name: (uniforms[:, part, names.index(name)] >= rate[:, None]).float()
                 for name, rate in self.rates.items()
             }
-            yield Batch({name: x[rows] for name, x in self.features.items()}, self.target[rows], present)
+            features = {name: x[rows] for name, x in self.features.items()}
+            yield Batch(features, self.target[rows], present, self._kept(epoch, k, features))
+
+    def _kept(self, epoch: int, step: int, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What each feature (S, B, d_m) is multiplied by, once standardised; empty where none is dropped."""
+        if self.feature_rates is None:
+            return {}
+        widths = [x.shape[-1] for x in features.values()]
+        drawn = [batch_bytes(seed, epoch, step, self.batch_size, sum(widths)) for seed, _ in self.orders]
+        drawn = torch.stack(drawn).to(self.target.device)[self.row.to(self.target.device)]  # (S, B, all d)
+        rates = self.feature_rates[:, None, None]
+        kept = (drawn >= 256 * rates).float() / (1 - rates)
+        return dict(zip(features, kept.split(widths, -1), strict=True))
 
 
 class _Selection:

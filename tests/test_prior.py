@@ -1,0 +1,74 @@
+"""The four numbers of the latents and the two of their means; what a run says of them."""
+
+import numpy as np
+import pytest
+
+from mmfusion.data.arrays import ArraysConfig
+from mmfusion.metrics.prior import NUMBERS, check_prior
+from mmfusion.models.fusion import ModelConfig
+from mmfusion.train import Config, fit
+from mmfusion.training.recipe import TrainingConfig
+
+
+def normal(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+def test_draws_of_the_prior_pass_in_98_of_100_cases_each_number():
+    held = np.array([[n.holds for n in check_prior(normal(200, 8, seed=s)).follows.values()] for s in range(300)])
+    assert held.shape == (300, 4) and (abs(held.mean(0) - 0.98) < 0.03).all()
+
+
+@pytest.mark.parametrize(
+    ("latents", "wrong"),
+    [
+        (normal(500, 8) * 1.5, "mean |std - 1|"),
+        (normal(500, 8) * np.array([3, *[1] * 7]), "largest eigenvalue"),
+        (normal(500, 8) * np.array([*[1] * 4, *[0.1] * 4]), "effective dimension"),
+        (normal(500, 8) + 2, "share in the 95 % ball"),
+        (np.outer(normal(500), np.ones(8)), "effective dimension"),
+    ],
+)
+def test_each_number_sees_what_it_is_for(latents, wrong):
+    check = check_prior(latents)
+    assert not check.follows[wrong].holds and not check.enforced
+
+
+def test_what_the_means_carry_is_told_from_noise():
+    silent = check_prior(np.zeros((500, 8)), np.ones(8))
+    assert silent.enforced and silent.dimension_of_means == 0 and silent.share_of_means == 0
+    half = check_prior(normal(2000, 8) * np.array([1, 1, 1, 1, 0, 0, 0, 0]), np.array([0, 0, 0, 0, 1, 1, 1, 1]))
+    assert half.enforced and abs(half.dimension_of_means - 4) < 0.1 and abs(half.share_of_means - 0.5) < 0.02
+    certain = check_prior(normal(2000, 8))
+    assert certain.share_of_means == 1 and certain.dimension_of_means > 7.5
+
+
+def test_other_shapes_are_refused():
+    for wrong in (np.zeros(5), np.zeros((1, 4))):
+        with pytest.raises(ValueError, match="means must be"):
+            check_prior(wrong)
+
+
+def test_a_run_prints_keeps_and_reaches_the_moments_on_train(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    arrays = {"a": rng.normal(size=(240, 6)), "b": rng.normal(size=(240, 5))}
+    arrays["target"] = (arrays["a"][:, 0] * arrays["b"][:, 0] > 0).astype(int)
+    training = TrainingConfig(seeds=2, epochs=3, batch_size=16, learning_rate=1e-2, device="cpu")
+    run = fit(arrays, Config(ArraysConfig(hold_out=0.25), training, ModelConfig(4, 8, 2)))
+    reports = run.results["prior"]
+    assert {(one["modality"], one["split"]) for one in reports} == {
+        (name, split) for name in "ab" for split in run.trained.datasets[0].splits
+    }
+    for one in reports:
+        assert list(one["numbers"]) == list(NUMBERS) and all(len(values) == 2 for values in one["numbers"].values())
+        if one["split"] == "train":
+            assert max(one["numbers"]["mean |std - 1|"]) < one["ranges"]["mean |std - 1|"][1]
+            assert max(one["numbers"]["largest eigenvalue"]) < 2
+    said = capsys.readouterr().out
+    assert "do the latents follow N(0, I)?" in said and "a train" in said and "of 2 seeds" in said
+    for member in run.ensemble.members:
+        features = run.trained.datasets[0].splits["train"].features
+        z = member.latents(features)[0]
+        total = z.T.cov().diagonal() + member.latent_variances()[0]
+        np.testing.assert_allclose(total.detach().numpy(), 1, atol=1e-4)

@@ -1,0 +1,97 @@
+"""Whitening changes the coordinates of the latents and nothing that a model says."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmfusion.metrics.prior import check_prior
+from mmfusion.models.fusion import FusionModel
+from mmfusion.models.spectral_norm import normalise_spectrally
+from mmfusion.models.whitening import whiten_latents
+
+
+def trained_looking(modalities: int = 2, **shape: object) -> tuple[FusionModel, dict[str, Tensor]]:
+    """A float64 model with latents of unequal variances off the origin, and 300 raw examples."""
+    torch.manual_seed(0)
+    dims = {name: 6 + i for i, name in enumerate("abc"[:modalities])}
+    model = FusionModel(dims, 5, 16, 3, **shape).double()
+    features = {name: torch.randn(300, d).double() * 3 + 1 for name, d in dims.items()}
+    model.fit_standardisation(features)
+    with torch.no_grad():
+        for name in dims:
+            model.jwae.encoders[name][-1].weight.mul_(torch.tensor([30.0, 5.0, 2.0, 1.0, 0.3])[:, None])
+            model.jwae.encoders[name][-1].bias.add_(2)
+            if model.jwae.noise == "dimension":
+                model.jwae.set_noise(name, torch.tensor([0.5, 0.1, 4.0, 1e-6, 1.0]))
+    return model, features
+
+
+@pytest.mark.parametrize("noise", ["none", "dimension"])
+@pytest.mark.parametrize(
+    "shape", [{}, {"fused_dim": 4, "output_dim": 2}, {"output_dim": 3}, {"modalities": 1}, {"modalities": 3}]
+)
+def test_nothing_that_the_model_says_changes(noise, shape):
+    model, features = trained_looking(noise=noise, **shape)
+    before = copy.deepcopy(model)(features)
+    whiten_latents(model, features)
+    after = model(features)
+    torch.testing.assert_close(after.prediction, before.prediction, rtol=1e-8, atol=1e-8)
+    for name, x in before.reconstructions.items():
+        torch.testing.assert_close(after.reconstructions[name], x, rtol=1e-8, atol=1e-8)
+    if noise == "dimension":
+        torch.testing.assert_close(after.covariance, before.covariance, rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize("noise", ["none", "dimension"])
+def test_the_latents_have_the_moments_of_the_prior_and_the_most_telling_coordinate_first(noise):
+    model, features = trained_looking(noise=noise)
+    whiten_latents(model, features)
+    output = model(features)
+    for name, z in output.latents.items():
+        spread = output.variances.get(name, torch.zeros(5).double())
+        torch.testing.assert_close(z.mean(0), torch.zeros(5).double(), rtol=0, atol=1e-9)
+        torch.testing.assert_close(z.T.cov() + torch.diag(spread), torch.eye(5).double(), rtol=0, atol=1e-8)
+        assert (spread.diff() >= -1e-9).all()
+    again = copy.deepcopy(model)
+    whiten_latents(again, features)
+    torch.testing.assert_close(again(features).prediction, output.prediction, rtol=1e-8, atol=1e-8)
+    check = check_prior(output.latents["a"].detach().numpy(), spread.detach().numpy() if noise != "none" else None)
+    assert check.follows["largest eigenvalue"].value < 1.5
+
+
+def test_a_direction_without_variance_keeps_its_scale_and_the_function_its_values():
+    model, features = trained_looking()
+    with torch.no_grad():
+        model.jwae.encoders["a"][-1].weight[2] = 0
+        model.jwae.encoders["a"][-1].bias[2] = 7
+    before = model(features).prediction.detach()
+    whiten_latents(model, features)
+    output = model(features)
+    torch.testing.assert_close(output.prediction, before, rtol=1e-8, atol=1e-8)
+    stds = output.latents["a"].std(0).sort().values
+    torch.testing.assert_close(stds, torch.tensor([0.0, 1, 1, 1, 1]).double(), rtol=0, atol=1e-6)
+
+
+def test_float32_models_keep_what_they_say_up_to_rounding():
+    model, features = trained_looking(noise="dimension")
+    model, features = model.float(), {name: x.float() for name, x in features.items()}
+    before = model(features)
+    before = before.prediction.detach(), before.covariance.detach()
+    whiten_latents(model, features)
+    after = model(features)
+    for x, y in zip((after.prediction, after.covariance), before, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4 * float(y.abs().max()))
+
+
+def test_other_heads_and_bound_weights_and_single_examples_are_refused():
+    model, features = trained_looking(fusion="concatenation")
+    with pytest.raises(ValueError, match="LMF"):
+        whiten_latents(model, features)
+    model, features = trained_looking()
+    with pytest.raises(ValueError, match="2 examples"):
+        whiten_latents(model, {name: x[:1] for name, x in features.items()})
+    normalise_spectrally(model.fusion, 1.0)
+    with pytest.raises(ValueError, match="free weights"):
+        whiten_latents(model, features)
