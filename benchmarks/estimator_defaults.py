@@ -25,25 +25,11 @@ from mmfusion.dataset import Split
 from mmfusion.errors import InputError
 from mmfusion.estimators import FusionClassifier
 
-BEST = {
-    "annealing": "none",
-    "keep": "best",
-    "weight_decay": 0.01,
-    "modality_dropout": 0.0,
-    "patience": 10,
-    "epochs": 60,
-}
-LAST = {"annealing": "cosine", "keep": "last", "epochs": 30}
+LAST = {"annealing": "cosine", "keep": "last", "epochs": 20}
 SETTINGS: dict[str, dict[str, object]] = {
-    "best epoch, no regularisation": BEST,
-    "best epoch, dropout .3, decay 1": BEST | {"modality_dropout": 0.3, "weight_decay": 1.0},
-    **{
-        f"last epoch, dropout {dropout:g}, decay {decay:g}": LAST | {"modality_dropout": dropout, "weight_decay": decay}
-        for dropout in (0.0, 0.1, 0.3)
-        for decay in (0.01, 1.0, 3.0)
-    },
-    "last epoch, dropout .1, decay 1, rank 16": LAST | {"modality_dropout": 0.1, "weight_decay": 1.0, "rank": 16},
-    "last epoch, dropout .1, decay 1, MMD .1": LAST | {"modality_dropout": 0.1, "weight_decay": 1.0, "mmd_weight": 0.1},
+    "best epoch, certain latents, whole features": {"noise": "none", "feature_dropout": 0.0},
+    **{f"best epoch, feature dropout {rate:g}": {"feature_dropout": rate} for rate in (0.0, 0.5, 0.8)},
+    **{f"last of 20 epochs, feature dropout {rate:g}": LAST | {"feature_dropout": rate} for rate in (0.5, 0.8)},
 }
 
 

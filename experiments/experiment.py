@@ -325,6 +325,20 @@ def contrast_table(contrasts: Sequence[Contrast]) -> str:
     return "\n".join(lines)
 
 
+def verdict_of_rank(grid: Grid, label: str, verdict: Verdict) -> tuple[Verdict, str]:
+    """The verdict, or none where the latents of the setting at the largest rank leave that rank nothing to bind.
+
+    Returns it with a sentence for the answer, which says how many dimensions tell examples apart.
+    """
+    rank, dimension = grid.settings[grid.index(label)].rank, grid.latent_dimension(label)
+    if dimension >= rank:
+        return verdict, f" The latents vary in {dimension:.1f} effective dimensions, no fewer than rank {rank}."
+    return "not identified", (
+        f" No verdict about rank: the latents of '{label}' vary in {dimension:.1f} effective dimensions, fewer than "
+        "its rank, so a higher rank has nothing to bind."
+    )
+
+
 def main(experiment: Experiment) -> None:
     """Entry point of an experiment's file."""
     end_process(run(experiment, sys.argv[1:]))

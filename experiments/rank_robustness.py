@@ -23,7 +23,15 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from experiments.experiment import SCORE_EFFECT, Experiment, Outcome, Run, contrasts_on_test, main
+from experiments.experiment import (
+    SCORE_EFFECT,
+    Experiment,
+    Outcome,
+    Run,
+    contrasts_on_test,
+    main,
+    verdict_of_rank,
+)
 from mmfusion.data.folds import FoldedDataset, only
 from mmfusion.metrics.format import mean_std
 from mmfusion.metrics.scores import example_scores
@@ -100,6 +108,7 @@ def measure(data: FoldedDataset, run: Run) -> Outcome:
     effects = {name: RATIO_EFFECT if name.startswith("gradient") else SCORE_EFFECT for name in named}
     contrasts = contrasts_on_test(data, named, effects)
     verdict = combine([c.verdict for c in contrasts if c.decides], "all")
+    verdict, bound = verdict_of_rank(grids[0], f"prior, rank {HIGH}", verdict)
     by_name = {c.name: c for c in contrasts}
     answer = "Ranks 2-4 against 32: " + ", ".join(
         f"{name.split(':')[0]} {by_name[name].estimate:+.3f} [{by_name[name].low:+.3f}, {by_name[name].high:+.3f}]"
@@ -109,7 +118,7 @@ def measure(data: FoldedDataset, run: Run) -> Outcome:
         table(data, result),
         contrasts,
         verdict,
-        answer + ".",
+        answer + "." + bound,
         {label: {key: v.tolist() for key, v in cells.items()} for label, cells in per_seed(result).items()},
         lambda figure: draw(figure, data, result),
         (14.0, 4.4),

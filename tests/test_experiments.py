@@ -31,6 +31,7 @@ from mmfusion.data.registry import DataOptions, load_folded
 from mmfusion.dataset import Dataset, Split
 from mmfusion.errors import InputError
 from mmfusion.metrics.scores import example_scores
+from mmfusion.models.whitening import whiten_latents
 from mmfusion.training import grid as grids
 from mmfusion.training.grid import JWAE, PLAIN, Recipe, Setting, per_example, train_grid
 
@@ -133,6 +134,26 @@ def test_missing_modality_changes_nothing_but_through_its_latent():
     noisy.pool.features["audio"].normal_()
     grid.data = noisy
     np.testing.assert_array_equal(grid.without(["audio"], [0]), without)
+
+
+def test_latents_of_fewer_dimensions_than_the_rank_give_no_verdict_about_it():
+    data = folded(folds=4)
+    grid = train_grid(data, [Setting("rank 2", 2)], [0, 1], SMALL)
+    for model in grid.models:  # wide in every direction of the first fold, nearly so in the others
+        whiten_latents(model, {name: x[data.folds[0].train] for name, x in data.pool.features.items()})
+    found = grid.latent_dimension("rank 2")
+    by_hand = []
+    for model, fold in zip(grid.models, [*range(len(data.folds))] * 2, strict=True):
+        rows = data.folds[fold].train
+        z = model.latents({name: x[rows] for name, x in data.pool.features.items()})
+        values = [torch.linalg.eigvalsh(one.detach().double().T.cov()) for one in z]
+        by_hand.append([(v.sum() ** 2 / v.square().sum()).item() for v in values])
+    assert found == pytest.approx(np.min(np.mean(by_hand, 0))) and found > 2
+    assert frame.verdict_of_rank(grid, "rank 2", "supported")[0] == "supported"
+    for model in grid.models:
+        model.jwae.encoders[model.modalities[0]][-1].weight.data[1:] = 0  # a line
+    verdict, said = frame.verdict_of_rank(grid, "rank 2", "supported")
+    assert verdict == "not identified" and "1.0 effective dimensions" in said
 
 
 def test_killed_grid_goes_on_with_the_same_bits(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mmfusion.data.folds import FoldedDataset, targets
+from mmfusion.metrics.prior import check_prior
 from mmfusion.metrics.scores import example_losses, example_scores
 from mmfusion.metrics.tasks import selection_score
 from mmfusion.models.fusion import FusionEnsemble, FusionModel
@@ -84,6 +85,19 @@ class Grid:
         outputs = outputs_of(self.data, self.members(places), missing)
         outputs = outputs.reshape(len(places), *self.outputs.shape[1:])
         return per_example(self.data, select(self.data, outputs, part), part, of)
+
+    @torch.inference_mode()
+    def latent_dimension(self, label: str) -> float:
+        """Effective dimension of Cov(mu) on a setting's own training parts: mean over members, least of the modalities.
+
+        An interaction between latents of fewer dimensions than its rank has a rank of their dimension.
+        """
+        found = []
+        for k, model in enumerate(self.members([self.index(label)])):
+            rows = self.data.folds[k % len(self.data.folds)].train
+            latents = model.latents({name: x[rows] for name, x in self.data.pool.features.items()})
+            found.append([check_prior(z.double().numpy()).dimension_of_means for z in latents])
+        return float(np.min(np.mean(found, axis=0)))
 
     def scores(self, part: str = "test") -> np.ndarray:
         """(P, S, n): additive score of each example, larger is better (mmfusion.metrics.scores.example_scores)."""
