@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from mmfusion.metrics.scores import example_losses, example_scores
 from mmfusion.metrics.tasks import selection_score
 from mmfusion.models.fusion import FusionEnsemble, FusionModel
 from mmfusion.training.objective import objective, predict
-from mmfusion.training.recipe import Recipe
+from mmfusion.training.recipe import ObjectiveConfig, Recipe
 from mmfusion.training.trainer import EVALUATION_CHUNK, Member, Problem, Schedule, TrainingData, train
 
 
@@ -34,6 +34,8 @@ class Setting:
     """default: the recipe's"""
     dropout: Mapping[str, float] | None = None
     """rate at which each modality is hidden in training; default: the recipe's, for all"""
+    mmd_weight: float | None = None
+    """weight of the prior where it is on; default: the recipe's"""
 
 
 MEMBERS_AT_ONCE = 320  # keeps every experiment below 4 GB; the rest of a grid follows in further blocks
@@ -143,7 +145,7 @@ def train_grid(
 ) -> Grid:
     """Train every setting with every seed on every fold, at once up to MEMBERS_AT_ONCE members: memory is bounded.
 
-    `shape` holds further arguments of every FusionModel: fusion, fused_dim, spectral_norm.
+    `shape` holds further arguments of every FusionModel: fusion, fused_dim, spectral_norm, noise.
     """
     shape = {
         "input_dims": data.input_dims,
@@ -198,7 +200,7 @@ def _members(data: FoldedDataset, settings: Sequence[Setting], seeds: Sequence[i
     return [
         Member(
             seed,
-            recipe.objective.loss_weights(data.task, data.input_dims, setting.terms),
+            _objective(setting, recipe).loss_weights(data.task, data.input_dims, setting.terms),
             recipe.weight_decay if setting.weight_decay is None else setting.weight_decay,
             {"rank": setting.rank},
             _dropout(setting, recipe, data),
@@ -228,6 +230,11 @@ def _fitted(shape: dict, data: FoldedDataset, rows: Tensor) -> FusionModel:
     if data.task == "regression":
         model.rescale.fit(data.pool.target[rows])
     return model
+
+
+def _objective(setting: Setting, recipe: Recipe) -> ObjectiveConfig:
+    weight = recipe.mmd_weight if setting.mmd_weight is None else setting.mmd_weight
+    return replace(recipe.objective, mmd_weight=weight)
 
 
 def _dropout(setting: Setting, recipe: Recipe, data: FoldedDataset) -> dict[str, float]:
