@@ -64,7 +64,8 @@ def place(tmp_path_factory):
     write_memes(folder / "memes", {"train": 40, "dev": 12, "test": 4, "dev_unseen": 16})
     flags = (
         "--jsonl memes/train.jsonl --image-encoder random:resnet50 --image-size 32 --text-encoder random:bert "
-        "--latent-dim 4 --hidden-dim 6 --rank 2 --epochs 3 --batch-size 16 --device cpu --seeds 2 --name memes"
+        "--latent-dim 4 --hidden-dim 6 --rank 2 --noise none --epochs 3 --batch-size 16 --device cpu --seeds 2 "
+        "--name memes"
     )
     assert main_hateful_memes.run(flags.split()) == 0
     measured = "runs/memes --groups input features latents missing --draws 2 --pixels 2 --name measured"

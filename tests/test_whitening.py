@@ -95,3 +95,23 @@ def test_other_heads_and_bound_weights_and_single_examples_are_refused():
     normalise_spectrally(model.fusion, 1.0)
     with pytest.raises(ValueError, match="free weights"):
         whiten_latents(model, features)
+
+
+def test_a_missing_latent_is_the_prior_where_latents_are_uncertain_and_zero_where_they_are_not():
+    for noise in ("none", "dimension"):
+        model, features = trained_looking(noise=noise)
+        present = {"a": torch.tensor([1.0, 0.0]).double().repeat(150)}
+        whole, part = model(features), model(features, present=present)
+        prediction, covariance = model.head(whole.latents, present)
+        torch.testing.assert_close(prediction, part.prediction)
+        torch.testing.assert_close(prediction[::2], whole.prediction[::2])
+        by_hand = model.fusion([torch.zeros_like(whole.latents["a"]), whole.latents["b"]])
+        torch.testing.assert_close(prediction[1::2], by_hand[1::2])
+        if noise == "none":
+            assert covariance is None
+            continue
+        torch.testing.assert_close(covariance, part.covariance)
+        noise_of_b = model.latent_variances()[1]
+        there = [torch.zeros_like(whole.latents["a"]), whole.latents["b"]]
+        expected = model.fusion.moments(there, [torch.ones(5).double(), noise_of_b]).covariance
+        torch.testing.assert_close(covariance[1::2], expected[1::2])

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from experiments.baselines import fit_kernel_machine
 from experiments.robustness.corrupted_inputs import corruptions_of, encode_corrupted
+from mmfusion.dataset import Task
 from mmfusion.errors import InputError
+from mmfusion.losses.expected import moderated_logits
 from mmfusion.models.fusion import FusionModel
 from mmfusion.models.mkl_svm import MultipleKernelSVM
 from mmfusion.robustness.corruptions import WITHOUT_CHANCE, add_noise, drop_coordinates, missing_masks
@@ -143,7 +145,7 @@ class Predictor:
             if row == KERNEL_MACHINE:
                 folds.append(self._decide(f, features))
             else:
-                folds.append([_head(m, m.encode(features)) for m in self.run.members(row, f)])
+                folds.append([_said(m, m.encode(features), self.data.task) for m in self.run.members(row, f)])
         return self._joined(folds)
 
     @torch.inference_mode()
@@ -171,9 +173,8 @@ class Predictor:
                     latents[name] = model.jwae.encoders[name](model.standardise[name](new[name]))
                 if condition.group == "latents":
                     latents = self._corrupt_latents(condition, latents, f, model, part)
-                for name in here.keys() & latents.keys():
-                    latents[name] = latents[name] * torch.from_numpy(here[name]).unsqueeze(-1)
-                predictions.append(_head(model, latents))
+                mask = {name: torch.from_numpy(here[name]).float() for name in here.keys() & latents.keys()}
+                predictions.append(_said(model, latents, self.data.task, mask))
             folds.append(predictions)
         return self._joined(folds)
 
@@ -303,6 +304,9 @@ class Predictor:
         return np.concatenate(blocks, axis=1)
 
 
-def _head(model: FusionModel, latents: dict[str, Tensor]) -> Tensor:
-    """Predictions (n, O) of latents."""
-    return model.rescale(model.fusion([latents[name] for name in model.modalities]))
+def _said(
+    model: FusionModel, latents: dict[str, Tensor], task: Task, present: dict[str, Tensor] | None = None
+) -> Tensor:
+    """Logits of the expected probability, or values (n, O), of latents of which some may be missing."""
+    prediction, covariance = model.head(latents, present)
+    return moderated_logits(prediction, covariance, task)

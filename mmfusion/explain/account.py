@@ -205,7 +205,7 @@ def account_for(
     output that is not there.
     """
     modalities = members[0].modalities
-    prediction, parts, slope, radius, latent_std, variance = [], {}, {}, {}, {}, {}
+    prediction, size, parts, slope, radius, latent_std, variance = [], [], {}, {}, {}, {}, {}
     weights = output
     if not isinstance(output, Tensor):
         outputs = len(members[0].rescale.std)
@@ -219,7 +219,9 @@ def account_for(
     for member in members:
         layer, latents, reference = exact_layer(member), latents_of(member, features), latents_of(member, train)
         noise, whole = noise_of(member), chosen(layer(latents))
-        prediction.append(chosen(member(features, reconstruct=False).prediction.double()).numpy())
+        said = member(features, reconstruct=False).prediction.double()
+        prediction.append(chosen(said).numpy())
+        size.append(said.abs().amax(-1).numpy())
         for subset, part in recentred_parts(layer, latents, [z.mean(0) for z in reference]).items():
             parts.setdefault(subset_name(subset, modalities), []).append(chosen(part).numpy())
         for m, name in enumerate(modalities):
@@ -234,7 +236,7 @@ def account_for(
             variance.setdefault(subset_name(subset, modalities), []).append(part.numpy())
     columns = {name: np.stack(values) for name, values in parts.items()}
     prediction = np.stack(prediction)
-    residual = largest_residual(sum(columns.values()), prediction)
+    residual = largest_residual(sum(columns.values()), prediction, np.stack(size))
     return Account(
         modalities,
         prediction,

@@ -20,7 +20,7 @@ from mmfusion.models.decomposition import contrast_layer, recentred_parts
 from mmfusion.models.exact import exact_layer, latents_of
 from mmfusion.models.fusion import FusionModel
 
-TOLERANCE = 1e-5  # of what an account sums to, relative to a prediction above 1
+TOLERANCE = 1e-5  # of what an account sums to, relative to the largest output above 1 of that example
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,13 @@ class RankAccount:
     """(N, R, k) rows of train that are nearest in the coordinates of that rank, nearest first"""
 
 
-def largest_residual(total: np.ndarray, whole: np.ndarray) -> float:
-    """Largest difference; raises ArithmeticError where it is more than rounding."""
+def largest_residual(total: np.ndarray, whole: np.ndarray, size: np.ndarray | float = 0.0) -> float:
+    """Largest difference; raises ArithmeticError where it is more than rounding.
+
+    `size`: of the outputs that `whole` is a difference of, if it is one: they are rounded at theirs.
+    """
     difference = np.abs(total - whole)
-    if not (difference <= TOLERANCE * np.maximum(1, np.abs(whole))).all():
+    if not (difference <= TOLERANCE * np.maximum(np.maximum(1, size), np.abs(whole))).all():
         raise ArithmeticError(f"an account misses what it accounts for by {np.nanmax(difference):.1e}")
     return float(difference.max(initial=0.0))
 

@@ -161,18 +161,27 @@ class FusionModel(nn.Module):
         seen = {name: x * kept[name] for name, x in standardised.items()} if kept else standardised
         latents, variances = self.jwae.posterior(seen)
         reconstructions = self.jwae.decode(latents) if reconstruct else {}
-        seen, spread = dict(latents), dict(variances)
+        prediction, covariance = self.head(latents, present)
+        return FusionOutput(prediction, latents, standardised, reconstructions, variances, covariance)
+
+    def head(
+        self, latents: Mapping[str, Tensor], present: Mapping[str, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Prediction (..., O) of (mean) latents (..., L), and its covariance (..., O, O) where they are uncertain.
+
+        `present` as for `forward`.
+        """
+        means, variances = dict(latents), self.jwae.noise_variances()
+        uncertain = bool(variances)
         for name, mask in (present or {}).items():
-            seen[name] = latents[name] * mask.unsqueeze(-1)
-            if variances:
-                spread[name] = variances[name] * mask.unsqueeze(-1) + (1 - mask.unsqueeze(-1))
-        means, covariance = [seen[name] for name in self.modalities], None
-        if variances:
-            prediction, covariance = self.fusion.moments(means, [spread[name] for name in self.modalities])
-            covariance = covariance * self.rescale.std[:, None] * self.rescale.std
-        else:
-            prediction = self.fusion(means)
-        return FusionOutput(self.rescale(prediction), latents, standardised, reconstructions, variances, covariance)
+            means[name] = latents[name] * mask.unsqueeze(-1)
+            if uncertain:
+                variances[name] = variances[name] * mask.unsqueeze(-1) + (1 - mask.unsqueeze(-1))
+        given = [means[name] for name in self.modalities]
+        if not uncertain:
+            return self.rescale(self.fusion(given)), None
+        mean, covariance = self.fusion.moments(given, [variances[name] for name in self.modalities])
+        return self.rescale(mean), covariance * self.rescale.std[:, None] * self.rescale.std
 
 
 class FusionEnsemble(nn.Module):
