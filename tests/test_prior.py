@@ -1,5 +1,7 @@
 """The four numbers of the latents and the two of their means; what a run says of them."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -7,7 +9,8 @@ from mmfusion.data.arrays import ArraysConfig
 from mmfusion.metrics.prior import NUMBERS, check_prior
 from mmfusion.models.fusion import ModelConfig
 from mmfusion.train import Config, fit
-from mmfusion.training.recipe import TrainingConfig
+from mmfusion.training.fit import Method, _members
+from mmfusion.training.recipe import ObjectiveConfig, TrainingConfig
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
@@ -72,3 +75,24 @@ def test_a_run_prints_keeps_and_reaches_the_moments_on_train(tmp_path, monkeypat
         z = member.latents(features)[0]
         total = z.T.cov().diagonal() + member.latent_variances()[0]
         np.testing.assert_allclose(total.detach().numpy(), 1, atol=1e-4)
+
+
+def test_the_bures_term_is_trained_logged_and_off_in_the_row_without_a_prior(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    arrays = {"a": rng.normal(size=(160, 6)), "b": rng.normal(size=(160, 5))}
+    arrays["target"] = (arrays["a"][:, 0] * arrays["b"][:, 0] > 0).astype(int)
+    training = TrainingConfig(seeds=1, epochs=6, batch_size=32, learning_rate=1e-2, keep="last", device="cpu")
+    last = {}
+    for weight in (0.0, 3.0):
+        objective = ObjectiveConfig(bures_weight=weight)
+        run = fit(arrays, Config(ArraysConfig(hold_out=0.25), training, ModelConfig(4, 8, 2), objective))
+        lines = (run.folder / "metrics.jsonl").read_text().splitlines()
+        records = [json.loads(line) for line in lines if '"loss"' in line]
+        last[weight] = next(r for r in reversed(records) if "rank" in str(r))
+        assert ("bures" in json.dumps(last[weight])) == bool(weight)
+    methods = [Method("on", ("a", "b"), active_rank=2), Method("off", ("a", "b"), active_rank=2, prior=False)]
+    weights = objective.loss_weights("binary", ("a", "b"))
+    members = _members(methods, weights, training, 1)
+    assert [member.loss_weights["bures"] for member in members] == [3.0, 0.0]
+    assert [member.loss_weights["mmd"] for member in members] == [1.0, 0.0]
