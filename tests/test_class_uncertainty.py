@@ -14,6 +14,7 @@ from experiments.uncertainty.measure import Options
 from experiments.uncertainty.predictors import PARTS, PREDICTORS, HeldOutTargets, MethodPredictors
 from mmfusion.cli import run_command
 from mmfusion.data.arrays import ArraysConfig
+from mmfusion.losses.expected import moderated_logits
 from mmfusion.metrics.calibration import aurc, fit_temperature, set_summary
 from mmfusion.metrics.classes import (
     class_entropy,
@@ -196,7 +197,9 @@ def test_run_of_classes_or_labels_is_measured_to_the_end(task, tmp_path, monkeyp
     for f, fold in enumerate(run.trained.data.folds):
         test = {name: x[fold.test] for name, x in run.trained.data.pool.features.items()}
         members = run.trained.members("jWAE-LMF", f)
-        said = np.stack([m(test, reconstruct=False).prediction.detach().double().numpy() for m in members])
+        outputs = [m(test, reconstruct=False) for m in members]
+        said = [moderated_logits(x.prediction, x.covariance, task).detach().double().numpy() for x in outputs]
+        said = np.stack(said)
         p.append(PROBABILITIES[task](said).mean(0))
         y.append(run.trained.data.pool.target[fold.test].numpy())
     p, y = np.concatenate(p), np.concatenate(y)
