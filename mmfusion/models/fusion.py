@@ -37,7 +37,7 @@ class FusionOutput(NamedTuple):
     latents: dict[str, Tensor]  # (..., L) per modality
     standardised: dict[str, Tensor]  # (..., d_m) per modality: what the reconstructions are compared with
     reconstructions: dict[str, Tensor]  # (..., d_m) per modality; empty unless asked for
-    variances: dict[str, Tensor] = {}  # noqa: RUF012 (L,) or (..., L) per modality; empty: the latents are certain
+    variances: dict[str, Tensor] = {}  # noqa: RUF012 (L,) per modality; empty: the latents are certain
     covariance: Tensor | None = None  # (..., O, O) of the prediction; None: it is certain
 
 
@@ -52,7 +52,7 @@ class ModelConfig:
     rank: int = 4
     """number of rank-1 terms R; for one logit this is the CP rank of the interaction"""
     noise: Noise = "dimension"
-    """std of the Gaussian latents: none (they are deterministic), learned per dimension, or given per example"""
+    """noise of the Gaussian latents: none (they are deterministic), or a std learned for each dimension"""
     spectral_norm: float | None = None
     """fix the spectral norm of every weight matrix of encoders and head to this; default: weights are free"""
 

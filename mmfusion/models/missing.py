@@ -87,7 +87,7 @@ def empirical(latents: Tensor) -> LatentDistribution:
     return LatentDistribution(latents.mean(0), centred.T @ centred / len(latents), latents)
 
 
-def blurred(known: LatentDistribution, variances: Tensor) -> LatentDistribution:
+def with_noise(known: LatentDistribution, variances: Tensor) -> LatentDistribution:
     """The same with independent noise (L,) on top, of which no draws are known."""
     return LatentDistribution(known.mean, known.covariance + torch.diag(variances))
 
@@ -238,7 +238,7 @@ def predict_missing(
         else:
             distributions = [empirical(z.cpu()) for z in latents_of(member, train)]
             if noise:
-                distributions = [blurred(known, v) for known, v in zip(distributions, noise, strict=True)]
+                distributions = [with_noise(known, v) for known, v in zip(distributions, noise, strict=True)]
         mean, covariance = integrated_moments(layer, latents, missing.cpu(), distributions, noise or None)
         if task == "regression" or noise:
             p = probabilities(moderated_logits(mean, covariance, task), task)
