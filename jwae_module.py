@@ -9,7 +9,7 @@ No forward pass here draws random numbers, works in place or branches on values,
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -114,9 +114,9 @@ def mmd_penalty(z: Tensor, variances: Tensor | None = None, *, scales: Sequence[
 
         mean_{i != j} k(z_i, z_j) - 2 (v / (v + 1))^(L/2) mean_i exp(-|z_i|^2 / (2 (v + 1))) + (v / (v + 2))^(L/2)
 
-    Of Gaussian latents N(z_i, diag s_i^2) the kernels are integrated over the noise too: coordinate d is then seen at
-    v + s_id^2 + s_jd^2 among the latents and at v + 1 + s_id^2 against the prior, in place of v and v + 1, and each
-    exponential is multiplied by prod_d (v / that)^(1/2).
+    Of Gaussian latents N(z_i, diag s^2) the kernels are integrated over the noise too: coordinate d is then seen at
+    v + 2 s_d^2 among the latents and at v + 1 + s_d^2 against the prior, in place of v and v + 1, and each exponential
+    is multiplied by prod_d (v / that)^(1/2).
 
     Being unbiased it is 0 on average under the prior, hence at times negative. Its noise is half that of the same
     estimate from as many draws of the prior.
@@ -128,8 +128,7 @@ def mmd_penalty(z: Tensor, variances: Tensor | None = None, *, scales: Sequence[
 
     Args:
         z: latents, or their means (B, L), B >= 2.
-        variances: of the noise, s^2: (L,) of every latent, or (B, L), each latent its own, which costs O(B^2 L) for
-            each scale in place of a matrix product; default 0.
+        variances: of the noise of every latent, s^2 (L,); default 0.
         scales: bandwidths, in units of L.
 
     Returns:
@@ -141,29 +140,27 @@ def mmd_penalty(z: Tensor, variances: Tensor | None = None, *, scales: Sequence[
     z, variances = _checked(z, variances)
     if not scales or min(scales) <= 0:
         raise ValueError(f"scales must be one or more positive numbers, got {tuple(scales)}")
-    total = z.new_zeros(())
-    for scale, (distances, norms) in zip(scales, _kernel_exponents(z, variances, scales), strict=True):
-        v = scale * z.shape[1]
-        own = 1.0 if variances is None else _shrinkage(v, 2 * variances)  # k(z_i, z_i): (), or (B,)
-        prior = (v / (v + 1)) ** (z.shape[1] / 2) if variances is None else _shrinkage(v, 1 + variances)
-        if variances is not None and variances.ndim == 2:
-            k_zz = off_diagonal_mean(torch.exp(-distances), own)
-        else:
-            k_zz = own * off_diagonal_mean(torch.exp(-distances), 1.0)  # U-statistic: the diagonal would bias it by 1/B
-        k_zp = (prior * torch.exp(-norms)).mean()
-        total = total + k_zz - 2 * k_zp + (v / (v + 2)) ** (z.shape[1] / 2)
-    return total / len(scales)
+    v = torch.stack([z.new_full((1,), scale * z.shape[1]) for scale in scales])  # (K, 1), made on the device
+    noise = torch.zeros_like(z[0]) if variances is None else variances  # (L,)
+    scaled = z * (v + 2 * noise).rsqrt()[:, None]  # (K, B, L)
+    norms = scaled.square().sum(-1) / 2  # (K, B)
+    kernel = torch.exp(products(scaled, scaled) - norms[:, :, None] - norms[:, None])  # (K, B, B)
+    # U-statistic: the diagonal would bias it by 1/B
+    k_zz = _shrinkage(v, 2 * noise) * off_diagonal_mean(kernel, 1.0)  # (K,)
+    to_prior = products((v + 1 + noise).reciprocal(), z.square())  # (K, B)
+    k_zp = _shrinkage(v, 1 + noise) * torch.exp(-to_prior / 2).mean(-1)
+    k_pp = _shrinkage(v, torch.full_like(noise, 2))
+    return (k_zz - 2 * k_zp + k_pp).mean()
 
 
 def bures_penalty(z: Tensor, variances: Tensor | None = None) -> Tensor:
     """Squared 2-Wasserstein distance between N(m, S) and N(0, I), by L; m and S mean and covariance of the latents.
 
-        (|m|^2 + sum_d (lambda_d^1/2 - 1)^2) / L,    lambda the eigenvalues of S = Cov(z) + diag(mean_i s_i^2)
+        (|m|^2 + sum_d (lambda_d^1/2 - 1)^2) / L,    lambda the eigenvalues of S = Cov(z) + diag(s^2)
 
     It bounds the distance of the latents' own distribution to N(0, I) from below (Gelbrich, 1990) and sees moments
     alone, but these at any distance: its derivative by the std of a direction is 2 (std - 1) / L, near 0 as far out.
-    Exactly at 0 a direction of z has no gradient, that
-    of s has.
+    Exactly at 0 a direction of z has no gradient, that of s has.
 
     Bias: as an estimate from B latents it is positive under the prior, L^-1 (L / B + L (L + 1) / (4 (B - 1))) to first
     order where s = 0, and least at a std a little below 1 (L = 32, B = 64: .92); noise adds to neither.
@@ -181,7 +178,7 @@ def bures_penalty(z: Tensor, variances: Tensor | None = None) -> Tensor:
     centred = (z - z.mean(0)).double()
     covariance = products(centred.T, centred.T) / (len(z) - 1)
     if variances is not None:
-        covariance = covariance + torch.diag(variances.double().reshape(-1, z.shape[1]).mean(0))
+        covariance = covariance + torch.diag(variances.double())
     # what rounding leaves of 0 has no root with a gradient; 1e-12 is a std of 1e-6
     stds = torch.linalg.eigvalsh(covariance).clamp_min(1e-12).sqrt()
     return ((z.mean(0).square().sum() + (stds - 1).square().sum()) / z.shape[1]).to(z.dtype)
@@ -211,14 +208,14 @@ def sliced_wasserstein_penalty(
     if spread is not None:
         own = _normal_quantiles(nodes, z)
         own = own / own.square().mean().sqrt()  # 8 quantiles have a variance of .85
-        values = (values[:, None] + spread.clamp_min(1e-12).sqrt()[:, None] * own[:, None]).flatten(0, 1)  # (B * n, K)
+        values = (values[:, None] + spread.clamp_min(1e-12).sqrt() * own[:, None]).flatten(0, 1)  # (B * n, K)
     return (values.sort(0).values - _normal_quantiles(len(values), z)[:, None]).square().mean()
 
 
 def characteristic_penalty(z: Tensor, directions: Tensor, variances: Tensor | None = None) -> Tensor:
     """Distance of characteristic functions to that of N(0, 1) along each direction, mean over directions; unbiased.
 
-        2 sum_t h_t w(t) |phi(t) - exp(-t^2/2)|^2,    phi(t) = mean_i exp(i t p.z_i - t^2 p^T diag(s_i^2) p / 2)
+        2 sum_t h_t w(t) |phi(t) - exp(-t^2/2)|^2,    phi(t) = mean_i exp(i t p.z_i - t^2 p^T diag(s^2) p / 2)
 
     after Epps and Pulley (1983), as SIGReg has it (Balestriero & LeCun, 2025), with three differences. |phi|^2 is taken
     over pairs i != j: it is 0 on average under the prior (there 1/B is left, and the whole is multiplied by B). The
@@ -239,7 +236,7 @@ def characteristic_penalty(z: Tensor, directions: Tensor, variances: Tensor | No
     size = len(z)
     total = z.new_zeros(())
     for t, weight in _CHARACTERISTIC_NODES:
-        damping = torch.ones_like(values) if spread is None else torch.exp(-(t**2) / 2 * spread)  # (B or 1, K)
+        damping = torch.ones_like(values) if spread is None else torch.exp(-(t**2) / 2 * spread)  # (K,)
         damping = damping.expand(values.shape)
         real, imaginary = (damping * torch.cos(t * values)).mean(0), (damping * torch.sin(t * values)).mean(0)  # (K,)
         square = (size * (real.square() + imaginary.square()) - damping.square().mean(0)) / (size - 1)
@@ -281,44 +278,22 @@ def _checked(z: Tensor, variances: Tensor | None) -> tuple[Tensor, Tensor | None
         raise ValueError(f"latents must be (B, L) with B of at least 2, got {tuple(z.shape)}")
     if variances is None:
         return upcast(z), None
-    if variances.shape not in (z.shape, z.shape[1:]):
-        raise ValueError(f"variances must be (L,) or (B, L) for latents {tuple(z.shape)}, got {tuple(variances.shape)}")
+    if variances.shape != z.shape[1:]:
+        raise ValueError(f"variances must be (L,) for latents {tuple(z.shape)}, got {tuple(variances.shape)}")
     return upcast(z), upcast(variances)
 
 
-def _kernel_exponents(z: Tensor, variances: Tensor | None, scales: Sequence[float]) -> Iterator[tuple[Tensor, Tensor]]:
-    """For each scale |z_i - z_j|^2 / (2 v) (B, B) and |z_i|^2 / (2 (v + 1)) (B,), by coordinate with its noise in v."""
-    if variances is None:
-        norms = z.square().sum(-1)  # (B,)
-        # |z_i - z_j|^2 (B, B); rounding may leave a 0 negative, which no kernel minds
-        distances = norms[:, None] + norms - 2 * products(z, z)
-    for scale in scales:
-        v = scale * z.shape[1]
-        if variances is None:
-            yield distances / (2 * v), norms / (2 * (v + 1))
-            continue
-        if variances.ndim == 1:
-            scaled = z * (v + 2 * variances).rsqrt()
-            square = scaled.square().sum(-1)
-            pairs = square[:, None] + square - 2 * products(scaled, scaled)
-            pairs = pairs / 2
-        else:
-            total = v + variances[:, None] + variances  # (B, B, L)
-            pairs = ((z[:, None] - z).square() / total + (total / v).log()).sum(-1) / 2
-        yield pairs, (z.square() / (v + 1 + variances)).sum(-1) / 2
-
-
-def _shrinkage(v: float, further: Tensor) -> Tensor:
-    """prod_d (v / (v + further_d))^(1/2), (...) of further (..., L)."""
+def _shrinkage(v: Tensor, further: Tensor) -> Tensor:
+    """prod_d (v / (v + further_d))^(1/2), (K,) of v (K, 1) and further (L,)."""
     return torch.exp(-torch.log1p(further / v).sum(-1) / 2)
 
 
 def _projected(z: Tensor, directions: Tensor, variances: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Latents along unit directions, (B, K), and the variances of their noise there, (1, K) or (B, K)."""
+    """Latents along unit directions, (B, K), and the variances of their noise there, (K,)."""
     if directions.ndim != 2 or directions.shape[1] != z.shape[1]:
         raise ValueError(f"directions must be (K, {z.shape[1]}), got {tuple(directions.shape)}")
     unit = F.normalize(directions.to(z.dtype), dim=1)
-    spread = None if variances is None else products(variances.reshape(-1, z.shape[1]), unit.square())
+    spread = None if variances is None else products(unit.square(), variances[None])[:, 0]
     return products(z, unit), spread
 
 
@@ -344,18 +319,17 @@ def upcast(x: Tensor) -> Tensor:
 
 
 def products(a: Tensor, b: Tensor) -> Tensor:
-    """a b^T, (A, B), in the dtype of its arguments: autocast would round it to half precision."""
+    """a b^T, (..., A, B), in the dtype of its arguments: autocast would round it to half precision."""
     with torch.autocast(a.device.type, enabled=False):
-        return a @ b.T
+        return a @ b.mT
 
 
-def off_diagonal_mean(matrix: Tensor, diagonal: float | Tensor) -> Tensor:
-    """Mean of a (B, B) matrix without its diagonal, which is known: one number, or (B,); 0 for B = 1.
+def off_diagonal_mean(matrix: Tensor, diagonal: float) -> Tensor:
+    """Mean (...) of matrices (..., B, B) without their diagonal, all of whose entries are known; 0 for B = 1.
 
     Subtracted from the sum, since a mask is slow in a compiled step. What rounding leaves is 1e-7 of the mean.
     """
-    size = len(matrix)
+    size = matrix.shape[-1]
     if size < 2:
-        return matrix.new_zeros(())
-    known = diagonal.sum() if isinstance(diagonal, Tensor) else size * diagonal
-    return (matrix.sum() - known) / (size * (size - 1))
+        return matrix.new_zeros(matrix.shape[:-2])
+    return (matrix.sum((-2, -1)) - size * diagonal) / (size * (size - 1))

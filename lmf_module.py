@@ -194,8 +194,8 @@ class LowRankMultimodalFusion(nn.Module):
 
             E[y] = y(means),    E[f_mr f_mt] = f_mr f_mt + A_m[r] diag(variances_m) A_m[t]^T   at the means,
 
-        f_mr = A_m[r] z_m + c_m[r], and y_o y_p is a sum of products of such pairs. `variance_terms` has the variances
-        alone, at a cost of O(R^2 O) an example in place of O(R^2 O^2).
+        f_mr = A_m[r] z_m + c_m[r], and y_o y_p is a sum of products of such pairs: O(R^2 O^2) numbers an example,
+        O(R^2) of shared factors. `variance_terms` has the variances alone, at O(R^2 O).
 
         Args:
             means: M tensors (..., d_m), as for `forward`.
@@ -206,16 +206,24 @@ class LowRankMultimodalFusion(nn.Module):
         """
         self._check(means, variances)
         with _no_autocast(means[0].device.type):
-            weights = self._weights().expand(self.rank, self.output_dim)
-            square, spread = torch.einsum("ro,tp->rtop", weights, weights), 0.0
-            for m, (mean, variance) in enumerate(zip(means, variances, strict=True)):
-                f, rows = self._factor(mean, m), _upcast(self._rows(m)[..., :-1])  # (..., R, O), (R, O, d_m)
-                own = torch.einsum("rod,...d,tpd->...rtop", rows, _upcast(variance), rows)
-                product = f[..., :, None, :, None] * f[..., None, :, None, :]  # (..., R, R, O, O)
+            # K = R * O products, or R of shared factors
+            weights = self._weights()
+            product = torch.ones_like(weights[:, 0]) if self.shared_factors else weights.expand(self._split).flatten()
+            covariance = None  # (..., K, K)
+            for mean, variance, layer in zip(means, variances, self.projections, strict=True):
+                f, rows = _upcast(layer(mean)), _upcast(layer.weight)  # (..., K), (K, d_m)
+                own = (rows * _upcast(variance)[..., None, :]) @ rows.T  # (..., K, K)
+                added = product[..., :, None] * product[..., None, :] * own
                 # what the products of all factors so far vary by, without a difference of two large numbers
-                spread = spread * (product + own) + square * own
-                square = square * product
-            covariance = spread.sum((-4, -3))
+                if covariance is None:
+                    covariance = added
+                else:
+                    covariance = added + covariance * torch.addcmul(own, f[..., :, None], f[..., None, :])
+                product = product * f
+            if self.shared_factors:
+                covariance = weights.T @ covariance @ weights
+            else:
+                covariance = covariance.unflatten(-1, self._split).sum(-2).unflatten(-2, self._split).sum(-3)
         shape = (*means[0].shape[:-1], self.output_dim, self.output_dim)
         return Moments(self(means), covariance.to(self.bias.dtype).expand(shape))
 

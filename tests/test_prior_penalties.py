@@ -34,10 +34,9 @@ UNBIASED = ["mmd", "characteristic"]
 # ---- values ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(4,), (6, 4)])
 @pytest.mark.parametrize("name", UNBIASED)
-def test_noise_is_integrated_as_the_mean_over_its_draws(name, shape):
-    z, variances = normal(6, 4) * 1.5, uniform(*shape, seed=1) * 2
+def test_noise_is_integrated_as_the_mean_over_its_draws(name):
+    z, variances = normal(6, 4) * 1.5, uniform(4, seed=1) * 2
     noise = normal(20_000, 6, 4, seed=2)
     drawn = vmap(PENALTIES[name])(z + noise * variances.sqrt())
     error = drawn.std() / len(drawn) ** 0.5
@@ -45,12 +44,10 @@ def test_noise_is_integrated_as_the_mean_over_its_draws(name, shape):
     assert error < 0.05 * abs(drawn.mean() - PENALTIES[name](z)), "and that of the means alone is far from it"
 
 
-@pytest.mark.parametrize("name", PENALTIES)
-def test_noise_of_each_example_alike_is_shared_noise_and_none_is_0(name):
-    z, variances, penalty = normal(6, 4), uniform(4, seed=1), PENALTIES[name]
-    torch.testing.assert_close(penalty(z, variances.expand(6, 4)), penalty(z, variances), **EXACT)
-    if name != "sliced":
-        torch.testing.assert_close(penalty(z, torch.zeros(4).double()), penalty(z), **EXACT)
+@pytest.mark.parametrize("name", ["mmd", "bures", "characteristic"])  # the sliced one then sees its own quantiles
+def test_noise_of_variance_0_is_none(name):
+    z, penalty = normal(6, 4), PENALTIES[name]
+    torch.testing.assert_close(penalty(z, torch.zeros(4).double()), penalty(z), **EXACT)
 
 
 @pytest.mark.parametrize("name", UNBIASED)
@@ -156,10 +153,9 @@ def test_thin_directions_have_a_gradient_that_does_not_vanish_with_them():
 # ---- how they run ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(5,), (8, 5)])
 @pytest.mark.parametrize("name", PENALTIES)
-def test_vmap_and_float32_and_half_precision_agree_with_one_at_a_time(name, shape):
-    z, variances, penalty = normal(3, 8, 5), uniform(3, *shape) + 0.1, PENALTIES[name]
+def test_vmap_and_float32_and_half_precision_agree_with_one_at_a_time(name):
+    z, variances, penalty = normal(3, 8, 5), uniform(3, 5) + 0.1, PENALTIES[name]
     alone = torch.stack([penalty(a, b) for a, b in zip(z, variances, strict=True)])
     torch.testing.assert_close(vmap(penalty)(z, variances), alone, **EXACT)
     torch.testing.assert_close(vmap(penalty)(z.float(), variances.float()), alone.float(), rtol=1e-4, atol=1e-5)
@@ -182,7 +178,7 @@ def test_compiles_without_a_graph_break(name):
 @pytest.mark.parametrize("name", PENALTIES)
 def test_what_does_not_fit_is_refused(name):
     penalty = PENALTIES[name]
-    wrong = ((normal(5), None), (normal(1, 4), None), (normal(5, 4), normal(5)), (normal(5, 4), normal(5, 1)))
+    wrong = ((normal(5), None), (normal(1, 4), None), (normal(5, 4), normal(5)), (normal(5, 4), normal(5, 4)))
     for z, variances in wrong:
         with pytest.raises(ValueError, match=r"must be \("):
             penalty(z, variances)

@@ -1,6 +1,6 @@
 """Contrastive losses that align the latents of one example: symmetric InfoNCE, and the jWAE paper's margin ranking."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from itertools import combinations
 
 import torch
@@ -24,12 +24,13 @@ def info_nce(latents: Mapping[str, Tensor], temperature: float = 0.07) -> Tensor
     Raises:
         ValueError: latents that are not (B, L) alike.
     """
-    losses = []
-    for similarities, _ in _pair_similarities(latents):
-        logits = similarities / temperature  # (B, B)
-        partner = torch.arange(len(logits), device=logits.device)
-        losses += [F.cross_entropy(logits, partner), F.cross_entropy(logits.T, partner)]
-    return _mean(losses, latents)
+    similarities, matched = _pair_similarities(latents)
+    if not len(matched):
+        return matched.sum()
+    logits = similarities / temperature  # (P, B, B)
+    partner = torch.arange(logits.shape[-1], device=logits.device).repeat(len(logits))
+    both = [F.cross_entropy(rows.flatten(0, 1), partner) for rows in (logits, logits.mT)]
+    return (both[0] + both[1]) / 2
 
 
 def margin_ranking(latents: Mapping[str, Tensor], margin: float = 0.2) -> Tensor:
@@ -50,31 +51,24 @@ def margin_ranking(latents: Mapping[str, Tensor], margin: float = 0.2) -> Tensor
     Raises:
         ValueError: latents that are not (B, L) alike.
     """
-    losses = []
-    for similarities, matched in _pair_similarities(latents):
-        hinges = _positive_part(margin - matched[:, None] + similarities) + _positive_part(
-            margin - matched + similarities
-        )
-        losses.append(off_diagonal_mean(hinges, 2 * max(margin, 0.0)) / 2)  # a row is no rival of itself
-    return _mean(losses, latents)
+    similarities, matched = _pair_similarities(latents)
+    if not len(matched):
+        return matched.sum()
+    slack = margin - matched  # (P, B)
+    # the sum of max(x, 0) is half that of x and |x|: without the mask of relu's gradient
+    sums = [x + x.abs() for x in (slack[:, :, None] + similarities, slack[:, None] + similarities)]
+    return off_diagonal_mean(sums[0] + sums[1], 4 * max(margin, 0.0)).mean() / 4  # a row is no rival of itself
 
 
-def _positive_part(x: Tensor) -> Tensor:
-    """max(x, 0), without the boolean mask of relu's gradient: compiled, storing it costs more than all else here."""
-    return (x + x.abs()) / 2
-
-
-def _pair_similarities(latents: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Cosine similarities of every pair of modalities: of all rows (B, B), and of the partners (B,)."""
+def _pair_similarities(latents: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Cosine similarities in each of the P pairs of modalities: of all rows (P, B, B), and of the partners (P, B)."""
     shapes = {name: tuple(z.shape) for name, z in latents.items()}
     if len(set(shapes.values())) != 1 or len(next(iter(shapes.values()))) != 2:
         raise ValueError(f"paired latents must share one shape (B, L), got {shapes}")
-    unit = [F.normalize(upcast(z), dim=-1) for z in latents.values()]
-    for a, b in combinations(unit, 2):
-        # the partners anew: a diagonal read is not vectorised, and its kernel took a fifth of a compiled training step
-        yield products(a, b), (a * b).sum(-1)
-
-
-def _mean(losses: list[Tensor], latents: Mapping[str, Tensor]) -> Tensor:
-    """Mean of the pair losses; 0 where a single modality leaves nothing to align."""
-    return torch.stack(losses).mean() if losses else upcast(next(iter(latents.values()))).new_zeros(())
+    unit = F.normalize(upcast(torch.stack(list(latents.values()))), dim=-1)  # (M, B, L)
+    pairs = list(combinations(unit, 2))
+    if not pairs:
+        return unit.new_zeros(0, unit.shape[1], unit.shape[1]), unit.new_zeros(0, unit.shape[1])
+    a, b = (torch.stack(side) for side in zip(*pairs, strict=True))  # (P, B, L)
+    # the partners anew: a diagonal read is not vectorised, and its kernel took a fifth of a compiled training step
+    return products(a, b), (a * b).sum(-1)

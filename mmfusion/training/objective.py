@@ -84,9 +84,11 @@ def loss_terms(
         prior: the penalties towards N(0, I), each a term, mean over modalities.
     """
     terms = {FIT_TERM[task]: fit_loss(output, target, task, target_scale, class_weights)}
+    latents = torch.stack(list(output.latents.values()))  # (M, B, L): one call for all modalities
+    variances = torch.stack([output.variances[m] for m in output.latents]) if output.variances else None
     for name in prior:
-        distances = [PRIOR_TERMS[name](z, output.variances.get(m)) for m, z in output.latents.items()]
-        terms[name] = torch.stack(distances).mean()
+        distances = torch.vmap(PRIOR_TERMS[name], in_dims=(0, None if variances is None else 0))
+        terms[name] = distances(latents, variances).mean()
     terms["reconstruction"] = reconstruction_error(output.standardised, output.reconstructions)
     if len(output.latents) > 1:
         align = info_nce if alignment == "info_nce" else margin_ranking
