@@ -12,6 +12,7 @@ from typing import Literal
 from mmfusion.data.array_targets import TaskChoice
 from mmfusion.data.arrays import ArraysConfig, load_arrays
 from mmfusion.data.cmu_mosi import load_cmu_mosi
+from mmfusion.data.cmu_mosi_texts import cut_by_video, encode_transcripts
 from mmfusion.data.folds import FoldedDataset, fold_datasets
 from mmfusion.data.memes import MemesConfig, MemesSource, find_source, load_memes
 from mmfusion.data.mustard import load_mustard
@@ -44,7 +45,13 @@ def _memes(options: "DataOptions", device: str) -> list[Dataset]:
 
 
 def _cmu_mosi(options: "DataOptions", device: str) -> list[Dataset]:
-    return [load_cmu_mosi(options.data, options.task)]
+    if isinstance(options.folds, Path):
+        raise InputError(f"--folds {options.folds}: with --dataset cmu_mosi, give a number of folds")
+    dataset = load_cmu_mosi(options.data, options.task)
+    if options.text_encoder is not None:
+        encoders = EncoderConfig(text_encoder=options.text_encoder)
+        dataset = encode_transcripts(dataset, encoders, options.cache_dir, device)
+    return [dataset] if options.folds is None else cut_by_video(dataset, options.folds, options.split_seed)
 
 
 def _mustard(options: "DataOptions", device: str) -> list[Dataset]:
@@ -76,7 +83,7 @@ def _arrays(options: "DataOptions", device: str) -> list[Dataset]:
 
 CORPORA: dict[str, Corpus] = {
     "demo": Corpus(_memes, (), {"text": "transcript"}),
-    "cmu_mosi": Corpus(_cmu_mosi, ("task",)),
+    "cmu_mosi": Corpus(_cmu_mosi, ("task", "folds", "split_seed", "text_encoder"), {"text": "transcript"}),
     "mustard": Corpus(
         _mustard,
         ("folds", "protocol", "audio", "visual", "text_encoder"),
@@ -99,8 +106,8 @@ class DataOptions:
     """the data set's file: .npz or .pkl (cmu_mosi), sarcasm_data.json (mustard), .npz (pom), train.jsonl (memes);
     own arrays: .npz, a folder of .npy files, or .safetensors"""
     folds: int | Path | None = None
-    """arrays without splits: number of folds; mustard: split_indices.p or a JSON list of folds, else found beside the
-    annotations"""
+    """arrays without splits, cmu_mosi (whole videos): number of folds; mustard: split_indices.p or a JSON list of
+    folds, else found beside the annotations"""
     protocol: Literal["speaker_dependent", "speaker_independent"] = "speaker_dependent"
     """mustard: the five released folds, or the split by show in which no speaker is shared"""
     audio: Path | None = None
@@ -119,13 +126,14 @@ class DataOptions:
     hold_out: float | None = None
     """arrays without splits: share of the examples that is held out for test"""
     split_seed: int = ArraysConfig.split_seed
-    """arrays: seed of the draws that cut test, folds and dev"""
+    """arrays, cmu_mosi: seed of the draws that cut test, folds and dev"""
     img_dir: Path | None = None
     """memes: folder of the images"""
     image_encoder: str | None = EncoderConfig.image_encoder
     """memes: resnet50 (default), a Hugging Face name, timm:NAME, a local folder or a weights file"""
     text_encoder: str | None = EncoderConfig.text_encoder
-    """memes and mustard: a Hugging Face name (default bert-base-uncased) or a local model folder"""
+    """memes and mustard: a Hugging Face name (default bert-base-uncased) or a local model folder; cmu_mosi: encodes the
+    transcripts anew, without the vectors of the .npz that were fitted on labels"""
     features: tuple[str, ...] = ()
     """memes: MODALITY=FILE of vectors that were encoded elsewhere, by img key; image or text then needs no encoder"""
     cache_dir: Path = Path("cache")
@@ -166,6 +174,13 @@ def memes_source(options: DataOptions) -> MemesSource | None:
     if options.dataset in ("demo", "hateful_memes"):
         return find_source(*_memes_config(options), Processes(), quiet=True)
     return None
+
+
+def text_encoders(options: DataOptions) -> EncoderConfig | None:
+    """What encodes the texts of a data set without pictures; None where its vectors were made elsewhere."""
+    if not CORPORA[options.dataset].texts or (options.dataset == "cmu_mosi" and options.text_encoder is None):
+        return None
+    return EncoderConfig(text_encoder=options.text_encoder).filled()
 
 
 def check_flags(options: DataOptions) -> None:

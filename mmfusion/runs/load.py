@@ -18,7 +18,7 @@ from mmfusion.data.array_files import read_arrays
 from mmfusion.data.arrays import ArraysConfig, dataset_from_arrays, describe_arrays, load_arrays, with_kept
 from mmfusion.data.folds import FoldedDataset, fold_datasets
 from mmfusion.data.memes import MemesConfig, MemesSource, find_source, load_memes
-from mmfusion.data.registry import CORPORA, DataOptions, load_datasets, memes_source
+from mmfusion.data.registry import CORPORA, DataOptions, load_datasets, memes_source, text_encoders
 from mmfusion.dataset import Dataset, Task
 from mmfusion.distributed import Processes
 from mmfusion.encoders.frozen import EncoderConfig, compute_dtype
@@ -140,8 +140,8 @@ def load_run(folder: Path, device: str = "cpu") -> TrainedRun:
         data = fold_datasets(datasets)
         now = {"experiment": begun["data"]["experiment"], **data.description}
         memes = memes_source(options)
-        if memes is None and CORPORA[options.dataset].texts:
-            encoders = EncoderConfig(text_encoder=options.text_encoder).filled()
+        if memes is None:
+            encoders = text_encoders(options)
         # where dev itself is tested on, nothing but train was trained on
         overlap = any(bool(torch.isin(fold.dev, fold.test).any()) for fold in data.folds)
         trained_on_dev = not settings.get("hold_out_dev", False) and not overlap
