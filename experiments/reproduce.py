@@ -50,7 +50,7 @@ FILES = {
 }
 
 
-# where a data set departs from the common recipe, chosen without its test split (benchmarks/study_recipe.py)
+# where a data set departs from the common recipe, chosen without its test split (experiments.recipe_search)
 DEPARTURES = {"pom": ("--hidden-dim", "128", "--weight-decay", "3")}
 
 

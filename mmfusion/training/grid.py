@@ -36,6 +36,8 @@ class Setting:
     """rate at which each modality is hidden in training; default: the recipe's, for all"""
     mmd_weight: float | None = None
     """weight of the prior where it is on; default: the recipe's"""
+    feature_dropout: float | None = None
+    """rate at which single features are set to their mean in training; default: the recipe's"""
 
 
 MEMBERS_AT_ONCE = 320  # keeps every experiment below 4 GB; the rest of a grid follows in further blocks
@@ -153,6 +155,7 @@ def train_grid(
         "hidden_dim": recipe.hidden_dim,
         "rank": max(setting.rank for setting in settings),
         "output_dim": data.output_dim,
+        "noise": recipe.noise if shape.get("fusion", "lmf") == "lmf" else "none",
         **shape,
     }
     fitted = [_fitted(shape, data, fold.train) for fold in data.folds]
@@ -174,8 +177,8 @@ def train_grid(
         epochs=recipe.epochs,
         batch_size=recipe.batch_size,
         learning_rate=recipe.learning_rate,
-        annealing="cosine",
-        keep="last",
+        annealing="cosine" if recipe.keep == "last" else "none",
+        keep=recipe.keep,
         compile=compile,
     )
     pool = TrainingData(data.pool, data.pool, data.folds)
@@ -205,6 +208,7 @@ def _members(data: FoldedDataset, settings: Sequence[Setting], seeds: Sequence[i
             {"rank": setting.rank},
             _dropout(setting, recipe, data),
             fold,
+            recipe.feature_dropout if setting.feature_dropout is None else setting.feature_dropout,
         )
         for setting in settings
         for seed in seeds

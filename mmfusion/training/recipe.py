@@ -8,7 +8,7 @@ from typing import Literal
 
 from mmfusion.dataset import Task
 from mmfusion.errors import InputError, check_numbers, check_types
-from mmfusion.models.fusion import ModelConfig
+from mmfusion.models.fusion import ModelConfig, Noise
 from mmfusion.training.objective import FIT_TERM, Alignment, Prior
 
 INFINITY = float("inf")
@@ -129,16 +129,23 @@ class Recipe:
     """width L of the latents"""
     hidden_dim: int = 32
     """width of the encoders' and decoders' hidden layer"""
+    noise: Noise = "none"
+    """of the latents: none, or a standard deviation learned for each dimension"""
     epochs: int = 40
-    """passes over the training part; the last epoch's parameters are kept, so no split is selected upon"""
+    """passes over the training part; at most, where the best is kept"""
+    keep: Literal["last", "best"] = "last"
+    """the last epoch's parameters, with a learning rate that falls to 0 along half a cosine and no split selected upon;
+    or the best on dev, at a constant rate, stopped after 10 epochs without a better one"""
     batch_size: int = TrainingConfig.batch_size
     """examples per step"""
     learning_rate: float = TrainingConfig.learning_rate
-    """of Adam, at the start; it falls to 0 along half a cosine"""
+    """of Adam, at the start"""
     weight_decay: float = 10.0
     """decoupled, on weight matrices: each step takes learning_rate * weight_decay off them, 1 %"""
     modality_dropout: float = 0.3
     """rate at which each modality is hidden in training"""
+    feature_dropout: float = 0.0
+    """rate at which single features are set to their mean in training"""
     mmd_weight: float = 0.3
     """weight of the prior where it is on"""
     reconstruction_weight: float = ObjectiveConfig.reconstruction_weight
