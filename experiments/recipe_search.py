@@ -5,10 +5,10 @@
     python -m experiments.recipe_search --over runs/search-mustard.json runs/search-tweets.json
 
 The first two score every candidate on one data set and write a file; the last reads several files and writes the common
-choice: of the candidates whose latents have at least RANK dimensions on every data set (else no rank could bind there)
-the one with the least loss, in units of what predicting the training part's mean or class shares costs, mean over the
-data sets. Candidates are a random design (Bergstra & Bengio, 2012): every value of an axis is drawn equally often, so
-that the mean over all candidates with a value says what the value does.
+choice: the candidate with the least loss, in units of what predicting the training part's mean or class shares costs,
+mean over the data sets; with --least-dimension, of those whose latents carry that many dimensions on every data set.
+Candidates are a random design (Bergstra & Bengio, 2012): every value of an axis is drawn equally often, so that the
+mean over all candidates with a value says what the value does.
 
 Only the first fold's training part is looked at, cut into inner folds by whole groups where there are groups. Where a
 data set is cross-validated, those examples are tested by the other folds: what is chosen has seen their labels.
@@ -59,6 +59,8 @@ class Config(DataOptions):
 
     over: tuple[Path, ...] = ()
     """finished searches (--out of each) to choose over, in place of a data set"""
+    least_dimension: float = 0.0
+    """with --over: least effective dimension of Cov(mu) of a recipe that may be chosen; no rank above it could bind"""
     candidates: int = 40
     """recipes to score; the present one comes first"""
     inner_folds: int = 3
@@ -184,7 +186,7 @@ def table(candidates: Sequence[Candidate], losses: np.ndarray, dimension: np.nda
     return "\n".join(lines)
 
 
-def choose(paths: Sequence[Path]) -> tuple[dict[str, object], str]:
+def choose(paths: Sequence[Path], least_dimension: float = 0.0) -> tuple[dict[str, object], str]:
     """The choice over finished searches and its table. Raises InputError for a file that is none, or another design."""
     files = [_read(path) for path in paths]
     candidates = files[0]["candidates"]
@@ -194,9 +196,11 @@ def choose(paths: Sequence[Path]) -> tuple[dict[str, object], str]:
     losses = np.array([[row["loss"] for row in file["found"]] for file in files])  # (data sets, candidates)
     dimension = np.array([[row["dimension"] for row in file["found"]] for file in files]).min(0)
     mean = losses.mean(0)
-    allowed = np.flatnonzero(dimension >= RANK)
+    allowed = np.flatnonzero(dimension >= least_dimension)
     if not len(allowed):
-        raise InputError(f"--over: the latents of every candidate have less than {RANK} dimensions on some data set")
+        raise InputError(
+            f"--least-dimension {least_dimension:g}: no candidate reaches it; the best has {dimension.max():.1f}"
+        )
     chosen = int(allowed[mean[allowed].argmin()])
     names = [str(file["dataset"]) for file in files]
     text = [f"{len(files)} data sets: {', '.join(names)}", table(candidates, mean, dimension)]
@@ -223,7 +227,7 @@ def _read(path: Path) -> dict[str, object]:
 def main(config: Config) -> None:
     """Search on one data set, or choose over several searches."""
     if config.over:
-        result, text = choose(config.over)
+        result, text = choose(config.over, config.least_dimension)
         out = config.out or Path("runs/recipe.json")
     else:
         check_numbers(config, {"candidates": (6, 1000), "inner_folds": (2, 20), "seeds": (1, 100)})

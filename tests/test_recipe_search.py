@@ -96,7 +96,8 @@ def write(path, losses, dimensions, name="x"):
 def test_the_choice_is_the_least_mean_loss_of_those_whose_latents_bear_the_rank(tmp_path):
     one = write(tmp_path / "a.json", [1.0, 0.5, 0.7, 0.8], [9, 9, 9, 9], "a")
     two = write(tmp_path / "b.json", [1.0, 0.5, 0.7, 0.5], [9, 3, 9, 9], "b")
-    result, text = choose([one, two])
+    assert choose([one, two])[0]["recipe"] == design(6)[1]
+    result, text = choose([one, two], RANK)
     assert result["recipe"] == design(6)[3] and result["loss"] == pytest.approx(0.65) and result["present"] == 1.0
     assert "chosen: 0.6500" in text and "b: 0.5000, present recipe 1.0000, its own best 0.5000" in text
 
@@ -113,7 +114,7 @@ def test_files_that_are_no_search_of_one_design_are_refused(tmp_path):
             choose([good, tmp_path / name])
     with pytest.raises(InputError, match="scored other candidates"):
         choose([good, write(tmp_path / "b.json", [1.0, 0.5, 0.4], [9, 9, 9])])
-    with pytest.raises(InputError, match="less than 4 dimensions"):
-        choose([write(tmp_path / "c.json", [1.0, 0.5], [3, 9]), write(tmp_path / "d.json", [1.0, 0.5], [9, 3.9])])
+    with pytest.raises(InputError, match=r"--least-dimension 4: no candidate reaches it; the best has 3\.9"):
+        choose([write(tmp_path / "c.json", [1.0, 0.5], [3, 9]), write(tmp_path / "d.json", [1.0, 0.5], [9, 3.9])], 4)
     with pytest.raises(InputError, match="missing"):
         choose([tmp_path / "missing"])
