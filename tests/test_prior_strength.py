@@ -16,7 +16,7 @@ from experiments.prior_strength import damage
 from experiments.prior_strength.damage import attacked_rows, damaged, outputs_under, worst_columns
 from experiments.prior_strength.doubt import Doubt, measure_doubt, output_variance
 from experiments.prior_strength.latents import latent_checks, latent_distances
-from experiments.prior_strength.measure import KINDS, WEIGHTS, Kind, below_random, gains
+from experiments.prior_strength.measure import KINDS, WEIGHTS, Kind, below_random, gains, measure_kind
 from experiments.prior_strength.report import BLOCKS, panels, table
 from mmfusion.data.folds import FoldedDataset, fold_datasets
 from mmfusion.dataset import Dataset, Split
@@ -300,6 +300,27 @@ def test_worst_cases_see_at_most_so_many_examples_spread_over_the_folds(monkeypa
     rows = attacked_rows(data)
     assert [len(r) for r in rows] == [10, 10, 10]
     assert all(set(r.tolist()) < set(fold.test.tolist()) for r, fold in zip(rows, data.folds, strict=True))
+
+
+def test_a_grid_is_damaged_as_it_was_trained_and_whitened_before_its_latents_move():
+    grid = small_grid()
+    for model in grid.models:  # a missing latent is far from the mean, which whitening makes 0
+        model.jwae.encoders["a"][-1].bias.data += 3
+    grid.outputs = outputs_of(grid.data, grid.models).reshape(grid.outputs.shape)
+    missing = np.mean([grid.without([m], [0, 1]).mean(-1) for m in "ab"], axis=0)
+    missing_losses = np.mean([grid.without([m], [0, 1], of=example_losses).mean(-1) for m in "ab"], axis=0)
+    noisy = damaged(grid)
+    kind = measure_kind(grid)
+    np.testing.assert_allclose(kind.noisy_losses, (noisy["noise 0.5"][1] + noisy["noise 1"][1]) / 2)
+    np.testing.assert_allclose([kind.columns[f"weight {w}"]["missing score"] for w in "01"], missing)
+    np.testing.assert_allclose([kind.columns[f"weight {w}"]["missing loss"] for w in "01"], missing_losses, rtol=1e-5)
+    np.testing.assert_allclose(kind.columns["weight 1"]["noise 1 loss"], noisy["noise 1"][1][1].mean(-1))
+    latent_checks(grid, 1)  # changes nothing where measure_kind has whitened
+    whitened = worst_columns(grid, 1)
+    np.testing.assert_allclose(kind.columns["weight 1"]["latent, total"], whitened["latent, total"])
+    np.testing.assert_allclose(
+        kind.columns["weight 1"]["AURC distance"], measure_doubt(grid, 1).columns["AURC distance"]
+    )
 
 
 # ---- contrasts, table and figure -----------------------------------------------------------------------------------

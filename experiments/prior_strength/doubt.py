@@ -101,7 +101,8 @@ def output_variance(covariance: Tensor, said: Tensor, task: Task, scale: Tensor)
 
     Of two classes Var[logit]; of labels its mean; of a regression the mean of Var[y] / scale^2 with scale (O,); of more
     classes that of the margin between the two likeliest, by their logits `said` (n, C):
-    Var[y_a - y_b] = C_aa + C_bb - 2 C_ab.
+    Var[y_a - y_b] = C_aa + C_bb - 2 C_ab. The slope in one latent grows with the others, and with it the variance: a
+    large logit has more of it than a small one, so of classes it may well order the errors worse than chance.
     """
     diagonal = covariance.diagonal(dim1=-2, dim2=-1)  # (n, O)
     if task != "multiclass":
