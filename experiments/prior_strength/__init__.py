@@ -1,0 +1,5 @@
+"""What does the pull to the prior cost, and what does it buy?"""
+
+from experiments.prior_strength.measure import EXPERIMENT
+
+__all__ = ["EXPERIMENT"]
