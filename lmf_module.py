@@ -187,7 +187,7 @@ class LowRankMultimodalFusion(nn.Module):
         terms[()] = (terms[()] + self.bias).expand(*latents[0].shape[:-1], self.output_dim)
         return terms
 
-    def moments(self, means: Sequence[Tensor], variances: Sequence[Tensor]) -> Moments:
+    def moments(self, means: Sequence[Tensor], variances: Sequence[Tensor], *, joint: bool = True) -> Moments:
         """Exact mean and covariance of the output where the latents are uncertain.
 
         For latents that are independent of each other, with uncorrelated coordinates, Gaussian or not,
@@ -195,24 +195,33 @@ class LowRankMultimodalFusion(nn.Module):
             E[y] = y(means),    E[f_mr f_mt] = f_mr f_mt + A_m[r] diag(variances_m) A_m[t]^T   at the means,
 
         f_mr = A_m[r] z_m + c_m[r], and y_o y_p is a sum of products of such pairs: O(R^2 O^2) numbers an example,
-        O(R^2) of shared factors. `variance_terms` has the variances alone, at O(R^2 O).
+        O(R^2) of shared factors.
 
         Args:
             means: M tensors (..., d_m), as for `forward`.
             variances: M tensors, each broadcast to its mean: (d_m,) where all examples share them; 0 is certainty.
+            joint: False leaves out how outputs vary together, at O(R^2 O) numbers an example: 0 off the diagonal.
 
         Raises:
             ValueError: as `forward`, or variances that do not fit their means.
         """
         self._check(means, variances)
         with _no_autocast(means[0].device.type):
-            # K = R * O products, or R of shared factors
+            # K = R * O products, or R of shared factors; where outputs are taken apart (O, K), K = R
+            apart = not (joint or self.shared_factors)
             weights = self._weights()
             product = torch.ones_like(weights[:, 0]) if self.shared_factors else weights.expand(self._split).flatten()
+            product = product.unflatten(-1, self._split).mT if apart else product
             covariance = None  # (..., K, K)
             for mean, variance, layer in zip(means, variances, self.projections, strict=True):
-                f, rows = _upcast(layer(mean)), _upcast(layer.weight)  # (..., K), (K, d_m)
-                own = (rows * _upcast(variance)[..., None, :]) @ rows.T  # (..., K, K)
+                f, rows, v = _upcast(layer(mean)), _upcast(layer.weight), _upcast(variance)[..., None, :]
+                if apart:
+                    f, rows, v = (
+                        f.unflatten(-1, self._split).mT,
+                        rows.unflatten(0, self._split).transpose(0, 1),
+                        v[..., None, :, :],
+                    )
+                own = (rows * v) @ rows.mT  # (..., K, K)
                 added = product[..., :, None] * product[..., None, :] * own
                 # what the products of all factors so far vary by, without a difference of two large numbers
                 if covariance is None:
@@ -222,6 +231,8 @@ class LowRankMultimodalFusion(nn.Module):
                 product = product * f
             if self.shared_factors:
                 covariance = weights.T @ covariance @ weights
+            elif apart:
+                covariance = covariance.sum((-2, -1)).diag_embed()
             else:
                 covariance = covariance.unflatten(-1, self._split).sum(-2).unflatten(-2, self._split).sum(-3)
         shape = (*means[0].shape[:-1], self.output_dim, self.output_dim)

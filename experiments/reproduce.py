@@ -50,10 +50,6 @@ FILES = {
 }
 
 
-# where a data set departs from the common recipe, chosen without its test split (experiments.recipe_search)
-DEPARTURES = {"pom": ("--hidden-dim", "128", "--weight-decay", "3")}
-
-
 @dataclass(frozen=True)
 class Config:
     """Run all experiments on what is found below --data-root and on the demo, and write RESULTS.md."""
@@ -193,7 +189,7 @@ def flags(job: Job, config: Config) -> list[str]:
         flags += ["--data", str(job.data)]
     if job.dataset in ("mustard", "hateful_memes") and config.text_encoder is not None:
         flags += ["--text-encoder", config.text_encoder]
-    flags += ["--seeds", str(config.seeds), "--epochs", str(config.epochs), *DEPARTURES.get(job.dataset, ())]
+    flags += ["--seeds", str(config.seeds), "--epochs", str(config.epochs)]
     flags += ["--compile"] if config.compile else []
     flags += ["--hold-out-dev"] if job.experiment == MODELS else []
     return [*flags, "--cache-dir", str(config.cache_dir), "--name", job.folder.name]

@@ -5,6 +5,7 @@ import importlib
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,6 +35,7 @@ from mmfusion.metrics.scores import example_scores
 from mmfusion.models.whitening import whiten_latents
 from mmfusion.training import grid as grids
 from mmfusion.training.grid import JWAE, PLAIN, Recipe, Setting, per_example, train_grid
+from mmfusion.training.objective import predict
 
 ROOT = Path(__file__).parent.parent
 SMALL = Recipe(epochs=2, latent_dim=4, hidden_dim=6, batch_size=16)
@@ -98,7 +100,7 @@ def test_test_scores_come_from_the_fold_that_tests_an_example():
     start = 0
     for f, fold in enumerate(data.folds):
         features = {name: x[fold.test] for name, x in data.pool.features.items()}
-        own = grid.model(0, 1, f)(features).prediction.squeeze(-1).detach().numpy()
+        own = predict(grid.model(0, 1, f), features).detach().numpy()
         np.testing.assert_allclose(predictions[0, 1, start : start + len(own)], own, atol=1e-6)
         start += len(own)
     assert start == len(target) == 120
@@ -136,9 +138,19 @@ def test_missing_modality_changes_nothing_but_through_its_latent():
     np.testing.assert_array_equal(grid.without(["audio"], [0]), without)
 
 
+@pytest.mark.parametrize("task", ["regression", "multiclass"])
+def test_members_at_once_are_fewer_where_variances_take_memory(task):
+    shape = {"noise": "dimension", "rank": 32, "output_dim": 17, "input_dims": {"a": 3, "b": 3}}
+    certain = grids.members_at_once(shape | {"noise": "none"}, 64, task)
+    few = grids.members_at_once(shape, 64, task)
+    one = grids.members_at_once(shape | {"rank": 4, "output_dim": 1}, 64, task)
+    assert certain == one == grids.MEMBERS_AT_ONCE > few >= 1
+    assert few < 5 if task == "multiclass" else 30 < few < 120
+
+
 def test_latents_of_fewer_dimensions_than_the_rank_give_no_verdict_about_it():
     data = folded(folds=4)
-    grid = train_grid(data, [Setting("rank 2", 2)], [0, 1], SMALL)
+    grid = train_grid(data, [Setting("rank 2", 2)], [0, 1], replace(SMALL, noise="none"))
     for model in grid.models:  # wide in every direction of the first fold, nearly so in the others
         whiten_latents(model, {name: x[data.folds[0].train] for name, x in data.pool.features.items()})
     found = grid.latent_dimension("rank 2")

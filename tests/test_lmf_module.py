@@ -110,6 +110,11 @@ def test_moments_equal_those_of_the_explicit_tensor(layer, leading, shared):
     expected = moment - mean[..., :, None] * mean[..., None, :]
     scale = moment.abs().amax().clamp_min(1) if moment.numel() else 1.0
     torch.testing.assert_close(covariance / scale, expected / scale, rtol=0, atol=1e-10)
+    apart = layer.moments(means, variances, joint=False).covariance
+    own = expected.diagonal(dim1=-2, dim2=-1)
+    torch.testing.assert_close(apart.diagonal(dim1=-2, dim2=-1) / scale, own / scale, rtol=0, atol=1e-10)
+    if not layer.shared_factors:
+        assert apart.count_nonzero() <= own.numel(), "nothing is off the diagonal"
     terms = layer.variance_terms(means, variances)
     assert list(terms) == sorted(terms, key=lambda s: (len(s), s)) and len(terms) == 2 ** len(means) - 1
     total = sum(terms.values())

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from experiments.experiment import SCORE_EFFECT, Experiment, Options, Outcome, Run, contrasts_on_test
+from experiments.experiment import SCORE_EFFECT, Experiment, Outcome, Run, contrasts_on_test
 from experiments.prior_strength.damage import ATTACKED, MISSING, NOISE, damaged, worst_columns
 from experiments.prior_strength.doubt import Doubt, measure_doubt
 from experiments.prior_strength.latents import latent_columns
@@ -30,14 +30,6 @@ from mmfusion.training.grid import JWAE, Grid, Setting
 WEIGHTS = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 KINDS = {"certain": "none", "Gaussian": "dimension"}
 RANK = 4
-
-
-@dataclass(frozen=True)
-class PriorOptions(Options):
-    """What does the pull to the prior cost, and what does it buy?"""
-
-    weight_decay: float = 1.0
-    """of weight matrices; the study's 10 lays latents on a line, where no prior can hold"""
 
 
 @dataclass
@@ -150,5 +142,4 @@ EXPERIMENT = Experiment(
     "A prior on the latents costs no discrimination at weight 1.",
     "What does the pull to the prior cost, and what does it buy?",
     measure,
-    options=PriorOptions,
 )

@@ -29,8 +29,7 @@ from mmfusion.training.fit import Method, fit_methods
 from mmfusion.training.recipe import ObjectiveConfig, TrainingConfig
 
 # chosen on inner folds by benchmarks/estimator_defaults.py
-EPOCHS, PATIENCE, VALIDATION_FRACTION, WEIGHT_DECAY, MODALITY_DROPOUT = 60, 10, 0.1, 1.0, 0.3
-FEATURE_DROPOUT = 0.5
+EPOCHS, PATIENCE, VALIDATION_FRACTION = 60, 10, 0.1
 SMALLEST_BATCH, STEPS = 8, 16
 
 
@@ -67,9 +66,9 @@ class FusionEstimator(BaseEstimator):
         patience: int = PATIENCE,
         batch_size: int | str = "auto",
         learning_rate: float = TrainingConfig.learning_rate,
-        weight_decay: float = WEIGHT_DECAY,
-        modality_dropout: float = MODALITY_DROPOUT,
-        feature_dropout: float = FEATURE_DROPOUT,
+        weight_decay: float = TrainingConfig.weight_decay,
+        modality_dropout: float = TrainingConfig.modality_dropout,
+        feature_dropout: float = TrainingConfig.feature_dropout,
         annealing: str = TrainingConfig.annealing,
         keep: str = TrainingConfig.keep,
         mmd_weight: float = ObjectiveConfig.mmd_weight,

@@ -10,11 +10,8 @@ from sklearn.utils.multiclass import check_classification_targets
 from mmfusion.data.modalities import Modalities
 from mmfusion.estimators.base import (
     EPOCHS,
-    FEATURE_DROPOUT,
-    MODALITY_DROPOUT,
     PATIENCE,
     VALIDATION_FRACTION,
-    WEIGHT_DECAY,
     FusionEstimator,
 )
 from mmfusion.metrics.conformal import LabelSets
@@ -42,9 +39,9 @@ class FusionClassifier(ClassifierMixin, FusionEstimator):
         patience: int = PATIENCE,
         batch_size: int | str = "auto",
         learning_rate: float = TrainingConfig.learning_rate,
-        weight_decay: float = WEIGHT_DECAY,
-        modality_dropout: float = MODALITY_DROPOUT,
-        feature_dropout: float = FEATURE_DROPOUT,
+        weight_decay: float = TrainingConfig.weight_decay,
+        modality_dropout: float = TrainingConfig.modality_dropout,
+        feature_dropout: float = TrainingConfig.feature_dropout,
         annealing: str = TrainingConfig.annealing,
         keep: str = TrainingConfig.keep,
         mmd_weight: float = ObjectiveConfig.mmd_weight,

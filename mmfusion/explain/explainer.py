@@ -140,7 +140,8 @@ class Explainer:
     @torch.inference_mode()
     def predict(self, features: Mapping[str, Tensor]) -> Tensor:
         """(S, N, C) probabilities of this fold's members."""
-        outputs = [member(features, reconstruct=False) for member in self.members]
+        joint = self.run.task == "multiclass"
+        outputs = [member(features, reconstruct=False, joint=joint) for member in self.members]
         logits = torch.stack([moderated_logits(x.prediction, x.covariance, self.run.task) for x in outputs])
         return probabilities(logits, self.run.task)
 

@@ -147,6 +147,7 @@ class FusionModel(nn.Module):
         reconstruct: bool = True,
         present: Mapping[str, Tensor] | None = None,
         kept: Mapping[str, Tensor] | None = None,
+        joint: bool = True,
     ) -> FusionOutput:
         """Prediction (..., O), latents and, where asked for, reconstructions of raw features (..., d_m).
 
@@ -155,21 +156,21 @@ class FusionModel(nn.Module):
         uncertain it sees the prior N(0, I), which is 0 with a variance of 1. The latents returned are whole.
 
         `kept` (..., d_m) multiplies the standardised features that the encoders see: feature dropout. They are
-        reconstructed as they were.
+        reconstructed as they were. `joint` as for `LowRankMultimodalFusion.moments`: classes alone need it.
         """
         standardised = {name: module(features[name]) for name, module in self.standardise.items()}
         seen = {name: x * kept[name] for name, x in standardised.items()} if kept else standardised
         latents, variances = self.jwae.posterior(seen)
         reconstructions = self.jwae.decode(latents) if reconstruct else {}
-        prediction, covariance = self.head(latents, present)
+        prediction, covariance = self.head(latents, present, joint)
         return FusionOutput(prediction, latents, standardised, reconstructions, variances, covariance)
 
     def head(
-        self, latents: Mapping[str, Tensor], present: Mapping[str, Tensor] | None = None
+        self, latents: Mapping[str, Tensor], present: Mapping[str, Tensor] | None = None, joint: bool = True
     ) -> tuple[Tensor, Tensor | None]:
         """Prediction (..., O) of (mean) latents (..., L), and its covariance (..., O, O) where they are uncertain.
 
-        `present` as for `forward`.
+        `present` and `joint` as for `forward`.
         """
         means, variances = dict(latents), self.jwae.noise_variances()
         uncertain = bool(variances)
@@ -180,7 +181,7 @@ class FusionModel(nn.Module):
         given = [means[name] for name in self.modalities]
         if not uncertain:
             return self.rescale(self.fusion(given)), None
-        mean, covariance = self.fusion.moments(given, [variances[name] for name in self.modalities])
+        mean, covariance = self.fusion.moments(given, [variances[name] for name in self.modalities], joint=joint)
         return self.rescale(mean), covariance * self.rescale.std[:, None] * self.rescale.std
 
 
@@ -271,7 +272,8 @@ class FusionEnsemble(nn.Module):
         Logits of uncertain latents are those of the expected probabilities (`moderated_logits`).
         """
         features = self._tensors(features)
-        outputs = [member(features, reconstruct=False) for member in self.members]
+        joint = self.task == "multiclass"
+        outputs = [member(features, reconstruct=False, joint=joint) for member in self.members]
         return torch.stack([moderated_logits(x.prediction, x.covariance, self.task) for x in outputs])
 
     @torch.inference_mode()

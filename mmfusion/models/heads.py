@@ -107,8 +107,8 @@ class FusedWidthHead(nn.Module):
     def forward(self, latents: list[Tensor]) -> Tensor:
         return self.readout(self.layer(latents))
 
-    def moments(self, means: list[Tensor], variances: list[Tensor]) -> Moments:
-        """Exact mean and covariance of the output, as `LowRankMultimodalFusion.moments`."""
+    def moments(self, means: list[Tensor], variances: list[Tensor], *, joint: bool = True) -> Moments:
+        """Exact mean and covariance of the output, as `LowRankMultimodalFusion.moments`; always joint."""
         mean, covariance = self.layer.moments(means, variances)
         weight = self.readout.weight
         return Moments(self.readout(mean), weight @ covariance @ weight.T)

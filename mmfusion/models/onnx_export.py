@@ -36,8 +36,8 @@ class _Exported(nn.Module):
 
     def forward(self, *features: Tensor) -> tuple[Tensor, Tensor]:
         named = dict(zip(self.names, features, strict=True))
-        outputs = [member(named, reconstruct=False) for member in self.ensemble.members]
         task = self.ensemble.task
+        outputs = [member(named, reconstruct=False, joint=task == "multiclass") for member in self.ensemble.members]
         logits = torch.stack([moderated_logits(x.prediction, x.covariance, task) for x in outputs])
         members = probabilities(logits, task)
         return members.mean(0), members

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mmfusion.data.folds import FoldedDataset, targets
+from mmfusion.dataset import Task
 from mmfusion.metrics.prior import check_prior
 from mmfusion.metrics.scores import example_losses, example_scores
 from mmfusion.metrics.tasks import selection_score
@@ -41,6 +42,7 @@ class Setting:
 
 
 MEMBERS_AT_ONCE = 320  # keeps every experiment below 4 GB; the rest of a grid follows in further blocks
+MEMORY = 4 << 30  # bytes, of what uncertain latents need beside
 JWAE = ("mmd", "reconstruction", "alignment")
 PLAIN: tuple[str, ...] = ()
 
@@ -145,7 +147,7 @@ def train_grid(
     title: str = "train",
     **shape: object,
 ) -> Grid:
-    """Train every setting with every seed on every fold, at once up to MEMBERS_AT_ONCE members: memory is bounded.
+    """Train every setting with every seed on every fold, at once as many as `members_at_once` says.
 
     `shape` holds further arguments of every FusionModel: fusion, fused_dim, spectral_norm, noise.
     """
@@ -185,7 +187,7 @@ def train_grid(
     members = _members(data, settings, seeds, recipe)
     models: list[FusionModel] = []
     # blocks of equal size, so that compilation meets one shape, or two
-    count = math.ceil(len(members) / MEMBERS_AT_ONCE)
+    count = math.ceil(len(members) / members_at_once(shape, recipe.batch_size, data.task))
     bounds = [round(len(members) * k / count) for k in range(count + 1)]
     text = f"{title}, {len(members)} trainings"
     with tqdm(total=count * recipe.epochs, desc=text, unit="epoch", mininterval=0.5) as bar:
@@ -196,6 +198,21 @@ def train_grid(
     outputs = outputs_of(data, models)
     outputs = outputs.reshape(len(settings), len(seeds), len(data.folds), *outputs.shape[1:])
     return Grid(data, list(settings), list(seeds), models, outputs, shape)
+
+
+def members_at_once(shape: Mapping[str, object], batch_size: int, task: Task) -> int:
+    """Members whose training fits into memory together: at most MEMBERS_AT_ONCE.
+
+    The variance of an output takes R^2 O numbers an example, the covariance of classes R^2 O^2, about six times for
+    each modality until the gradient is known.
+    """
+    if shape["noise"] == "none":
+        return MEMBERS_AT_ONCE
+    outputs = int(shape.get("fused_dim") or shape["output_dim"])
+    joint = task == "multiclass" or shape.get("fused_dim")
+    numbers = int(shape["rank"]) ** 2 * (outputs**2 if joint else outputs)
+    examples = max(6 * batch_size * len(shape["input_dims"]), 4 * EVALUATION_CHUNK)
+    return max(1, min(MEMBERS_AT_ONCE, MEMORY // (4 * numbers * examples)))
 
 
 def _members(data: FoldedDataset, settings: Sequence[Setting], seeds: Sequence[int], recipe: Recipe) -> list[Member]:

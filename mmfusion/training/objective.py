@@ -110,7 +110,7 @@ def objective(
 
     batch.features holds (B, d_m) per modality, batch.target (B,) or (B, O).
     """
-    output = model(batch.features, present=batch.present, kept=batch.kept)
+    output = model(batch.features, present=batch.present, kept=batch.kept, joint=task == "multiclass")
     terms = loss_terms(output, batch.target, task, alignment, scale, class_weights, prior)
     return terms | {name: term(output, batch) for name, term in (further or {}).items()}
 
@@ -123,6 +123,6 @@ def predict(
     features holds (N, d_m) per modality; the head sees 0 in place of the latents of those in `missing`.
     """
     present = {name: features[name].new_zeros(len(features[name])) for name in missing}
-    output = model(features, reconstruct=False, present=present)
+    output = model(features, reconstruct=False, present=present, joint=task == "multiclass")
     prediction = moderated_logits(output.prediction, output.covariance, task)
     return prediction.squeeze(-1) if task != "multiclass" and prediction.shape[-1] == 1 else prediction

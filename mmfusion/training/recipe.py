@@ -79,9 +79,9 @@ class TrainingConfig:
     """cosine: the learning rate falls to 0 over all epochs along half a cosine"""
     keep: Literal["best", "last"] = "best"
     """which epoch is kept: the best on the selection split, or the last (nothing stops early, nothing is selected)"""
-    weight_decay: float = 0.01
+    weight_decay: float = 1.0
     """decoupled, on weight matrices"""
-    modality_dropout: float = 0.0
+    modality_dropout: float = 0.3
     """rate at which each modality is hidden in training, of models that have several"""
     feature_dropout: float = 0.0
     """rate at which single features are set to their mean in training"""
@@ -127,11 +127,11 @@ class Recipe:
 
     latent_dim: int = ModelConfig.latent_dim
     """width L of the latents"""
-    hidden_dim: int = 32
+    hidden_dim: int = ModelConfig.hidden_dim
     """width of the encoders' and decoders' hidden layer"""
-    noise: Noise = "none"
+    noise: Noise = ModelConfig.noise
     """of the latents: none, or a standard deviation learned for each dimension"""
-    epochs: int = 40
+    epochs: int = 15
     """passes over the training part; at most, where the best is kept"""
     keep: Literal["last", "best"] = "last"
     """the last epoch's parameters, with a learning rate that falls to 0 along half a cosine and no split selected upon;
@@ -140,13 +140,13 @@ class Recipe:
     """examples per step"""
     learning_rate: float = TrainingConfig.learning_rate
     """of Adam, at the start"""
-    weight_decay: float = 10.0
-    """decoupled, on weight matrices: each step takes learning_rate * weight_decay off them, 1 %"""
-    modality_dropout: float = 0.3
+    weight_decay: float = TrainingConfig.weight_decay
+    """decoupled, on weight matrices: each step takes learning_rate * weight_decay off them, .1 %"""
+    modality_dropout: float = TrainingConfig.modality_dropout
     """rate at which each modality is hidden in training"""
-    feature_dropout: float = 0.0
+    feature_dropout: float = 0.6
     """rate at which single features are set to their mean in training"""
-    mmd_weight: float = 0.3
+    mmd_weight: float = ObjectiveConfig.mmd_weight
     """weight of the prior where it is on"""
     reconstruction_weight: float = ObjectiveConfig.reconstruction_weight
     """weight of the reconstruction error where it is on"""

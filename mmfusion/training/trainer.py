@@ -28,7 +28,7 @@ from mmfusion.errors import InputError, NonFiniteLoss
 from mmfusion.training.checkpoint import read_checkpoint, write_checkpoint
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
-EVALUATION_CHUNK = 1024  # examples at a time: bounds the memory of S members' hidden layers
+EVALUATION_CHUNK = 256  # examples at a time: bounds the memory of S members' hidden layers
 
 
 class Batch(NamedTuple):
