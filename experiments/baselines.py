@@ -23,6 +23,8 @@ from torch import Tensor
 from experiments.experiment import Experiment, Options, Outcome, Run, contrasts_on_test, main
 from lmf_module import LowRankMultimodalFusion
 from mmfusion.data.folds import FoldedDataset, only, targets, with_dev_in_training
+from mmfusion.metrics.calibration import ensemble_logits
+from mmfusion.metrics.classes import ensemble_log_probabilities
 from mmfusion.metrics.format import mean_std
 from mmfusion.metrics.scores import Score, binary_scores, example_scores
 from mmfusion.metrics.statistics import Difference, combine
@@ -35,7 +37,7 @@ from mmfusion.training.grid import JWAE, PLAIN, Grid, Setting, per_example
 RANK = 4
 MAIN = f"jWAE-LMF, rank {RANK}"
 LOWEST = "jWAE-LMF, rank 1"
-SCORES = ("accuracy", "weighted_f1", "auroc")
+SCORES = ("accuracy", "weighted_f1", "auroc", "log_loss")
 TENSOR = "tensor product (TFN)"
 TENSOR_ENTRIES = 50_000  # of the outer product, for each example: four modalities of 33 would be a million
 DIGITS = 3
@@ -72,7 +74,12 @@ def measure(data: FoldedDataset, run: Run) -> Outcome:
     methods = neural(data, run) | kernel_machines(data)
     save_ensembles(run.folder, {label: m.ensemble for label, m in methods.items() if m.ensemble is not None})
     methods["training mean" if data.task == "regression" else "training majority"] = constant(data)
-    scores = {label: fold_scores(data, method.predictions) for label, method in methods.items()}
+    scores = {label: fold_scores(data, m.predictions, m.ensemble is not None) for label, m in methods.items()}
+    ensembles = {
+        label: fold_scores(data, ensemble_outputs(data, method.predictions), True)
+        for label, method in methods.items()
+        if len(method.predictions) > 1
+    }
     examples = {
         label: per_example(data, method.predictions, "test", example_scores) for label, method in methods.items()
     }  # (S, n); one row of a deterministic method stands for all seeds
@@ -88,12 +95,13 @@ def measure(data: FoldedDataset, run: Run) -> Outcome:
         label: {
             "parameters": methods[label].parameters,
             "seconds": methods[label].seconds,
-            **{name: {"per seed and fold": values[0].tolist(), "interval": values[1]} for name, values in by.items()},
+            **_numbers(by),
+            **({"ensemble": _numbers(ensembles[label])} if label in ensembles else {}),
         }
         for label, by in scores.items()
     }
     return Outcome(
-        table(data, methods, scores),
+        table(data, methods, scores, ensembles),
         contrasts,
         verdict,
         answer,
@@ -192,8 +200,22 @@ def constant(data: FoldedDataset) -> MethodResult:
 # ---- scores ------------------------------------------------------------------------------------------------------
 
 
-def fold_scores(data: FoldedDataset, predictions: np.ndarray) -> dict[str, tuple[np.ndarray, list[float] | None]]:
-    """{score: ((S, F), [low, high] over examples where there is one fold)} of test predictions (S, n[, O])."""
+FoldScores = dict[str, tuple[np.ndarray, list[float] | None]]
+
+
+def ensemble_outputs(data: FoldedDataset, predictions: np.ndarray) -> np.ndarray:
+    """(1, n[, O]): logits of the members' mean probabilities, or their mean value."""
+    if data.task == "regression":
+        return predictions.mean(0, keepdims=True)
+    together = ensemble_log_probabilities if data.task == "multiclass" else ensemble_logits
+    return together(predictions)[None].astype(np.float32)
+
+
+def fold_scores(data: FoldedDataset, predictions: np.ndarray, are_logits: bool) -> FoldScores:
+    """{score: ((S, F), [low, high] over examples where there is one fold)} of test predictions (S, n[, O]).
+
+    Scores of ranks and signs do not mind that a kernel machine's margin is no logit; a log loss would.
+    """
     target = targets(data)
     folds, start = [], 0
     for fold in data.folds:
@@ -201,14 +223,17 @@ def fold_scores(data: FoldedDataset, predictions: np.ndarray) -> dict[str, tuple
         start = part.stop
         found = predictions[:, part]
         if data.task == "binary":
-            # scores of ranks and signs do not mind that a kernel machine's margin is no logit
             chances = 1 / (1 + np.exp(-found.astype(np.float64)))
-            folds.append(binary_scores(chances, target[part], names=SCORES))
+            folds.append(binary_scores(chances, target[part], names=SCORES if are_logits else SCORES[:-1]))
         else:
             if data.task != "regression":
                 found = probabilities(torch.from_numpy(found), data.task).numpy()
             folds.append(task_scores(found, target[part], data.task, label_range=data.label_range))
     return {name: _stack([fold[name] for fold in folds]) for name in folds[0]}
+
+
+def _numbers(scores: FoldScores) -> dict[str, dict]:
+    return {name: {"per seed and fold": values.tolist(), "interval": ends} for name, (values, ends) in scores.items()}
 
 
 def _stack(folds: list[Score]) -> tuple[np.ndarray, list[float] | None]:
@@ -219,18 +244,31 @@ def _stack(folds: list[Score]) -> tuple[np.ndarray, list[float] | None]:
 # ---- table and figure --------------------------------------------------------------------------------------------
 
 
-def table(data: FoldedDataset, methods: dict[str, MethodResult], scores: dict[str, dict]) -> str:
-    """One line per method: parameters, seconds per model, every score."""
+def table(
+    data: FoldedDataset,
+    methods: dict[str, MethodResult],
+    scores: dict[str, FoldScores],
+    ensembles: dict[str, FoldScores],
+) -> str:
+    """One line per method: parameters, seconds per model, every score; below it what its members say together."""
     names = list(scores[MAIN])
     spread = "[95 % bootstrap interval over examples, each by itself]" if len(data.folds) == 1 else "(std over folds)"
-    width = max(map(len, methods))
+    together = "  mean of its {} members"
+    width = max(map(len, [*methods, together]))
     lines = [f"mean +- std over seeds {spread}; seconds of training per model"]
     lines.append(f"{'':{width}}  parameters  seconds" + "".join(f"  {name:^31}" for name in names))
     for label, method in methods.items():
         count = "-" if method.parameters is None else str(method.parameters)
-        cells = "".join(f"  {cell(*scores[label][name]):31}" for name in names)
-        lines.append(f"{label:{width}}  {count:>10}  {method.seconds:7.2f}{cells}".rstrip())
+        lines.append(f"{label:{width}}  {count:>10}  {method.seconds:7.2f}{cells(scores[label], names)}".rstrip())
+        if label in ensembles:
+            row = f"{together.format(len(method.predictions)):{width}}  {'':10}  {'':7}"
+            lines.append(f"{row}{cells(ensembles[label], names)}".rstrip())
     return "\n".join(lines)
+
+
+def cells(scores: FoldScores, names: Sequence[str]) -> str:
+    """One cell for each score; "-" where a method has none."""
+    return "".join(f"  {cell(*scores[name]) if name in scores else '-':31}" for name in names)
 
 
 def cell(values: np.ndarray, interval: list[float] | None) -> str:
@@ -241,7 +279,7 @@ def cell(values: np.ndarray, interval: list[float] | None) -> str:
     return f"{mean_std(seeds, DIGITS)} ({values.mean(0).std(ddof=1):.{DIGITS}f})"
 
 
-def answer_sentence(data: FoldedDataset, scores: dict[str, dict]) -> str:
+def answer_sentence(data: FoldedDataset, scores: dict[str, FoldScores]) -> str:
     """The main row's scores, and which method has the best mean of the first."""
     names = list(scores[MAIN])
     first, smaller_is_better = names[0], names[0] == "mae"
@@ -250,7 +288,7 @@ def answer_sentence(data: FoldedDataset, scores: dict[str, dict]) -> str:
     return f"{MAIN}: {own}. Best mean {first}: {best}, {scores[best][first][0].mean():.3f}."
 
 
-def draw(figure: Figure, data: FoldedDataset, scores: dict[str, dict]) -> None:
+def draw(figure: Figure, data: FoldedDataset, scores: dict[str, FoldScores]) -> None:
     """One row per method: the first score of every seed as dots, their mean, the interval over examples."""
     axis = figure.subplots()
     name = next(iter(scores[MAIN]))

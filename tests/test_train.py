@@ -143,7 +143,7 @@ def test_estimator_and_command_agree_to_rounding(tmp_path, monkeypatch):
         "patience": 5,
         "batch_size": 16,
     }
-    settings |= {"weight_decay": 0.01, "modality_dropout": 0.1, "keep": "best", "annealing": "none", "device": "cpu"}
+    settings |= {"weight_decay": 0.01, "modality_dropout": 0.1, "feature_dropout": 0.5, "device": "cpu"}
     model = FusionClassifier(random_state=3, validation_fraction=0.2, **settings)
     model.fit({name: x[:100] for name, x in mine.items()}, y[:100])
     own, dev = train_test_split(rows, test_size=20, stratify=y[:100], random_state=3)
@@ -151,7 +151,7 @@ def test_estimator_and_command_agree_to_rounding(tmp_path, monkeypatch):
     keyed = {f"{name}_{part}": x[place] for name, x in mine.items() for part, place in places.items()}
     np.savez("mine.npz", **keyed, **{f"target_{part}": y[place] for part, place in places.items()})
     flags = "--seeds 2 --first-seed 3 --epochs 5 --patience 5 --modality-dropout 0.1 --latent-dim 4 --hidden-dim 8"
-    flags += " --rank 2 --batch-size 16 --device cpu --select-by log_loss --feature-dropout 0.5"
+    flags += " --rank 2 --batch-size 16 --device cpu --select-by log_loss --feature-dropout 0.5 --weight-decay 0.01"
     assert train.run(["--data", "mine.npz", *flags.split()]) == 0
     ensemble = FusionEnsemble.from_pretrained("runs/mine")
     test = {name: x[100:] for name, x in mine.items()}

@@ -26,6 +26,7 @@ from mmfusion.errors import InputError
 from mmfusion.models.fusion import FusionEnsemble
 from mmfusion.runs import load as trained_run
 from mmfusion.runs.load import load_run
+from mmfusion.training.objective import predict
 
 FOLDS, SEEDS = 2, 2
 
@@ -98,7 +99,7 @@ def test_members_of_a_row_score_what_its_table_says_of_each_seed_and_fold(toy):
             assert len(members) == SEEDS
             for s, model in enumerate(members):
                 features = {name: toy.data.pool.features[name][fold.test] for name in model.modalities}
-                logits = model(features).prediction.squeeze(-1).numpy()
+                logits = predict(model, features).numpy()
                 auroc = said[row]["auroc"]["per seed and fold"][s][f]
                 assert roc_auc_score(target, logits) == pytest.approx(auroc, abs=1e-9)
                 accuracy = said[row]["accuracy"]["per seed and fold"][s][f]
@@ -149,7 +150,7 @@ def test_run_of_the_command_line_is_read_with_its_data(place):
     features = {name: x[fold.test] for name, x in found.data.pool.features.items()}
     target = found.data.pool.target[fold.test].numpy()
     for s, model in enumerate(found.members(found.main_row)):
-        logits = model(features).prediction.squeeze(-1).numpy()
+        logits = predict(model, features).numpy()
         assert roc_auc_score(target, logits) == pytest.approx(said[train.MAIN]["auroc"]["per seed and fold"][s][0])
     np.testing.assert_array_equal(fold.test.numpy(), found.data.test_rows)
 
