@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mmfusion.data.arrays import ArraysConfig
-from mmfusion.metrics.prior import NUMBERS, check_prior
+from mmfusion.metrics.prior import NUMBERS, carried_dimension, check_prior
 from mmfusion.models.fusion import ModelConfig
 from mmfusion.train import Config, fit
 from mmfusion.training.fit import Method, _members
@@ -96,3 +96,20 @@ def test_the_bures_term_is_trained_logged_and_off_in_the_row_without_a_prior(tmp
     members = _members(methods, weights, training, 1)
     assert [member.loss_weights["bures"] for member in members] == [3.0, 0.0]
     assert [member.loss_weights["mmd"] for member in members] == [1.0, 0.0]
+
+
+def test_the_dimension_that_latents_carry_is_one_of_no_coordinates():
+    rng = np.random.default_rng(0)
+    means = rng.normal(size=(4000, 6)) * np.array([3, 3, 0.1, 0, 0, 0])
+    variances = np.array([1.0, 1.0, 1.0, 1.0, 1.0, 1.0])
+    found = carried_dimension(means, variances)
+    assert found == pytest.approx(2.02, abs=0.03), "two directions above the noise; the third is noise to 99 %"
+    scale = rng.uniform(0.1, 10, 6)
+    assert carried_dimension(means * scale + 5, variances * scale**2) == pytest.approx(found, rel=1e-9)
+    # a rotation of coordinates of equal noise
+    rotation = np.linalg.qr(rng.normal(size=(6, 6)))[0]
+    assert carried_dimension(means @ rotation, variances) == pytest.approx(found, rel=1e-9)
+    assert carried_dimension(np.ones((5, 3)), np.ones(3)) == carried_dimension(np.ones((5, 3))) == 0
+    by_hand = np.array([1.0, 1.0, 1 / 9])  # without noise: as it stands
+    wide = rng.normal(size=(200_000, 3)) * np.sqrt(by_hand)
+    assert carried_dimension(wide) == pytest.approx(by_hand.sum() ** 2 / np.square(by_hand).sum(), rel=0.02)

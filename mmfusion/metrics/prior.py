@@ -77,6 +77,22 @@ def check_prior(means: np.ndarray, variances: np.ndarray | None = None, seed: in
     )
 
 
+def carried_dimension(means: np.ndarray, variances: np.ndarray | None = None) -> float:
+    """Effective dimension of Cov(mu) of latents (n, L) whose noise has `variances` (L,), whatever their coordinates.
+
+    It is taken where the latents' covariance with their noise is I, of the eigenvalues of (Cov(mu) + diag s^2)^-1
+    Cov(mu): shares of each direction that are no noise. Without noise there is no such unit, and it is that of Cov(mu)
+    as it stands.
+    """
+    covariance = np.atleast_2d(np.cov(np.asarray(means, np.float64), rowvar=False))
+    if variances is not None:
+        # LMF absorbs any scale of a latent, noise included: only their ratio means something
+        scale = np.sqrt(np.maximum(np.asarray(variances, np.float64), 1e-12))
+        ratio = np.linalg.eigvalsh(covariance / scale / scale[:, None]).clip(0)
+        return _effective_dimension(ratio / (1 + ratio))
+    return _effective_dimension(np.linalg.eigvalsh(covariance))
+
+
 def _numbers(z: np.ndarray) -> np.ndarray:
     """The four of (n, L)."""
     eigenvalues = np.linalg.eigvalsh(np.atleast_2d(np.cov(z, rowvar=False)))

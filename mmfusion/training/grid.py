@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from mmfusion.data.folds import FoldedDataset, targets
 from mmfusion.dataset import Task
-from mmfusion.metrics.prior import check_prior
+from mmfusion.metrics.prior import carried_dimension
 from mmfusion.metrics.scores import example_losses, example_scores
 from mmfusion.metrics.tasks import selection_score
 from mmfusion.models.fusion import FusionEnsemble, FusionModel
@@ -94,7 +94,7 @@ class Grid:
 
     @torch.inference_mode()
     def latent_dimension(self, label: str) -> float:
-        """Effective dimension of Cov(mu) on a setting's own training parts: mean over members, least of the modalities.
+        """`carried_dimension` on a setting's own training parts: mean over members, least of the modalities.
 
         An interaction between latents of fewer dimensions than its rank has a rank of their dimension.
         """
@@ -102,7 +102,9 @@ class Grid:
         for k, model in enumerate(self.members([self.index(label)])):
             rows = self.data.folds[k % len(self.data.folds)].train
             latents = model.latents({name: x[rows] for name, x in self.data.pool.features.items()})
-            found.append([check_prior(z.double().numpy()).dimension_of_means for z in latents])
+            noise = model.latent_variances() or [None] * len(latents)
+            pairs = zip(latents, noise, strict=True)
+            found.append([carried_dimension(z.numpy(), None if v is None else v.numpy()) for z, v in pairs])
         return float(np.min(np.mean(found, axis=0)))
 
     def scores(self, part: str = "test") -> np.ndarray:
