@@ -231,6 +231,25 @@ def test_baselines_are_trained_on_the_same_examples_and_the_constant_knows_nothi
     assert outcome.numbers["audio alone"]["parameters"] < outcome.numbers[train.MAIN]["parameters"]
 
 
+def test_a_row_of_baselines_says_what_its_members_say_together():
+    data = folded(examples=40)
+    logits = np.random.default_rng(0).normal(size=(3, len(data.test_rows))) * 4
+    together = train.ensemble_outputs(data, logits)
+    np.testing.assert_allclose(1 / (1 + np.exp(-together)), (1 / (1 + np.exp(-logits))).mean(0)[None], rtol=1e-5)
+    values = np.random.default_rng(1).normal(size=(3, 5, 2))
+    regression = folded("regression", examples=40)
+    np.testing.assert_array_equal(train.ensemble_outputs(regression, values), values.mean(0)[None])
+    scores = train.fold_scores(data, logits, True)
+    assert "log_loss" not in train.fold_scores(data, logits, False), "a margin is no logit"
+    methods = {train.MAIN: train.MethodResult(logits, 9, 0.1), "machine": train.MethodResult(logits[:1], None, 0.1)}
+    ensembles = {train.MAIN: train.fold_scores(data, together, True)}
+    rows = {train.MAIN: scores, "machine": train.fold_scores(data, logits[:1], False)}
+    lines = train.table(data, methods, rows, ensembles).splitlines()
+    assert lines[3].startswith("  mean of its 3 members") and lines[4].endswith("-")
+    loss = ensembles[train.MAIN]["log_loss"][0]
+    assert loss.shape == (1, 1) and loss < scores["log_loss"][0].mean(), "convex: the mean loses less than its members"
+
+
 class Done(NamedTuple):
     """What a command left behind."""
 
