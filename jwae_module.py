@@ -185,7 +185,7 @@ def bures_penalty(z: Tensor, variances: Tensor | None = None) -> Tensor:
 
 
 def sliced_wasserstein_penalty(
-    z: Tensor, directions: Tensor, variances: Tensor | None = None, *, nodes: int = 8
+    z: Tensor, variances: Tensor | None = None, *, directions: Tensor, nodes: int = 8
 ) -> Tensor:
     """Squared 2-Wasserstein distance to N(0, 1) of the latents along each direction, mean over directions.
 
@@ -212,7 +212,7 @@ def sliced_wasserstein_penalty(
     return (values.sort(0).values - _normal_quantiles(len(values), z)[:, None]).square().mean()
 
 
-def characteristic_penalty(z: Tensor, directions: Tensor, variances: Tensor | None = None) -> Tensor:
+def characteristic_penalty(z: Tensor, variances: Tensor | None = None, *, directions: Tensor) -> Tensor:
     """Distance of characteristic functions to that of N(0, 1) along each direction, mean over directions; unbiased.
 
         2 sum_t h_t w(t) |phi(t) - exp(-t^2/2)|^2,    phi(t) = mean_i exp(i t p.z_i - t^2 p^T diag(s^2) p / 2)

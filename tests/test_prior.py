@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from mmfusion.data.arrays import ArraysConfig
 from mmfusion.metrics.prior import NUMBERS, carried_dimension, check_prior
@@ -11,6 +12,7 @@ from mmfusion.models.fusion import ModelConfig
 from mmfusion.train import Config, fit
 from mmfusion.training.fit import Method, _members
 from mmfusion.training.recipe import ObjectiveConfig, TrainingConfig
+from mmfusion.training.trainer import step_directions
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
@@ -77,7 +79,8 @@ def test_a_run_prints_keeps_and_reaches_the_moments_on_train(tmp_path, monkeypat
         np.testing.assert_allclose(total.detach().numpy(), 1, atol=1e-4)
 
 
-def test_the_bures_term_is_trained_logged_and_off_in_the_row_without_a_prior(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["bures", "sliced", "characteristic"])
+def test_a_further_penalty_is_trained_logged_and_off_in_the_row_without_a_prior(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
     arrays = {"a": rng.normal(size=(160, 6)), "b": rng.normal(size=(160, 5))}
@@ -85,17 +88,40 @@ def test_the_bures_term_is_trained_logged_and_off_in_the_row_without_a_prior(tmp
     training = TrainingConfig(seeds=1, epochs=6, batch_size=32, learning_rate=1e-2, keep="last", device="cpu")
     last = {}
     for weight in (0.0, 3.0):
-        objective = ObjectiveConfig(bures_weight=weight)
+        objective = ObjectiveConfig(**{f"{name}_weight": weight})
         run = fit(arrays, Config(ArraysConfig(hold_out=0.25), training, ModelConfig(4, 8, 2), objective))
         lines = (run.folder / "metrics.jsonl").read_text().splitlines()
         records = [json.loads(line) for line in lines if '"loss"' in line]
-        last[weight] = next(r for r in reversed(records) if "rank" in str(r))
-        assert ("bures" in json.dumps(last[weight])) == bool(weight)
+        last[weight] = [r for r in records if "rank" in str(r)]
+        assert (name in json.dumps(last[weight])) == bool(weight)
+    first, final = (np.mean(last[3.0][i]["loss"][name]) for i in (0, -1))
+    assert final < first, "the latents come nearer"
     methods = [Method("on", ("a", "b"), active_rank=2), Method("off", ("a", "b"), active_rank=2, prior=False)]
     weights = objective.loss_weights("binary", ("a", "b"))
     members = _members(methods, weights, training, 1)
-    assert [member.loss_weights["bures"] for member in members] == [3.0, 0.0]
+    assert [member.loss_weights[name] for member in members] == [3.0, 0.0]
     assert [member.loss_weights["mmd"] for member in members] == [1.0, 0.0]
+
+
+def test_directions_are_those_of_the_seed_epoch_and_step_and_of_no_companion():
+    one = step_directions(0, 1, 2, (5, 3))
+    assert one.shape == (5, 3) and torch.equal(one, step_directions(0, 1, 2, (5, 3)))
+    others = [step_directions(*key, (5, 3)) for key in ((1, 1, 2), (0, 2, 2), (0, 1, 3))]
+    assert not any(torch.equal(one, other) for other in others)
+
+
+def test_a_penalty_along_directions_trains_a_member_alike_alone_and_beside_another(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    arrays = {"a": rng.normal(size=(120, 6)), "b": rng.normal(size=(120, 5)), "target": rng.integers(0, 2, 120)}
+    found = []
+    for seeds in (1, 2):
+        training = TrainingConfig(seeds=seeds, epochs=3, batch_size=32, keep="last", device="cpu")
+        objective = ObjectiveConfig(characteristic_weight=1.0, sliced_weight=0.5)
+        run = fit(arrays, Config(ArraysConfig(hold_out=0.25), training, ModelConfig(4, 8, 2), objective))
+        found.append(run.ensemble.members[0].state_dict())
+    for key, value in found[0].items():
+        torch.testing.assert_close(value, found[1][key], rtol=1e-4, atol=1e-5)
 
 
 def test_the_dimension_that_latents_carry_is_one_of_no_coordinates():

@@ -25,8 +25,12 @@ DIRECTIONS = normal(64, 32, seed=9)
 PENALTIES = {
     "mmd": mmd_penalty,
     "bures": bures_penalty,
-    "sliced": lambda z, variances=None: sliced_wasserstein_penalty(z, DIRECTIONS[:, : z.shape[-1]], variances),
-    "characteristic": lambda z, variances=None: characteristic_penalty(z, DIRECTIONS[:, : z.shape[-1]], variances),
+    "sliced": lambda z, variances=None: sliced_wasserstein_penalty(
+        z, variances, directions=DIRECTIONS[:, : z.shape[-1]]
+    ),
+    "characteristic": lambda z, variances=None: characteristic_penalty(
+        z, variances, directions=DIRECTIONS[:, : z.shape[-1]]
+    ),
 }
 UNBIASED = ["mmd", "characteristic"]
 
@@ -75,13 +79,13 @@ def test_sliced_is_the_distance_of_sorted_values():
     z, direction = normal(7, 4), torch.tensor([[0.0, 3.0, 0.0, 0.0]]).double()
     shares = (torch.arange(7).double() + 0.5) / 7
     expected = (z[:, 1].sort().values - torch.special.ndtri(shares)).square().mean()
-    torch.testing.assert_close(sliced_wasserstein_penalty(z, direction), expected, **EXACT)
+    torch.testing.assert_close(sliced_wasserstein_penalty(z, directions=direction), expected, **EXACT)
     # with noise: the distance of the mixture, up to the nodes
     z, variances = normal(50, 4) * 0.7, torch.full((4,), 0.5).double()
     drawn = (z[:, 1] + 0.5**0.5 * normal(4000, 50)).flatten()
     shares = (torch.arange(len(drawn)).double() + 0.5) / len(drawn)
     expected = (drawn.sort().values - torch.special.ndtri(shares)).square().mean()
-    found = sliced_wasserstein_penalty(z, direction, variances, nodes=200)
+    found = sliced_wasserstein_penalty(z, variances, directions=direction, nodes=200)
     assert abs(found - expected) < 0.02 * expected + 1e-3
 
 
@@ -95,7 +99,7 @@ def test_characteristic_is_the_integral_over_all_pairs():
     real = (torch.cos(t[:, None] * x) * torch.exp(-t.square() * v / 2)[:, None]).mean(1)
     expected = (-t.square() / 2).exp()
     integral = 2 * torch.trapezoid(expected / t.square() * (square - 2 * expected * real + expected.square()), t)
-    assert abs(characteristic_penalty(z, direction, variances) - integral) < 0.05 * integral.abs() + 1e-3
+    assert abs(characteristic_penalty(z, variances, directions=direction) - integral) < 0.05 * integral.abs() + 1e-3
 
 
 # ---- where latents are pulled ----------------------------------------------------------------------------------------
@@ -167,12 +171,11 @@ def test_vmap_and_float32_and_half_precision_agree_with_one_at_a_time(name):
 @pytest.mark.parametrize("name", PENALTIES)
 def test_compiles_without_a_graph_break(name):
     z, variances, penalty = normal(8, 5), uniform(5) + 0.1, PENALTIES[name]
-    directions = normal(64, 5, seed=9)
     calls = {"sliced": sliced_wasserstein_penalty, "characteristic": characteristic_penalty}
-    arguments = (z, directions, variances) if name in calls else (z, variances)
+    given = {"directions": normal(64, 5, seed=9)} if name in calls else {}
     call = calls.get(name, penalty)
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(*arguments), call(*arguments), **EXACT)
+    torch.testing.assert_close(compiled(z, variances, **given), call(z, variances, **given), **EXACT)
 
 
 @pytest.mark.parametrize("name", PENALTIES)
@@ -187,4 +190,4 @@ def test_what_does_not_fit_is_refused(name):
 def test_directions_that_do_not_fit_are_refused():
     for call in (sliced_wasserstein_penalty, characteristic_penalty):
         with pytest.raises(ValueError, match="directions"):
-            call(normal(5, 4), normal(3, 5))
+            call(normal(5, 4), directions=normal(3, 5))

@@ -18,7 +18,7 @@ from mmfusion.dataset import Dataset, Fold
 from mmfusion.metrics.tasks import balanced_weights, selection_score
 from mmfusion.models.fusion import Fusion, FusionEnsemble, FusionModel, ModelConfig
 from mmfusion.models.whitening import whiten_latents
-from mmfusion.training.objective import PRIOR_TERMS, Term, objective, predict
+from mmfusion.training.objective import DIRECTIONAL, DIRECTIONS, PRIOR_TERMS, Term, objective, predict
 from mmfusion.training.recipe import ObjectiveConfig, TrainingConfig
 from mmfusion.training.trainer import Member, Problem, Schedule, Trained, TrainingData, train
 
@@ -112,6 +112,7 @@ def fit_methods(
         lambda model, batch: objective(model, batch, **terms),
         partial(predict, task=first.task),
         selection_score(first.task, scale, training.select_by == "log_loss", class_weights),
+        (DIRECTIONS, model.latent_dim) if set(objectives.prior) & set(DIRECTIONAL) else None,
     )
     schedule = Schedule(
         epochs=training.epochs,

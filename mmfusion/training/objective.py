@@ -1,13 +1,20 @@
 """The named loss terms of one fusion model on one batch; their weighted sum is minimised."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jwae_module import bures_penalty, mmd_penalty, reconstruction_error
+from jwae_module import (
+    bures_penalty,
+    characteristic_penalty,
+    mmd_penalty,
+    reconstruction_error,
+    sliced_wasserstein_penalty,
+)
 from mmfusion.dataset import Task
 from mmfusion.losses.contrastive import info_nce, margin_ranking
 from mmfusion.losses.expected import expected_absolute_error, moderated_logits
@@ -15,8 +22,15 @@ from mmfusion.models.fusion import FusionOutput
 from mmfusion.training.trainer import Batch, ModelCall
 
 Alignment = Literal["margin", "info_nce"]
-Prior = Literal["mmd", "bures"]
-PRIOR_TERMS: dict[Prior, Callable[..., Tensor]] = {"mmd": mmd_penalty, "bures": bures_penalty}
+Prior = Literal["mmd", "bures", "sliced", "characteristic"]
+PRIOR_TERMS: dict[Prior, Callable[..., Tensor]] = {
+    "mmd": mmd_penalty,
+    "bures": bures_penalty,
+    "sliced": sliced_wasserstein_penalty,
+    "characteristic": characteristic_penalty,
+}
+DIRECTIONAL: tuple[Prior, ...] = ("sliced", "characteristic")  # look at latents along random directions
+DIRECTIONS = 64  # of each step
 Term = Callable[[FusionOutput, Batch], Tensor]
 """a further loss term: what one model says of one batch, and the batch -> a scalar"""
 FIT_TERM: dict[Task, str] = {
@@ -72,6 +86,7 @@ def loss_terms(
     target_scale: Tensor | float = 1.0,
     class_weights: Tensor | None = None,
     prior: Collection[Prior] = ("mmd",),
+    directions: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The named terms whose weighted sum a fusion model is trained on, as scalars of one batch.
 
@@ -82,12 +97,14 @@ def loss_terms(
         alignment: which loss aligns the latents of one example; a single modality has nothing to be aligned with, and
             then there is no such term.
         prior: the penalties towards N(0, I), each a term, mean over modalities.
+        directions: (K, L), which some of them need.
     """
     terms = {FIT_TERM[task]: fit_loss(output, target, task, target_scale, class_weights)}
     latents = torch.stack(list(output.latents.values()))  # (M, B, L): one call for all modalities
     variances = torch.stack([output.variances[m] for m in output.latents]) if output.variances else None
     for name in prior:
-        distances = torch.vmap(PRIOR_TERMS[name], in_dims=(0, None if variances is None else 0))
+        term = partial(PRIOR_TERMS[name], directions=directions) if name in DIRECTIONAL else PRIOR_TERMS[name]
+        distances = torch.vmap(term, in_dims=(0, None if variances is None else 0))
         terms[name] = distances(latents, variances).mean()
     terms["reconstruction"] = reconstruction_error(output.standardised, output.reconstructions)
     if len(output.latents) > 1:
@@ -111,7 +128,8 @@ def objective(
     batch.features holds (B, d_m) per modality, batch.target (B,) or (B, O).
     """
     output = model(batch.features, present=batch.present, kept=batch.kept, joint=task == "multiclass")
-    terms = loss_terms(output, batch.target, task, alignment, scale, class_weights, prior)
+    directions = batch.directions[0] if batch.directions else None
+    terms = loss_terms(output, batch.target, task, alignment, scale, class_weights, prior, directions)
     return terms | {name: term(output, batch) for name, term in (further or {}).items()}
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 from mmfusion.dataset import Task
 from mmfusion.errors import InputError, check_numbers, check_types
 from mmfusion.models.fusion import ModelConfig, Noise
-from mmfusion.training.objective import FIT_TERM, Alignment, Prior
+from mmfusion.training.objective import FIT_TERM, PRIOR_TERMS, Alignment, Prior
 
 INFINITY = float("inf")
 
@@ -19,9 +19,13 @@ class ObjectiveConfig:
     """What is minimised: BCE + mmd * MMD^2 + reconstruction * squared error + alignment * pair alignment."""
 
     mmd_weight: float = 1.0
-    """weight of the MMD to the Gaussian prior; 0, with --bures-weight 0, turns the prior off"""
+    """weight of the MMD to the Gaussian prior; where the three below are 0 too, there is no prior"""
     bures_weight: float = 0.0
     """weight of the 2-Wasserstein distance of the latents' mean and covariance to the prior's"""
+    sliced_weight: float = 0.0
+    """weight of the sliced Wasserstein distance of the latents to the prior"""
+    characteristic_weight: float = 0.0
+    """weight of the distance of the latents' characteristic function to the prior's, along random directions"""
     reconstruction_weight: float = 0.1
     """weight of the reconstruction error"""
     alignment_weight: float = 0.1
@@ -39,8 +43,8 @@ class ObjectiveConfig:
         weights = {FIT_TERM[task]: 1.0}
         for field in fields(self):
             term = field.name.removesuffix("_weight")
-            if term == "bures" and not self.bures_weight:
-                continue  # and is not computed
+            if term in PRIOR_TERMS and term not in self.prior:
+                continue
             if term != field.name and (term != "alignment" or len(modalities) > 1):
                 weights[term] = getattr(self, field.name) if active is None or term in active else 0.0
         return weights
@@ -48,7 +52,8 @@ class ObjectiveConfig:
     @property
     def prior(self) -> tuple[Prior, ...]:
         """The penalties towards the prior that are terms of the loss."""
-        return ("mmd", "bures") if self.bures_weight else ("mmd",)
+        # beside the MMD, which a setting of a grid may turn off, what has no weight is not computed
+        return tuple(name for name in PRIOR_TERMS if name == "mmd" or getattr(self, f"{name}_weight"))
 
     def check(self) -> None:
         """Raise InputError naming the first flag out of range."""

@@ -38,6 +38,7 @@ class Batch(NamedTuple):
     target: Tensor  # (B,) or (B, O)
     present: dict[str, Tensor] = {}  # noqa: RUF012 (B,) of 1 and 0 where modalities are dropped; empty where none is
     kept: dict[str, Tensor] = {}  # noqa: RUF012 (B, d_m) of 0 and 1 / (1 - rate) where features are dropped; or empty
+    directions: tuple[Tensor, ...] = ()  # one (K, L), where the objective looks at latents along random directions
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,11 @@ def batch_bytes(seed: int, epoch: int, step: int, examples: int, features: int) 
     """Uniform bytes (examples, features) of a step: a feature of rate p is dropped where they are < 256 p."""
     generator = np.random.default_rng([seed, epoch, 2, step])
     return torch.from_numpy(generator.integers(0, 256, (examples, features), dtype=np.uint8))
+
+
+def step_directions(seed: int, epoch: int, step: int, shape: tuple[int, int]) -> Tensor:
+    """Normal numbers (K, L) of a step: directions that no coordinate is preferred in."""
+    return torch.from_numpy(np.random.default_rng([seed, epoch, 3, step]).standard_normal(shape, dtype=np.float32))
 
 
 def build_members(build: Callable[[Member], nn.Module], members: list[Member]) -> list[nn.Module]:
@@ -248,6 +254,8 @@ class Problem(NamedTuple):
     """(model, features) -> predictions (N,) or (N, O) of one model, for selection"""
     score: Callable[[np.ndarray, np.ndarray], float]
     """(predictions, target) -> float, larger is better"""
+    directions: tuple[int, int] | None = None
+    """(K, L) of the random directions that the objective is given at each step; default: none"""
 
 
 class TrainingData(NamedTuple):
@@ -356,7 +364,7 @@ class _Training:
             self.state.load(checkpoint, self.identity)
         self.skeleton = self.built[0].to(device)  # lends its forward; its own parameters are never read
         self.step = vectorized_step(self.skeleton, problem.objective, schedule.compile)
-        self.feed = _Feed(data.train, members, folds, schedule.batch_size, device)
+        self.feed = _Feed(data.train, members, folds, schedule.batch_size, device, problem.directions)
         self.selection = _Selection(data.selection, members, folds, problem, device)
         self.saved_at = time.monotonic()
 
@@ -400,8 +408,15 @@ class _Feed:
     """The training examples on the device, and the batches that each member takes of them."""
 
     def __init__(
-        self, data: Split, members: list[Member], folds: Sequence[Fold], batch_size: int, device: torch.device
+        self,
+        data: Split,
+        members: list[Member],
+        folds: Sequence[Fold],
+        batch_size: int,
+        device: torch.device,
+        directions: tuple[int, int] | None = None,
     ) -> None:
+        self.directions = directions
         self.features = {name: x.to(device) for name, x in data.features.items()}
         self.target = data.target.to(device)
         # members of one seed and fold share their batches
@@ -439,7 +454,15 @@ class _Feed:
                 for name, rate in self.rates.items()
             }
             features = {name: x[rows] for name, x in self.features.items()}
-            yield Batch(features, self.target[rows], present, self._kept(epoch, k, features))
+            drawn = self._directions(epoch, k)
+            yield Batch(features, self.target[rows], present, self._kept(epoch, k, features), drawn)
+
+    def _directions(self, epoch: int, step: int) -> tuple[Tensor, ...]:
+        """One (S, K, L), or nothing."""
+        if self.directions is None:
+            return ()
+        drawn = torch.stack([step_directions(seed, epoch, step, self.directions) for seed, _ in self.orders])
+        return (drawn[self.row].to(self.target.device),)
 
     def _kept(self, epoch: int, step: int, features: dict[str, Tensor]) -> dict[str, Tensor]:
         """What each feature (S, B, d_m) is multiplied by, once standardised; empty where none is dropped."""
