@@ -138,6 +138,13 @@ def test_missing_modality_changes_nothing_but_through_its_latent():
     np.testing.assert_array_equal(grid.without(["audio"], [0]), without)
 
 
+def test_heads_that_cannot_afford_noise_are_trained_without_it():
+    data = folded(examples=60)
+    for shape, noise in (({}, "dimension"), ({"fused_dim": 3}, "none"), ({"fusion": "concatenation"}, "none")):
+        grid = train_grid(data, [Setting("rank 2", 2)], [0], SMALL, **shape)
+        assert grid.shape["noise"] == grid.model(0, 0).jwae.noise == noise
+
+
 @pytest.mark.parametrize("task", ["regression", "multiclass"])
 def test_members_at_once_are_fewer_where_variances_take_memory(task):
     shape = {"noise": "dimension", "rank": 32, "output_dim": 17, "input_dims": {"a": 3, "b": 3}}

@@ -151,7 +151,8 @@ def train_grid(
 ) -> Grid:
     """Train every setting with every seed on every fold, at once as many as `members_at_once` says.
 
-    `shape` holds further arguments of every FusionModel: fusion, fused_dim, spectral_norm, noise.
+    `shape` holds further arguments of every FusionModel: fusion, fused_dim, spectral_norm, noise (default: the
+    recipe's; none where the head is no LMF, or one of fused width).
     """
     shape = {
         "input_dims": data.input_dims,
@@ -159,7 +160,8 @@ def train_grid(
         "hidden_dim": recipe.hidden_dim,
         "rank": max(setting.rank for setting in settings),
         "output_dim": data.output_dim,
-        "noise": recipe.noise if shape.get("fusion", "lmf") == "lmf" else "none",
+        # the covariance of the R * fused_dim products of an LMF of fused width takes a gigabyte for each member
+        "noise": recipe.noise if shape.get("fusion", "lmf") == "lmf" and not shape.get("fused_dim") else "none",
         **shape,
     }
     fitted = [_fitted(shape, data, fold.train) for fold in data.folds]
@@ -211,7 +213,7 @@ def members_at_once(shape: Mapping[str, object], batch_size: int, task: Task) ->
     if shape["noise"] == "none":
         return MEMBERS_AT_ONCE
     outputs = int(shape.get("fused_dim") or shape["output_dim"])
-    joint = task == "multiclass" or shape.get("fused_dim")
+    joint = task == "multiclass" or bool(shape.get("fused_dim"))
     numbers = int(shape["rank"]) ** 2 * (outputs**2 if joint else outputs)
     examples = max(6 * batch_size * len(shape["input_dims"]), 4 * EVALUATION_CHUNK)
     return max(1, min(MEMBERS_AT_ONCE, MEMORY // (4 * numbers * examples)))
