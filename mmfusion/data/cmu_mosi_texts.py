@@ -61,16 +61,17 @@ def encode_transcripts(
 
 
 def cut_by_video(dataset: Dataset, folds: int, seed: int = 0) -> list[Dataset]:
-    """One dataset for each of K folds over all utterances, whole videos together; each is tested once.
+    """One dataset for each of K folds over all utterances, each tested once; whole videos together, if ids name them.
 
     Raises InputError where there are fewer videos than folds.
     """
     parts = list(dataset.splits.values())
+    known = [column for column in parts[0].metadata if all(column in part.metadata for part in parts)]
     everything = Split(
         {name: torch.cat([part.features[name] for part in parts]) for name in parts[0].features},
         torch.cat([part.target for part in parts]),
         [one for part in parts for one in part.ids],
-        {column: [x for part in parts for x in part.metadata[column]] for column in parts[0].metadata},
+        {column: [x for part in parts for x in part.metadata[column]] for column in known},
     )
     is_classes = dataset.task == "binary"
     cuts, notes = cut_folds(everything, folds, is_classes, seed, dataset.name, dataset.class_names)
