@@ -1,13 +1,15 @@
 """Data contract: named splits of features, targets and ids, and folds over a common pool."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from sklearn.model_selection import GroupShuffleSplit, ShuffleSplit, StratifiedShuffleSplit
 from torch import Tensor
+
+from mmfusion.sequences import Sequences
 
 Task = Literal["binary", "multiclass", "multilabel", "regression"]
 
@@ -16,8 +18,8 @@ Task = Literal["binary", "multiclass", "multilabel", "regression"]
 class Split:
     """One named part of a dataset. N examples; modality m has width d_m."""
 
-    features: dict[str, Tensor]
-    """float32 (N, d_m) per modality, in one fixed order of modalities; raw, not standardised"""
+    features: dict[str, Tensor | Sequences]
+    """float32 (N, d_m) per modality, or N sequences (T_i, d_m), in one fixed order of modalities; not standardised"""
     target: Tensor | None
     """float32; binary (N,) of 0 and 1, multiclass (N,) of class numbers 0 .. C - 1, multilabel (N, O) of 0 and 1,
     regression (N,) or (N, O); None where the split is unlabelled"""
@@ -93,6 +95,12 @@ def take(split: Split, rows: Sequence[int] | np.ndarray) -> Split:
         [split.ids[row] for row in rows],
         {column: [values[row] for row in rows] for column, values in split.metadata.items()},
     )
+
+
+def pooled(split: Split) -> Split:
+    """The same examples with one vector each: of sequences, the mean over their tokens."""
+    features = {name: x.pooled() if isinstance(x, Sequences) else x for name, x in split.features.items()}
+    return replace(split, features=features)
 
 
 def hold_out(

@@ -15,8 +15,8 @@ from experiments.prior_strength.latents import latent_distances
 from experiments.uncertainty.predictors import PREDICTORS, ClassPredictor, GaussianPredictor, held_out_targets
 from mmfusion.dataset import Task
 from mmfusion.metrics.calibration import aurc
+from mmfusion.sequences import CHUNK_EXAMPLES
 from mmfusion.training.grid import Grid
-from mmfusion.training.trainer import EVALUATION_CHUNK
 
 
 class Doubt(NamedTuple):
@@ -83,7 +83,7 @@ def output_variances(
     for s in range(len(grid.seeds)):
         start = 0
         for f, fold in enumerate(data.folds):
-            for rows in fold.test.split(EVALUATION_CHUNK):
+            for rows in fold.test.split(CHUNK_EXAMPLES):
                 output = grid.model(place, s, f)({n: x[rows] for n, x in data.pool.features.items()}, reconstruct=False)
                 if output.covariance is None:
                     return None, None

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mmfusion.dataset import Dataset, Fold, Split, Task, take
 from mmfusion.errors import InputError
+from mmfusion.sequences import concatenate
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,10 @@ class _Pool:
         """All examples so far; of the metadata, the columns that all splits have."""
         columns = [c for c in self.parts[0].metadata if all(c in part.metadata for part in self.parts)]
         return Split(
-            {name: torch.cat([part.features[name] for part in self.parts]) for name in sorted(self.parts[0].features)},
+            {
+                name: concatenate([part.features[name] for part in self.parts])
+                for name in sorted(self.parts[0].features)
+            },
             torch.cat([part.target for part in self.parts]),
             list(self.place),
             {column: [value for part in self.parts for value in part.metadata[column]] for column in columns},

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmf_module import LowRankMultimodalFusion, Moments
+from mmfusion.sequences import Sequences
 
 
 class Standardise(nn.Module):
@@ -21,10 +22,12 @@ class Standardise(nn.Module):
         self.register_buffer("std", torch.ones(dim))
 
     @torch.no_grad()
-    def fit(self, x: Tensor) -> None:
-        """Take mean and standard deviation from x (N, d), in float64, since N may be large."""
-        x = x.double()
-        std, mean = torch.std_mean(x, dim=0, correction=0)
+    def fit(self, x: Tensor | Sequences) -> None:
+        """Take mean and standard deviation from x (N, d), of sequences over tokens; in float64: N may be large."""
+        if isinstance(x, Sequences):
+            mean, std = _moments_of(x)
+        else:
+            std, mean = torch.std_mean(x.double(), dim=0, correction=0)
         # relative to the coordinate's size: a constant column has a rounding-error std, not 0
         constant = std <= 1e-6 * mean.abs().clamp_min(1e-12)
         self.mean.copy_(mean)
@@ -32,6 +35,17 @@ class Standardise(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return (x - self.mean) / self.std
+
+
+def _moments_of(x: Sequences) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (d,) over all tokens of N sequences, of which one is in memory at a time."""
+    count, total, squares = 0, torch.zeros(x.shape[-1], dtype=torch.double), 0.0
+    centre = next((part[0].double() for part in x if len(part)), total)  # sums of squares about it cancel less
+    for part in x:
+        away = part.double() - centre
+        count, total, squares = count + len(part), total + away.sum(0), squares + away.square().sum(0)
+    mean = total / max(count, 1)
+    return centre + mean, (squares / max(count, 1) - mean.square()).clamp_min(0).sqrt()
 
 
 class Rescale(nn.Module):

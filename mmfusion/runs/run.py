@@ -24,6 +24,7 @@ from mmfusion.runs.folder import RunFolder
 from mmfusion.runs.missing import missing_report
 from mmfusion.runs.outputs import MetricsLog, SilentLog, save_ensembles, write_predictions
 from mmfusion.runs.prior import print_prior, prior_report
+from mmfusion.sequences import concatenate
 from mmfusion.training.fit import Method, fit_methods
 from mmfusion.training.objective import Term
 from mmfusion.training.trainer import Trained
@@ -279,7 +280,7 @@ def _tested(datasets: Sequence[Dataset]) -> Split:
     splits = [dataset.splits[tested_split(dataset)] for dataset in datasets]
     columns = [column for column in splits[0].metadata if all(column in split.metadata for split in splits)]
     return Split(
-        {name: torch.cat([split.features[name] for split in splits]) for name in splits[0].features},
+        {name: concatenate([split.features[name] for split in splits]) for name in splits[0].features},
         torch.cat([split.target for split in splits]),
         [key for split in splits for key in split.ids],
         {column: [value for split in splits for value in split.metadata[column]] for column in columns},

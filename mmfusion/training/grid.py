@@ -18,9 +18,10 @@ from mmfusion.metrics.prior import carried_dimension
 from mmfusion.metrics.scores import example_losses, example_scores
 from mmfusion.metrics.tasks import selection_score
 from mmfusion.models.fusion import FusionEnsemble, FusionModel
+from mmfusion.sequences import CHUNK_EXAMPLES, chunks
 from mmfusion.training.objective import objective, predict
 from mmfusion.training.recipe import ObjectiveConfig, Recipe
-from mmfusion.training.trainer import EVALUATION_CHUNK, Member, Problem, Schedule, TrainingData, train
+from mmfusion.training.trainer import Member, Problem, Schedule, TrainingData, train
 
 
 @dataclass(frozen=True)
@@ -215,7 +216,7 @@ def members_at_once(shape: Mapping[str, object], batch_size: int, task: Task) ->
     outputs = int(shape.get("fused_dim") or shape["output_dim"])
     joint = task == "multiclass" or bool(shape.get("fused_dim"))
     numbers = int(shape["rank"]) ** 2 * (outputs**2 if joint else outputs)
-    examples = max(6 * batch_size * len(shape["input_dims"]), 4 * EVALUATION_CHUNK)
+    examples = max(6 * batch_size * len(shape["input_dims"]), 4 * CHUNK_EXAMPLES)
     return max(1, min(MEMBERS_AT_ONCE, MEMORY // (4 * numbers * examples)))
 
 
@@ -240,12 +241,8 @@ def _members(data: FoldedDataset, settings: Sequence[Setting], seeds: Sequence[i
 @torch.inference_mode()
 def outputs_of(data: FoldedDataset, models: Sequence[FusionModel], missing: Sequence[str] = ()) -> np.ndarray:
     """(members, N[, O]): predictions of every model on the whole pool; the latents in `missing` are zero."""
-    size = len(data.pool)
-    chunks = [
-        {name: x[start : start + EVALUATION_CHUNK] for name, x in data.pool.features.items()}
-        for start in range(0, size, EVALUATION_CHUNK)
-    ]
-    outputs = [torch.cat([predict(model, chunk, data.task, missing) for chunk in chunks]) for model in models]
+    parts = list(chunks(data.pool.features, torch.arange(len(data.pool))))
+    outputs = [torch.cat([predict(model, part, data.task, missing) for part in parts]) for model in models]
     return np.stack([output.numpy() for output in outputs])
 
 

@@ -12,8 +12,9 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple
 
@@ -21,24 +22,26 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, stack_module_state, vmap
+from torch.utils._pytree import tree_leaves, tree_map
 
 from mmfusion.dataset import Fold, Split
 from mmfusion.distributed import current_processes
 from mmfusion.errors import InputError, NonFiniteLoss
+from mmfusion.sequences import Sequences, Tokens, chunks, token_counts
 from mmfusion.training.checkpoint import read_checkpoint, write_checkpoint
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
-EVALUATION_CHUNK = 256  # examples at a time: bounds the memory of S members' hidden layers
 
 
 class Batch(NamedTuple):
     """B examples as the objective sees them."""
 
-    features: dict[str, Tensor]  # (B, d_m)
+    features: dict[str, Tensor | Tokens]  # (B, d_m), or sequences of B examples
     target: Tensor  # (B,) or (B, O)
     present: dict[str, Tensor] = {}  # noqa: RUF012 (B,) of 1 and 0 where modalities are dropped; empty where none is
     kept: dict[str, Tensor] = {}  # noqa: RUF012 (B, d_m) of 0 and 1 / (1 - rate) where features are dropped; or empty
     directions: tuple[Tensor, ...] = ()  # one (K, L), where the objective looks at latents along random directions
+    uniforms: tuple[Tensor, ...] = ()  # one (B, K) of [0, 1), where the objective asks for them
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,8 @@ class Schedule:
     keep: Literal["best", "last"] = "best"
     """the epoch whose parameters are returned: the best by the selection score, or the last (nothing stops early)"""
     compile: bool = False
+    stacked: bool = True
+    """one call of each operation for all members; else member by member, which wide models are as fast with on a CPU"""
     checkpoint_seconds: float = 10.0
     """least time between two checkpoints; results do not depend on it"""
 
@@ -91,7 +96,7 @@ class Trained:
 
 ModelCall = Callable[..., NamedTuple]
 Objective = Callable[[ModelCall, Batch], dict[str, Tensor]]
-Predict = Callable[[ModelCall, dict[str, Tensor]], Tensor]
+Predict = Callable[[ModelCall, dict[str, Tensor | Tokens]], Tensor]
 
 
 def epoch_order(seed: int, epoch: int, examples: int) -> Tensor:
@@ -118,6 +123,11 @@ def step_directions(seed: int, epoch: int, step: int, shape: tuple[int, int]) ->
     return torch.from_numpy(np.random.default_rng([seed, epoch, 3, step]).standard_normal(shape, dtype=np.float32))
 
 
+def step_uniforms(seed: int, epoch: int, step: int, shape: tuple[int, int]) -> Tensor:
+    """Uniform numbers (B, K) of a step, in [0, 1): what a model drops, which of an example's tokens is looked at."""
+    return torch.from_numpy(np.random.default_rng([seed, epoch, 4, step]).random(shape, dtype=np.float32))
+
+
 def build_members(build: Callable[[Member], nn.Module], members: list[Member]) -> list[nn.Module]:
     """Models of all members, initial values drawn from each member's own seed; the caller's RNG is left as it was."""
     models = []
@@ -128,8 +138,8 @@ def build_members(build: Callable[[Member], nn.Module], members: list[Member]) -
     return models
 
 
-def vectorized_step(skeleton: nn.Module, objective: Objective, compile: bool = False) -> Callable:
-    """Map the objective's gradient over S members.
+def vectorized_step(skeleton: nn.Module, objective: Objective, compile: bool = False, stacked: bool = True) -> Callable:
+    """Map the objective's gradient over S members, in one call of each operation or, not `stacked`, member by member.
 
     Returns step(parameters (S, ...), buffers (S, ...), batch (S, B, ...), weights {term: (S,)}) ->
     (gradients (S, ...), terms {term: (S,)}).
@@ -139,11 +149,26 @@ def vectorized_step(skeleton: nn.Module, objective: Objective, compile: bool = F
         terms = objective(lambda *args, **kw: functional_call(skeleton, (parameters, buffers), args, kw), batch)
         return sum(weights[name] * value for name, value in terms.items()), terms
 
+    one = grad_and_value(loss, has_aux=True)
+    all_members = vmap(one) if stacked else partial(_in_turn, one)
+
     def step(parameters: dict, buffers: dict, batch: Batch, weights: dict) -> tuple[dict, dict[str, Tensor]]:
-        gradients, (_, terms) = vmap(grad_and_value(loss, has_aux=True))(parameters, buffers, batch, weights)
+        gradients, (_, terms) = all_members(parameters, buffers, batch, weights)
         return gradients, terms
 
     return torch.compile(step) if compile else step
+
+
+def _in_turn(function: Callable, *stacks: object, in_dims: Sequence[int | None] | None = None) -> object:
+    """What `torch.func.vmap(function, in_dims)(*stacks)` gives, one member after another."""
+    dims = in_dims or (0,) * len(stacks)
+    first = next(stack for stack, dim in zip(stacks, dims, strict=True) if dim == 0)
+    size = len(tree_leaves(first)[0])
+    results = []
+    for s in range(size):
+        own = [x if dim is None else tree_map(lambda leaf: leaf[s], x) for x, dim in zip(stacks, dims, strict=True)]  # noqa: B023
+        results.append(function(*own))
+    return tree_map(lambda *leaves: torch.stack(leaves), *results)
 
 
 class _State:
@@ -256,6 +281,8 @@ class Problem(NamedTuple):
     """(predictions, target) -> float, larger is better"""
     directions: tuple[int, int] | None = None
     """(K, L) of the random directions that the objective is given at each step; default: none"""
+    uniforms: int = 0
+    """how many uniform numbers the objective is given for each example at each step"""
 
 
 class TrainingData(NamedTuple):
@@ -363,9 +390,9 @@ class _Training:
         if checkpoint is not None and checkpoint.exists():
             self.state.load(checkpoint, self.identity)
         self.skeleton = self.built[0].to(device)  # lends its forward; its own parameters are never read
-        self.step = vectorized_step(self.skeleton, problem.objective, schedule.compile)
-        self.feed = _Feed(data.train, members, folds, schedule.batch_size, device, problem.directions)
-        self.selection = _Selection(data.selection, members, folds, problem, device)
+        self.step = vectorized_step(self.skeleton, problem.objective, schedule.compile, schedule.stacked)
+        self.feed = _Feed(data.train, members, folds, schedule.batch_size, device, problem.directions, problem.uniforms)
+        self.selection = _Selection(data.selection, members, folds, problem, device, schedule.stacked)
         self.saved_at = time.monotonic()
 
     def epoch(self, epoch: int) -> tuple[dict, bool] | None:
@@ -415,9 +442,11 @@ class _Feed:
         batch_size: int,
         device: torch.device,
         directions: tuple[int, int] | None = None,
+        uniforms: int = 0,
     ) -> None:
-        self.directions = directions
-        self.features = {name: x.to(device) for name, x in data.features.items()}
+        self.directions, self.uniforms = directions, uniforms
+        # sequences stay where they are, perhaps in a file: a batch of them goes to the device
+        self.features = {n: x if isinstance(x, Sequences) else x.to(device) for n, x in data.features.items()}
         self.target = data.target.to(device)
         # members of one seed and fold share their batches
         keys = sorted({(member.seed, member.fold) for member in members})
@@ -453,22 +482,36 @@ class _Feed:
                 name: (uniforms[:, part, names.index(name)] >= rate[:, None]).float()
                 for name, rate in self.rates.items()
             }
-            features = {name: x[rows] for name, x in self.features.items()}
-            drawn = self._directions(epoch, k)
-            yield Batch(features, self.target[rows], present, self._kept(epoch, k, features), drawn)
+            features = {name: self._rows(x, rows) for name, x in self.features.items()}
+            drawn = (
+                self._drawn(step_directions, epoch, k, self.directions),
+                self._drawn(step_uniforms, epoch, k, (self.batch_size, self.uniforms) if self.uniforms else None),
+            )
+            yield Batch(features, self.target[rows], present, self._kept(epoch, k, features), *drawn)
 
-    def _directions(self, epoch: int, step: int) -> tuple[Tensor, ...]:
-        """One (S, K, L), or nothing."""
-        if self.directions is None:
+    def _rows(self, x: Tensor | Sequences, rows: Tensor) -> Tensor | Tokens:
+        """Examples (S, B) on the device; sequences that members share are read once."""
+        if not isinstance(x, Sequences):
+            return x[rows]
+        first = [self.row.tolist().index(k) for k in range(len(self.orders))]
+        padded = x.padded(rows[first].cpu(), rows.device)
+        row = self.row.to(rows.device)
+        return Tokens(padded.values[row], padded.mask[row])
+
+    def _drawn(
+        self, draw: Callable[..., Tensor], epoch: int, step: int, shape: tuple[int, int] | None
+    ) -> tuple[Tensor, ...]:
+        """One (S, *shape), or nothing."""
+        if shape is None:
             return ()
-        drawn = torch.stack([step_directions(seed, epoch, step, self.directions) for seed, _ in self.orders])
+        drawn = torch.stack([draw(seed, epoch, step, shape) for seed, _ in self.orders])
         return (drawn[self.row].to(self.target.device),)
 
-    def _kept(self, epoch: int, step: int, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What each feature (S, B, d_m) is multiplied by, once standardised; empty where none is dropped."""
+    def _kept(self, epoch: int, step: int, features: dict[str, Tensor | Tokens]) -> dict[str, Tensor]:
+        """What each feature (S, B, d_m) is multiplied by, once standardised, in all tokens; empty: none is dropped."""
         if self.feature_rates is None:
             return {}
-        widths = [x.shape[-1] for x in features.values()]
+        widths = [(x.values if isinstance(x, Tokens) else x).shape[-1] for x in features.values()]
         drawn = [batch_bytes(seed, epoch, step, self.batch_size, sum(widths)) for seed, _ in self.orders]
         drawn = torch.stack(drawn).to(self.target.device)[self.row.to(self.target.device)]  # (S, B, all d)
         rates = self.feature_rates[:, None, None]
@@ -486,22 +529,26 @@ class _Selection:
         folds: Sequence[Fold],
         problem: Problem,
         device: torch.device,
+        stacked: bool,
     ) -> None:
+        self.stacked = stacked
         self.members, self.score = members, problem.score
         self.target = split.target.numpy()
         self.rows = [folds[member.fold].dev.numpy() for member in members]
-        needed = np.unique(np.concatenate(self.rows))  # every member predicts all that any fold needs
+        # every member predicts all that any fold needs
+        self.needed = torch.from_numpy(np.unique(np.concatenate(self.rows)))
+        if (counts := token_counts(split.features)) is not None:
+            self.needed = self.needed[counts[self.needed].argsort(stable=True)]
         self.place = np.zeros(len(split), dtype=int)
-        self.place[needed] = np.arange(len(needed))
-        self.chunks = [
-            {name: x[needed[i : i + EVALUATION_CHUNK]].to(device) for name, x in split.features.items()}
-            for i in range(0, len(needed), EVALUATION_CHUNK)
-        ]
-        self.predict = problem.predict
+        self.place[self.needed] = np.arange(len(self.needed))
+        self.features, self.device, self.predict = split.features, device, problem.predict
 
     def scores(self, skeleton: nn.Module, state: _State, epoch: int) -> list[float]:
         """One score per member. Raises NonFiniteLoss: the epoch's last step may spoil what no loss has seen yet."""
-        predictions = _predict_members(skeleton, state, self.predict, self.chunks).numpy()  # (S, n) or (S, n, O)
+        parts = chunks(self.features, self.needed, self.device)
+        predictions = _predict_members(
+            skeleton, state, self.predict, parts, self.stacked
+        ).numpy()  # (S, n) or (S, n, O)
         scores = []
         for s, (member, rows) in enumerate(zip(self.members, self.rows, strict=True)):
             prediction = predictions[s, self.place[rows]]
@@ -544,14 +591,17 @@ def _learning_rate(schedule: Schedule, step: int, steps: int) -> float:
 
 
 @torch.no_grad()
-def _predict_members(skeleton: nn.Module, state: _State, predict: Predict, chunks: list[dict]) -> Tensor:
+def _predict_members(
+    skeleton: nn.Module, state: _State, predict: Predict, parts: Iterable[dict], stacked: bool
+) -> Tensor:
     """Predictions (S, N) or (S, N, O) of all members, on the CPU."""
 
     def one(parameters: dict, buffers: dict, features: dict) -> Tensor:
         return predict(lambda *args, **kw: functional_call(skeleton, (parameters, buffers), args, kw), features)
 
-    many = vmap(one, in_dims=(0, 0, None))
-    return torch.cat([many(state.parameters, state.buffers, features).cpu() for features in chunks], dim=1)
+    in_dims = (0, 0, None)
+    many = vmap(one, in_dims) if stacked else partial(_in_turn, one, in_dims=in_dims)
+    return torch.cat([many(state.parameters, state.buffers, features).cpu() for features in parts], dim=1)
 
 
 def _load_best(models: list[nn.Module], state: _State) -> list[nn.Module]:
@@ -565,10 +615,13 @@ def _identity(members: list[Member], schedule: Schedule, data: TrainingData, mod
     """Digest of everything that the result depends on, so that a checkpoint cannot be continued as another run."""
     settings = asdict(schedule)
     del settings["checkpoint_seconds"]
+    if settings["stacked"]:  # what it was before there was a choice
+        del settings["stacked"]
     shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
     digest = hashlib.sha256(json.dumps([settings, [asdict(m) for m in members], shapes], sort_keys=True).encode())
     for split in (data.train, data.selection):
-        for tensor in (*split.features.values(), split.target):
+        parts = (x if isinstance(x, Sequences) else [x] for x in (*split.features.values(), split.target))
+        for tensor in itertools.chain.from_iterable(parts):
             digest.update(tensor.contiguous().numpy().tobytes())
     for rows in itertools.chain.from_iterable(fold[:2] for fold in data.folds):
         digest.update(rows.numpy().tobytes() + b"|")
