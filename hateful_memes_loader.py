@@ -23,12 +23,20 @@ from mmfusion.dataset import Dataset, Split
 from mmfusion.distributed import Processes, current_processes
 from mmfusion.encoders.cache import FeatureCache, text_digest
 from mmfusion.encoders.extract import encode_images, encode_texts
-from mmfusion.encoders.frozen import EncoderConfig, find_image_encoder, find_text_encoder, image_identity, text_identity
+from mmfusion.encoders.frozen import (
+    EncoderConfig,
+    find_image_encoder,
+    find_text_encoder,
+    image_identity,
+    text_identity,
+    token_identity,
+)
 from mmfusion.encoders.images import digest_images
 from mmfusion.encoders.precomputed import PrecomputedFeatures
 from mmfusion.encoders.weights import EncoderSource
 from mmfusion.errors import InputError, printable
 from mmfusion.files import ANNOTATION_BYTES, read_regular_file
+from mmfusion.sequences import Sequences
 
 # both releases, in the order in which splits are reported
 SPLIT_NAMES = ("train", "dev", "dev_seen", "dev_unseen", "test", "test_seen", "test_unseen")
@@ -76,8 +84,11 @@ def load_hateful_memes(
     workers: int | None = None,
     progress: bool = True,
     features: Mapping[str, PrecomputedFeatures] | None = None,
+    tokens: bool = False,
 ) -> Dataset:
     """Load every split beside `jsonl` (train.jsonl, or the folder with it) as image and text vectors.
+
+    With `tokens` as sequences: the cells or patches of an image, the words of a text; given vectors are one token each.
 
     `img_dir` holds the image files; None means the img folder beside the jsonl. `workers` decode images (None: by the
     number of cores). `features` (modality -> vectors by img) replace image or text, whose encoder is not looked for
@@ -101,7 +112,7 @@ def load_hateful_memes(
     with processes.together():
         finders = {"image": find_image_encoder, "text": find_text_encoder}
         sources = {kind: find(encoders) for kind, find in finders.items() if kind not in features}
-        caches, provenance = _open_caches(encoders, sources, Path(cache_dir), str(device))
+        caches, provenance = _open_caches(encoders, sources, Path(cache_dir), str(device), tokens)
         provenance |= {"features": {kind: table.identity for kind, table in features.items()}} if features else {}
     if "image" in caches:
         files_by_digest = {images.digests[img]: images.paths[img] for img in sorted(images.digests, reverse=True)}
@@ -132,7 +143,7 @@ def load_hateful_memes(
         "rows": {name: len(memes) for name, memes in rows.items()},
         "skipped": [{"img": img, "reason": reason} for img, reason in sorted(images.bad.items())],
     }
-    splits = {name: _split(memes, images.digests, caches, features) for name, memes in rows.items()}
+    splits = {name: _split(memes, images.digests, caches, features, tokens) for name, memes in rows.items()}
     return Dataset("hateful_memes", "binary", splits, selection, notes, provenance, class_names=("benign", "hateful"))
 
 
@@ -226,11 +237,13 @@ def _refuse_or_drop(rows: MemesBySplit, bad: dict[str, str], bad_images: str, fi
 
 
 def _open_caches(
-    config: EncoderConfig, sources: dict[str, EncoderSource], cache_dir: Path, device: str
+    config: EncoderConfig, sources: dict[str, EncoderSource], cache_dir: Path, device: str, tokens: bool
 ) -> tuple[dict[str, FeatureCache], dict[str, object]]:
     """The caches of the encoders, and what is to be said of the encoders in a run's config.json."""
     identify = {"image": image_identity, "text": text_identity}
     identities = {kind: identify[kind](config, source, device) for kind, source in sources.items()}
+    if tokens:
+        identities = {kind: token_identity(identity) for kind, identity in identities.items()}
     caches = {kind: FeatureCache(cache_dir, kind, identity) for kind, identity in identities.items()}
     encoders = {kind: {"name": sources[kind].name, **identity} for kind, identity in identities.items()}
     return caches, {"encoders": encoders, "encoder_config": asdict(config)}
@@ -306,14 +319,17 @@ def _split(
     digests: dict[str, str],
     caches: dict[str, FeatureCache],
     given: Mapping[str, PrecomputedFeatures],
+    tokens: bool,
 ) -> Split:
-    features: dict[str, torch.Tensor] = {}
+    features: dict[str, torch.Tensor | Sequences] = {}
     for kind in dict.fromkeys(("image", "text", *given)):
         if kind in given:
-            features[kind] = given[kind].of([meme.img for meme in memes])
+            vectors = given[kind].of([meme.img for meme in memes])
+            features[kind] = Sequences(list(vectors.unsqueeze(1))) if tokens else vectors
         else:
             keys = [digests[meme.img] if kind == "image" else text_digest(meme.text) for meme in memes]
-            features[kind] = torch.stack([caches[kind].vectors[key] for key in keys])
+            found = [caches[kind].vectors[key] for key in keys]
+            features[kind] = Sequences(found) if tokens else torch.stack(found)
     labels = [meme.label for meme in memes]
     target = None if None in labels else torch.tensor(labels, dtype=torch.float32)
     return Split(features, target, [meme.img for meme in memes], {"transcript": [meme.text for meme in memes]})

@@ -16,6 +16,7 @@ from mmfusion.distributed import end_process, join_processes, leave_processes
 from mmfusion.encoders.frozen import EncoderConfig
 from mmfusion.errors import InputError
 from mmfusion.models.fusion import ModelConfig
+from mmfusion.models.token_ensemble import TokenConfig
 from mmfusion.runs.folder import RunConfig, RunFolder, defaults_for
 from mmfusion.runs.run import carry_out
 from mmfusion.training.recipe import ObjectiveConfig, TrainingConfig
@@ -34,13 +35,14 @@ class Config:
     data: MemesConfig = field(default_factory=MemesConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    tokens: TokenConfig = field(default_factory=TokenConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     run: RunConfig = field(default_factory=RunConfig)
     encoders: EncoderConfig = field(default_factory=EncoderConfig)
 
     def check(self) -> None:
         """Raise InputError naming the first flag whose value makes no sense."""
-        for section in (self.training, self.model, self.objective, self.encoders):
+        for section in (self.training, self.model, self.tokens, self.objective, self.encoders):
             section.check()
 
 
@@ -75,7 +77,7 @@ def main(config: Config) -> None:
 
     # ---- features, from the cache where they are there; under torchrun all processes extract
     processes = join_processes(str(device))
-    dataset = load_memes(config.data, config.encoders, processes)
+    dataset = load_memes(config.data, config.encoders, processes, tokens=config.tokens.takes_tokens)
 
     # ---- training (each process a share of the members), scores, rank factors, report: what every run does
     carry_out(run, dataset.description, [dataset], config, torch.device(processes.device))

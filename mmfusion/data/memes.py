@@ -84,8 +84,10 @@ def find_source(config: MemesConfig, encoders: EncoderConfig, processes: Process
     return MemesSource(jsonl, img_dir, filled, config.is_demo, given)
 
 
-def load_memes(config: MemesConfig, encoders: EncoderConfig, processes: Processes, quiet: bool = False) -> Dataset:
-    """The memes as frozen features; every process of torchrun takes part.
+def load_memes(
+    config: MemesConfig, encoders: EncoderConfig, processes: Processes, quiet: bool = False, tokens: bool = False
+) -> Dataset:
+    """The memes as frozen features, with `tokens` as sequences; every process of torchrun takes part.
 
     `quiet` leaves the demo's banner out. Raises InputError.
     """
@@ -97,6 +99,7 @@ def load_memes(config: MemesConfig, encoders: EncoderConfig, processes: Processe
         "device": processes.device,
         "workers": config.workers,
         "features": features,
+        "tokens": tokens,
     }
     dataset = load_hateful_memes(source.jsonl, source.img_dir, source.encoders, config.cache_dir, **options)
     return replace(dataset, name="demo") if source.is_demo else dataset

@@ -1,7 +1,8 @@
-"""Feature vectors on disk, keyed by what was encoded and by which encoder.
+"""Features on disk, keyed by what was encoded and by which encoder: a vector of each item, or all of its tokens.
 
 A cache folder holds `encoder.json`, readable by a person, and safetensors shards. A shard is named by the SHA-256 of
-its own bytes, so any damage, a cut or one flipped bit, in the header or in the vectors, shows when it is read.
+its own bytes, so any damage, a cut or one flipped bit, in the header or in the vectors, shows when it is read. Tokens
+are kept in half precision and mapped into memory: what nobody looks at takes none.
 """
 
 import contextlib
@@ -10,9 +11,10 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
@@ -24,7 +26,8 @@ from mmfusion.files import check_regular_file, reason_unreadable_path, write_ato
 
 SHARD_ITEMS = 512
 SHARD_SECONDS = 20.0  # what a killed run can lose
-SHARD_BYTES = 256_000_000  # 512 vectors of 4096 float32 numbers have 8 MB
+SHARD_BYTES = 256_000_000  # 512 vectors of 4096 float32 numbers have 8 MB, 7 x 7 cells of as many pictures 103
+PENDING_BYTES = 64_000_000  # of tokens: a shard is written before more of them are held
 IDENTITY_BYTES = 1_000_000  # encoder.json has some hundred
 
 
@@ -39,13 +42,14 @@ def text_digest(text: str) -> str:
 
 
 class FeatureCache:
-    """Vectors of one encoder: digest (64 hexadecimal digits) -> float32 (d,).
+    """Features of one encoder: digest (64 hexadecimal digits) -> float32 (d,), or tokens, float16 (T_i, d).
 
     Raises InputError where the folder cannot be written, at once and not after the first hour.
     """
 
     def __init__(self, root: Path, kind: str, identity: dict[str, object]) -> None:
-        self.folder = root / f"{kind}-{fingerprint(identity)}"
+        self.holds_tokens = "tokens" in identity
+        self.folder = root / f"{kind}-{'tokens-' * self.holds_tokens}{fingerprint(identity)}"
         self.vectors: dict[str, Tensor] = {}
         self._pending: dict[str, Tensor] = {}
         self._flushed_at = time.monotonic()
@@ -71,19 +75,20 @@ class FeatureCache:
             paths = sorted(path for path in self.folder.iterdir() if path.suffix == ".safetensors")
         except OSError as error:
             raise self._unreadable(error) from error
-        shards = {path: shard for path in paths if path not in self._seen and (shard := _read(path)) is not None}
+        unseen = [path for path in paths if path not in self._seen]
+        shards = {path: shard for path in unseen if (shard := _read(path, self.holds_tokens)) is not None}
         self._seen |= set(shards)
         widths: Counter[int] = Counter()
         for _, features in shards.values():
-            widths[features.shape[1]] += len(features)
+            widths[features[0].shape[-1]] += len(features)
         self._width = self._width or (widths.most_common(1)[0][0] if widths else None)
         for path, (digests, features) in shards.items():
-            if features.shape[1] != self._width:
-                _remove(path, f"vectors of {features.shape[1]} numbers, most have {self._width}")
+            if features[0].shape[-1] != self._width:
+                _remove(path, f"vectors of {features[0].shape[-1]} numbers, most have {self._width}")
                 continue
-            for digest, vector in zip(digests, features, strict=True):
+            for digest, feature in zip(digests, features, strict=True):
                 # a clone: a row that is a view drags its whole shard along wherever it is sent
-                self.vectors.setdefault(digest, vector.clone())
+                self.vectors.setdefault(digest, feature if self.holds_tokens else feature.clone())
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -105,44 +110,51 @@ class FeatureCache:
     def __contains__(self, digest: str) -> bool:
         return digest in self.vectors
 
-    def add(self, digests: list[str], features: Tensor) -> None:
-        """Take up encoded items, features (n, d); a shard is written every few hundred items or seconds.
+    def add(self, digests: list[str], features: Tensor | list[Tensor]) -> None:
+        """Take up encoded items, features (n, d) or n times (T_i, d); a shard is written every few hundred or seconds.
 
         Raises InputError where a feature is not finite: such an encoder is of no use, and must not fill the cache; and
         where the cache holds vectors of another width, which are not of this encoder.
         """
-        if not features.isfinite().all():
+        if not all(feature.isfinite().all() for feature in features):
             raise InputError(
                 f"{self.folder / 'encoder.json'}: this encoder gives features that are not finite; use another"
             )
-        self._width = self._width or features.shape[1]
-        if features.shape[1] != self._width:
-            widths = f"vectors of {self._width} numbers and this encoder gives {features.shape[1]}"
+        self._width = self._width or features[0].shape[-1]
+        if features[0].shape[-1] != self._width:
+            widths = f"vectors of {self._width} numbers and this encoder gives {features[0].shape[-1]}"
             raise InputError(f"{self.folder}: holds {widths}; remove this cache folder")
-        for digest, vector in zip(digests, features.float().cpu(), strict=True):
+        dtype = torch.float16 if self.holds_tokens else torch.float32
+        for digest, feature in zip(digests, features, strict=True):
             if digest not in self.vectors:
-                self.vectors[digest] = self._pending[digest] = vector.clone()
-        if len(self._pending) >= SHARD_ITEMS or time.monotonic() - self._flushed_at > SHARD_SECONDS:
+                self.vectors[digest] = self._pending[digest] = feature.to("cpu", dtype, copy=True)
+        held = sum(feature.nbytes for feature in self._pending.values()) if self.holds_tokens else 0
+        waited = time.monotonic() - self._flushed_at
+        if len(self._pending) >= SHARD_ITEMS or held > PENDING_BYTES or waited > SHARD_SECONDS:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is not yet on disk as one shard, atomically."""
+        """Write what is not yet on disk as one shard, atomically; tokens are mapped from it then."""
         self._flushed_at = time.monotonic()
         if not self._pending:
             return
-        raw = bytearray(bytes.fromhex("".join(self._pending)))
-        shard = {
-            "digests": torch.frombuffer(raw, dtype=torch.uint8).reshape(-1, 32),
-            "features": torch.stack(list(self._pending.values())),  # (n, d)
-        }
+        raw, features = bytearray(bytes.fromhex("".join(self._pending))), list(self._pending.values())
+        shard = {"digests": torch.frombuffer(raw, dtype=torch.uint8).reshape(-1, 32)}
+        if self.holds_tokens:
+            shard |= {"lengths": torch.tensor([len(x) for x in features]), "features": torch.cat(features)}
+        else:
+            shard["features"] = torch.stack(features)  # (n, d)
         content = save(shard)
-        name = hashlib.sha256(content).hexdigest()[:32]
-        write_atomically(self.folder / f"{name}.safetensors", lambda temporary: temporary.write_bytes(content))
+        path = self.folder / f"{hashlib.sha256(content).hexdigest()[:32]}.safetensors"
+        write_atomically(path, lambda temporary: temporary.write_bytes(content))
+        if self.holds_tokens:
+            self.vectors |= dict(zip(self._pending, _mapped(path, content, shard["lengths"]), strict=True))
+            self._seen.add(path)
         self._pending = {}
 
 
-def _read(path: Path) -> tuple[list[str], Tensor] | None:
-    """Digests (n) and features (n, d) of one shard; None, and one line on stdout, where it is of no use.
+def _read(path: Path, tokens: bool) -> tuple[list[str], Sequence[Tensor]] | None:
+    """Digests (n) and features of one shard; None, and one line on stdout, where it is of no use.
 
     Raises InputError on a folder: the shard that belongs there could not be written again.
     """
@@ -153,7 +165,8 @@ def _read(path: Path) -> tuple[list[str], Tensor] | None:
         return None
     if reason is None:
         try:
-            return _parse_shard(path.read_bytes(), path.stem)
+            content = path.read_bytes()
+            return _parse_tokens(content, path) if tokens else _parse_shard(content, path.stem)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -167,24 +180,51 @@ def _read(path: Path) -> tuple[list[str], Tensor] | None:
 
 def _parse_shard(content: bytes, stem: str) -> tuple[list[str], Tensor]:
     """Digests (n) and float32 features (n, d) of a shard. Raises ValueError saying what is wrong with it."""
+    digests, features = _checked(content, stem, {"digests", "features"}, torch.float32)[:2]
+    if len(digests) != len(features):
+        raise ValueError(f"{len(digests)} digests for {len(features)} vectors")
+    return digests, features
+
+
+def _parse_tokens(content: bytes, path: Path) -> tuple[list[str], list[Tensor]]:
+    """Digests (n) and n sequences (T_i, d) mapped from a shard. Raises ValueError saying what is wrong with it."""
+    digests, features, shard = _checked(content, path.stem, {"digests", "lengths", "features"}, torch.float16)
+    lengths = shard["lengths"]
+    if lengths.dtype != torch.int64 or lengths.shape != (len(digests),) or bool((lengths < 1).any()):
+        raise ValueError("lengths are not n positive numbers")
+    if int(lengths.sum()) != len(features):
+        raise ValueError(f"lengths of {int(lengths.sum())} tokens for {len(features)}")
+    return digests, _mapped(path, content, lengths)
+
+
+def _checked(content: bytes, stem: str, names: set[str], dtype: torch.dtype) -> tuple[list[str], Tensor, dict]:
+    """Digests, features and all tensors of a shard. Raises ValueError saying what is wrong with it."""
     if hashlib.sha256(content).hexdigest()[:32] != stem:
         raise ValueError("its name is not the hash of its content")
     try:
         shard = load(content)
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, OverflowError) as error:
         raise ValueError("not safetensors") from error
-    if set(shard) != {"digests", "features"}:
-        raise ValueError("other tensors than digests and features")
+    if set(shard) != names:
+        raise ValueError(f"other tensors than {' and '.join(sorted(names))}")
     digests, features = shard["digests"], shard["features"]
     if digests.dtype != torch.uint8 or digests.ndim != 2 or digests.shape[1] != 32:
         raise ValueError("digests are not (n, 32) bytes")
-    if features.dtype != torch.float32 or features.ndim != 2 or 0 in features.shape:
-        raise ValueError("features are not (n, d) float32 numbers")
-    if len(digests) != len(features):
-        raise ValueError(f"{len(digests)} digests for {len(features)} vectors")
+    if features.dtype != dtype or features.ndim != 2 or 0 in features.shape:
+        raise ValueError(f"features are not (n, d) {str(dtype).removeprefix('torch.')} numbers")
     if not features.isfinite().all():
         raise ValueError("features that are not finite")
-    return [row.tobytes().hex() for row in digests.numpy()], features
+    return [row.tobytes().hex() for row in digests.numpy()], features, shard
+
+
+def _mapped(path: Path, content: bytes, lengths: Tensor) -> list[Tensor]:
+    """The sequences (T_i, d) of a shard whose bytes are `content`, read from its file when they are looked at."""
+    header = int.from_bytes(content[:8], "little")
+    entry = json.loads(content[8 : 8 + header])["features"]
+    start = 8 + header + entry["data_offsets"][0]
+    # private and writable: torch has no tensors that may only be read
+    values = np.memmap(path, np.float16, "c", start, tuple(entry["shape"]))
+    return list(torch.from_numpy(values).split(lengths.tolist()))
 
 
 def _remove(path: Path, reason: str) -> None:

@@ -25,12 +25,13 @@ from mmfusion.distributed import Processes
 from mmfusion.encoders.cache import FeatureCache
 from mmfusion.encoders.frozen import EncoderConfig, ImageEncoder, TextEncoder, image_preprocessing
 from mmfusion.encoders.images import ImageBatches
+from mmfusion.encoders.tokens import ImageTokenEncoder, TextTokenEncoder
 from mmfusion.encoders.weights import EncoderSource, resnet50_file
 
 BATCH_CPU = 16  # ResNet-50 at 224, one thread, ms per image: 62 at 8, 47 at 16, 52 at 32
 BATCH_CUDA = 128
 
-Job = tuple[list[str], Callable[[], Tensor]]
+Job = tuple[list[str], Callable[[], Tensor | list[Tensor]]]
 
 
 # ten parameters: what is encoded, by what and into what; the last five have defaults
@@ -47,7 +48,7 @@ def encode_images(
     change: Callable[[Image.Image, str], Image.Image] | None = None,
     progress: bool = True,
 ) -> dict[str, str]:
-    """Bring the vectors of all files (digest -> path) into `cache`; returns digest -> reason of the undecodable ones.
+    """Bring the features of all files (digest -> path) into `cache`; returns digest -> reason of the undecodable ones.
 
     With `change` (picture, digest) -> picture the changed pictures are encoded, and a digest stands for a file and what
     is done to it.
@@ -70,7 +71,8 @@ def encode_images(
                 [[files[key] for key in batch] for batch in keys], wanted, preprocessing, keys, change
             )
             decoded = _in_workers(batches, _worker_count(processes) if workers is None else workers)
-            build = partial(ImageEncoder, config, source, processes.device)
+            kind = ImageTokenEncoder if cache.holds_tokens else ImageEncoder
+            build = partial(kind, config, source, processes.device)
             jobs = _image_jobs(mine, decoded, build, bad, stop_at_bad, only_check)
             _run(jobs, cache, processes, _bar("images", mine, progress and processes.is_main))
     _share_vectors(set(files), cache, processes)
@@ -86,11 +88,11 @@ def encode_texts(
     *,
     progress: bool = True,
 ) -> None:
-    """Bring the vectors of all texts (digest -> text) into `cache`."""
+    """Bring the features of all texts (digest -> text) into `cache`."""
     complete = all(digest in cache for digest in texts)
     if not all(processes.gather(complete)):
         with processes.together():
-            encoder = TextEncoder(config, source, processes.device)
+            encoder = (TextTokenEncoder if cache.holds_tokens else TextEncoder)(config, source, processes.device)
             tokens = dict(zip(texts, encoder.tokenize(list(texts.values())), strict=True))
         # by length, so that little is padded; then by content, so that the order of rows changes nothing
         ordered = sorted(texts, key=lambda digest: (len(tokens[digest]), digest))
@@ -204,7 +206,7 @@ def _encoder_threads(processes: Processes) -> Iterator[tuple[Executor, int]]:
 
 def _run(jobs: Iterator[Job], cache: FeatureCache, processes: Processes, bar: tqdm) -> None:
     """Run encoder calls a few at a time and hand their vectors to the cache, in order; what is encoded is kept."""
-    waiting: deque[tuple[list[str], Future[Tensor]]] = deque()
+    waiting: deque[tuple[list[str], Future[Tensor | list[Tensor]]]] = deque()
 
     def take() -> None:
         digests, future = waiting[0]
@@ -234,6 +236,6 @@ def _share_vectors(needed: set[str], cache: FeatureCache, processes: Processes) 
     """Give every process the vectors that it lacks, whether or not the cache folder is one for all nodes."""
     lacking = set().union(*processes.gather({digest for digest in needed if digest not in cache}))
     if processes.world_size > 1 and lacking:
-        for part in processes.gather({digest: cache.vectors[digest] for digest in lacking if digest in cache}):
+        for part in processes.gather({digest: cache.vectors[digest].clone() for digest in lacking if digest in cache}):
             for digest, vector in part.items():
                 cache.vectors.setdefault(digest, vector)

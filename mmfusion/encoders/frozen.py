@@ -114,6 +114,11 @@ def image_identity(config: EncoderConfig, source: EncoderSource, device: str) ->
     return {"encoder": source.identity, "preprocessing": how, "compute": compute_dtype(device), "version": version}
 
 
+def token_identity(identity: dict[str, object]) -> dict[str, object]:
+    """The identity of an encoder's tokens, by that of its vectors: no pooling is done."""
+    return {name: value for name, value in identity.items() if name != "pooling"} | {"tokens": "float16"}
+
+
 def text_identity(config: EncoderConfig, source: EncoderSource, device: str) -> dict[str, object]:
     """Everything that changes a text vector's value."""
     return {"encoder": source.identity, "pooling": config.text_pooling, "compute": compute_dtype(device), "version": 1}
@@ -143,8 +148,8 @@ class ImageEncoder:
         self.std = torch.tensor(how.std, device=device).view(3, 1, 1) * 255
         model = _resnet50(source) if source.is_torchvision else _hugging_face_model(source)
         self.model = model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
-        with refuse(source, "does not encode images"):  # one blank picture tells
-            self(np.zeros((1, how.size, how.size, 3), np.uint8))
+        with refuse(source, "does not encode images"), torch.inference_mode():  # one blank picture tells
+            self.features(torch.zeros(1, 3, how.size, how.size, device=device))
 
     @torch.inference_mode()
     def __call__(self, pixels: np.ndarray) -> Tensor:
@@ -156,7 +161,7 @@ class ImageEncoder:
     def features(self, pixels: Tensor) -> Tensor:
         """Float pixels (b, 3, S, S) from 0 to 255, on the encoder's device -> (b, d) there; differentiable."""
         x = (pixels - self.mean) / self.std
-        with _autocast(self.device, self.compute):
+        with autocast(self.device, self.compute):
             features = _image_features(self.model, x)
         return features.float()
 
@@ -182,8 +187,8 @@ class TextEncoder:
             positions -= settings.pad_token_id + 1
         self.max_length = min(self.tokenizer.model_max_length, positions)
         self.pads_fully = "siglip" in settings.model_type  # it was trained on texts padded to the full length
-        with refuse(source, "does not encode texts"):  # one empty text tells
-            self(self.tokenize([""]))
+        with refuse(source, "does not encode texts"), torch.inference_mode():  # one empty text tells
+            self.features(self.tokenize([""]))
 
     def tokenize(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text, cut at the encoder's maximum."""
@@ -196,8 +201,8 @@ class TextEncoder:
         """Encode one batch of token id lists."""
         return self.features(tokens).cpu()
 
-    def features(self, tokens: list[list[int]]) -> Tensor:
-        """Token id lists -> (b, d) on the encoder's device; differentiable in the model's token embeddings."""
+    def padded(self, tokens: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Token id lists -> ids and mask (b, t) on the encoder's device."""
         length = self.max_length if self.pads_fully else max(map(len, tokens))
         ids = torch.full((len(tokens), length), self.tokenizer.pad_token_id or 0)
         mask = torch.zeros_like(ids)
@@ -207,12 +212,18 @@ class TextEncoder:
         ids, mask = ids.to(self.device), mask.to(self.device)
         if self.pads_fully:  # and it attends to its padding: no mask
             mask = torch.ones_like(mask)
-        with _autocast(self.device, self.compute):
+        return ids, mask
+
+    def features(self, tokens: list[list[int]]) -> Tensor:
+        """Token id lists -> (b, d) on the encoder's device; differentiable in the model's token embeddings."""
+        ids, mask = self.padded(tokens)
+        with autocast(self.device, self.compute):
             features = _text_features(self.model, ids, mask, self.pooling)
         return features.float()
 
 
-def _autocast(device: str, compute: Compute) -> torch.autocast:
+def autocast(device: str, compute: Compute) -> torch.autocast:
+    """The arithmetic of the encoders on that device."""
     return torch.autocast(device.split(":")[0], torch.bfloat16, enabled=compute == "bfloat16 autocast")
 
 

@@ -18,9 +18,9 @@ from jwae_module import JWAE, Noise
 from lmf_module import LowRankMultimodalFusion
 from mmfusion.dataset import Task
 from mmfusion.errors import InputError, check_numbers
-from mmfusion.files import write_json, write_safetensors
 from mmfusion.losses.expected import moderated_logits
 from mmfusion.metrics.tasks import probabilities
+from mmfusion.models.ensemble import Ensemble
 from mmfusion.models.heads import ConcatenationHead, FusedWidthHead, Rescale, Standardise, TensorHead
 from mmfusion.models.missing import Missing, MissingPrediction, missing_rows, predict_missing
 from mmfusion.models.pretrained import CONFIG, WEIGHTS, check_shape, find_pretrained, load_weights, read_config
@@ -185,7 +185,7 @@ class FusionModel(nn.Module):
         return self.rescale(mean), covariance * self.rescale.std[:, None] * self.rescale.std
 
 
-class FusionEnsemble(nn.Module):
+class FusionEnsemble(Ensemble):
     """Independently trained members of one shape; takes raw features, gives what every member says.
 
     `task` says what the outputs are: logits of one of the three kinds of classification, or a regression's values.
@@ -244,27 +244,6 @@ class FusionEnsemble(nn.Module):
         if "task" not in shape and ensemble.members[0].rescale.is_fitted:  # saved before models knew their task
             ensemble.task = ensemble.shape["task"] = "regression"
         return ensemble.eval()
-
-    def save_pretrained(self, folder: Path, entries: Mapping[str, object] | None = None) -> None:
-        """Write model.safetensors and config.json, the latter with further `entries`. Raises InputError."""
-        write_safetensors(folder / WEIGHTS, self.state_dict())
-        write_json(folder / CONFIG, {**self.shape, **(entries or {})})
-
-    @classmethod
-    def from_members(cls, models: Sequence[FusionModel], **shape: object) -> "FusionEnsemble":
-        """An ensemble with the values of trained models, in evaluation mode; `shape` is its constructor's arguments."""
-        ensemble = cls(**shape, members=len(models)).eval()
-        for empty, model in zip(ensemble.members, models, strict=True):
-            empty.load_state_dict(model.state_dict())
-        return ensemble
-
-    def part(self, fold: int, folds: int) -> "FusionEnsemble":
-        """The members of one fold, of an ensemble whose members are seed-major, then fold; they are shared."""
-        members = list(self.members)[fold::folds]
-        chosen = FusionEnsemble(**{**self.shape, "members": 0})
-        chosen.shape["members"] = len(members)
-        chosen.members.extend(members)
-        return chosen.eval()
 
     def forward(self, features: Mapping[str, Tensor | np.ndarray]) -> Tensor:
         """Logits, or a regression's values, (S, N, O) of raw features (N, d_m).

@@ -10,6 +10,7 @@ from mmfusion.metrics.format import counted, mean_std
 from mmfusion.metrics.scores import Score
 from mmfusion.metrics.tasks import TABLE_SCORES
 from mmfusion.models.fusion import FusionEnsemble
+from mmfusion.models.token_ensemble import TokenEnsemble
 
 CARD = "README.md"
 TAGS = {
@@ -24,7 +25,7 @@ TAGS = {
 def write_card(
     folder: Path,
     dataset: Dataset,
-    ensemble: FusionEnsemble,
+    ensemble: FusionEnsemble | TokenEnsemble,
     scores: Mapping[str, Mapping[str, Mapping[str, Score]]],
     folds: int,
 ) -> None:
@@ -43,22 +44,36 @@ def write_card(
     of_folds = f" on each of {folds} folds" if folds > 1 else ""
     header = {"tags": ["low-rank-multimodal-fusion"], "pipeline_tag": TAGS[dataset.task]}
     example = ", ".join(f'"{name}": x_{place}' for place, name in enumerate(shape["input_dims"]))
+    takes, kind, head = (
+        "raw vectors",
+        "FusionEnsemble",
+        "a joint Wasserstein autoencoder with low-rank multimodal fusion",
+    )
+    size = f"rank {shape['rank']}, latents of width {shape['latent_dim']}" if "rank" in shape else ""
+    module = "fusion"
+    if isinstance(ensemble, TokenEnsemble):
+        takes, kind, module = "raw tokens, N lists of (T_i, d) each", "TokenEnsemble", "token_ensemble"
+        if shape["fusion"] == "wma":
+            head = "a fusion transformer whose modalities' tokens a Wasserstein distance aligns"
+            size = f"{shape['layers']} layers of width {shape['width']}"
+        else:
+            head = f"low-rank multimodal fusion over pairs of tokens ({shape['plan']} plan)"
     notes = "\n".join(f"- {note}" for note in dataset.notes) or "- none"
     write_text(
         folder / CARD,
         f"""---
 {_yaml(header)}---
-# jWAE-LMF on {dataset.name}
+# {main or "jWAE-LMF"} on {dataset.name}
 
-{seeds[:1].upper()}{seeds[1:]}{of_folds} of a joint Wasserstein autoencoder with low-rank multimodal fusion.
+{seeds[:1].upper()}{seeds[1:]}{of_folds} of {head}.
 
 - task: {dataset.task}
-- rank {shape["rank"]}, latents of width {shape["latent_dim"]}
-- inputs: raw vectors, {inputs} wide; standardisation is part of the model
+- {size}
+- inputs: {takes}, {inputs} wide; standardisation is part of the model
 
 ```python
-from mmfusion.models.fusion import FusionEnsemble
-model = FusionEnsemble.from_pretrained("FOLDER")
+from mmfusion.models.{module} import {kind}
+model = {kind}.from_pretrained("FOLDER")
 model.predict({{{example}}})  # every member's {"values" if dataset.task == "regression" else "probabilities"}
 ```
 

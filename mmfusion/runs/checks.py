@@ -62,7 +62,7 @@ def check_stacks(stacks: Sequence[Sequence[Method]], dataset: Dataset, config: S
             except ValueError as error:
                 raise ValueError(f"{where}: {error}") from error
     first = stacks[0][0]
-    if first.fusion != "lmf":
+    if first.fusion != "lmf" and not first.takes_tokens:
         raise ValueError(f"stacks: the first method, {first.label!r}, is the one explained, and needs fusion='lmf'")
 
 

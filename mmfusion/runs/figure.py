@@ -16,8 +16,10 @@ from mmfusion.metrics.classes import weighted_average_precision
 from mmfusion.metrics.format import counted
 from mmfusion.metrics.tasks import SELECTION
 from mmfusion.models.fusion import FusionEnsemble, FusionModel
+from mmfusion.models.token_ensemble import TokenEnsemble
 from mmfusion.runs.prior import latents_of_split
 from mmfusion.runs.report import RankReport
+from mmfusion.runs.tokens import token_cloud
 from mmfusion.training.trainer import Trained
 
 BLUE, ORANGE, GREY = "#1f6fb4", "#d9741a", "#8a8a8a"
@@ -36,13 +38,16 @@ class Shown(NamedTuple):
 def draw(
     path: Path,
     dataset: Dataset,
-    ensemble: FusionEnsemble,
+    ensemble: FusionEnsemble | TokenEnsemble,
     trained: Trained,
     shown: Shown,
     ranks: RankReport | None,
     folds: int = 1,
+    label: str = "jWAE-LMF",
 ) -> None:
     """Eight panels: losses, selection score, rank factors, two of the predictions, three of latents and the prior.
+
+    A model of tokens has no panel of rank factors, and a transformer none of a prior.
 
     Two classes: ROC and reliability; more: confusion and reliability of the likeliest; labels: average precision and
     reliability of each; values: prediction against target, and the errors.
@@ -69,13 +74,24 @@ def draw(
         left, right = PANELS[dataset.task]
         left(axes[1, 0], dataset, shown, where)
         right(axes[1, 1], dataset, shown, where)
-    latents = _aggregate_latents(ensemble.members[0], dataset.splits[dataset.selection])
-    _draw_plane(axes[0, 3], latents, main_axes(latents), f"latents on {dataset.selection}, first seed: two main axes")
-    _draw_plane(axes[1, 3], latents, random_plane(latents), "the same latents on a random plane")
-    _draw_norms(axes[1, 2], latents, f"squared norms on {dataset.selection}, first seed")
+    selection = dataset.splits[dataset.selection]
+    if isinstance(ensemble, TokenEnsemble):
+        latents, what = token_cloud(ensemble.members[0], selection), "a token of each example"
+        title = f"{label} on {dataset.name}"
+    else:
+        latents, what = _aggregate_latents(ensemble.members[0], selection), "latents"
+        title = f"jWAE-LMF on {dataset.name}"
+    has_prior = ensemble.shape["fusion"] != "wma"
+    first = f"{what} on {dataset.selection}, first seed: two main axes"
+    _draw_plane(axes[0, 3], latents, main_axes(latents), first, has_prior)
+    _draw_plane(axes[1, 3], latents, random_plane(latents), "the same on a random plane", has_prior)
+    if has_prior:
+        _draw_norms(axes[1, 2], latents, f"squared norms on {dataset.selection}, first seed")
+    else:
+        axes[1, 2].set_axis_off()
     of_folds = f", {folds} folds" if folds > 1 else ""
     rank = f", rank {ranks.weight.shape[1]}" if ranks else ""
-    figure.suptitle(f"jWAE-LMF on {dataset.name}: {counted(members // folds, 'seed')}{of_folds}{rank}", fontsize=14)
+    figure.suptitle(f"{title}: {counted(members // folds, 'seed')}{of_folds}{rank}", fontsize=14)
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
 
 
@@ -252,13 +268,13 @@ def random_plane(latents: Mapping[str, np.ndarray]) -> np.ndarray:
     return np.linalg.qr(np.random.default_rng(width).standard_normal((width, min(2, width))))[0].T
 
 
-def _draw_plane(axis, latents: Mapping[str, np.ndarray], plane: np.ndarray, title: str) -> None:
+def _draw_plane(axis, latents: Mapping[str, np.ndarray], plane: np.ndarray, title: str, circles: bool = True) -> None:
     """All modalities on two directions, with the circles that the prior fills."""
     for (name, z), color in zip(latents.items(), itertools.cycle((BLUE, ORANGE, *TERM_COLORS[3:]))):
         x, y = (z @ plane.T).T if len(plane) > 1 else (z[:, 0], np.zeros(len(z)))  # one axis is all there is
         axis.scatter(x, y, s=9, color=color, alpha=0.5, linewidths=0, label=name)
     angle = np.linspace(0, 2 * np.pi, 200)
-    for share in (0.5, 0.95):
+    for share in (0.5, 0.95) if circles else ():
         radius = np.sqrt(-2 * np.log(1 - share))  # of a 2-D standard normal
         style = "--" if share > 0.5 else "-"
         circle = radius * np.cos(angle), radius * np.sin(angle)

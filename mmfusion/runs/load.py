@@ -25,6 +25,7 @@ from mmfusion.encoders.frozen import EncoderConfig, compute_dtype
 from mmfusion.errors import InputError
 from mmfusion.models.fusion import FusionEnsemble, FusionModel
 from mmfusion.models.pretrained import read_config
+from mmfusion.models.token_ensemble import TokenConfig, TokenEnsemble, load_ensemble
 from mmfusion.runs.folder import is_complete, same_data
 from mmfusion.runs.settings import config_from, read_run
 
@@ -46,7 +47,7 @@ class TrainedRun:
     """all examples in one pool, and the folds"""
     datasets: list[Dataset]
     """as loaded, one per fold: splits that the study leaves out, and unlabelled ones, are here"""
-    ensembles: dict[str, FusionEnsemble]
+    ensembles: dict[str, FusionEnsemble | TokenEnsemble]
     """{row: all its members, seed-major, then fold}; jWAE-LMF first"""
     seeds: list[int]
     settings: dict[str, object]
@@ -103,8 +104,10 @@ class TrainedRun:
         return {name: metadata[TEXT_COLUMNS[name]] for name in names}
 
 
-def load_run(folder: Path, device: str = "cpu") -> TrainedRun:
+def load_run(folder: Path, device: str = "cpu", with_tokens: bool = False) -> TrainedRun:
     """Read models and data of a finished run; the data are those that its settings name, encoded or from the cache.
+
+    `with_tokens`: a run whose models take sequences will do; else it is refused.
 
     A run of CUDA is read on a machine without it, and the other way round, from the features that it was trained on.
 
@@ -120,6 +123,12 @@ def load_run(folder: Path, device: str = "cpu") -> TrainedRun:
         if isinstance(settings.get(name), str)
     }
     ensembles = _read_ensembles(folder)
+    tokens = config_from(TokenConfig, settings, path)
+    if tokens.takes_tokens and not with_tokens:
+        raise InputError(
+            f"{folder}: its models take tokens (--fusion {tokens.fusion}), this command vectors; give it a run of "
+            "--fusion lmf, or explain this one with python -m mmfusion.explain"
+        )
     device = _features_device(begun["data"], device)
     memes = encoders = None
     if begun["data"].get("loader") == "arrays":
@@ -148,7 +157,7 @@ def load_run(folder: Path, device: str = "cpu") -> TrainedRun:
     else:
         memes_config, choices = config_from(MemesConfig, settings, path), config_from(EncoderConfig, settings, path)
         processes = Processes(device=device)
-        datasets = [load_memes(memes_config, choices, processes, quiet=True)]
+        datasets = [load_memes(memes_config, choices, processes, quiet=True, tokens=tokens.takes_tokens)]
         data = fold_datasets(datasets)
         now = datasets[0].description
         memes = find_source(memes_config, choices, processes, quiet=True)
@@ -207,7 +216,7 @@ def _read_run(folder: Path) -> dict[str, dict]:
     return begun
 
 
-def _read_ensembles(folder: Path) -> dict[str, FusionEnsemble]:
+def _read_ensembles(folder: Path) -> dict[str, FusionEnsemble | TokenEnsemble]:
     """The run's own ensemble, then its baselines in the order in which they were saved."""
     places = [folder, *(path.parent for path in (folder / "baselines").glob("*/config.json"))]
     places[1:] = sorted(places[1:], key=lambda place: ((place / "config.json").stat().st_mtime_ns, place.name))
@@ -217,5 +226,5 @@ def _read_ensembles(folder: Path) -> dict[str, FusionEnsemble]:
         label = config.get("method", config.get("row"))  # what a method was called before
         if not isinstance(label, str):
             raise InputError(f"{place / 'config.json'}: names no method; train the run anew")
-        ensembles[label] = FusionEnsemble.from_pretrained(place).requires_grad_(False)
+        ensembles[label] = load_ensemble(place).requires_grad_(False)
     return ensembles

@@ -11,12 +11,13 @@ from sklearn.metrics import roc_curve
 from torch import Tensor
 
 from mmfusion.data.folds import tested_split
-from mmfusion.dataset import Dataset, Split
+from mmfusion.dataset import Dataset, Split, pooled
 from mmfusion.distributed import current_processes
 from mmfusion.errors import InputError
 from mmfusion.metrics.scores import Score, binary_scores
 from mmfusion.metrics.tasks import ALL_SCORES, can_score, task_scores
 from mmfusion.models.fusion import FusionEnsemble
+from mmfusion.models.token_ensemble import TokenConfig, TokenEnsemble
 from mmfusion.runs import figure, report
 from mmfusion.runs.card import write_card
 from mmfusion.runs.checks import Sections, check_stacks, check_terms
@@ -24,6 +25,7 @@ from mmfusion.runs.folder import RunFolder
 from mmfusion.runs.missing import missing_report
 from mmfusion.runs.outputs import MetricsLog, SilentLog, save_ensembles, write_predictions
 from mmfusion.runs.prior import print_prior, prior_report
+from mmfusion.runs.tokens import print_tokens, token_report
 from mmfusion.sequences import concatenate
 from mmfusion.training.fit import Method, fit_methods
 from mmfusion.training.objective import Term
@@ -34,7 +36,7 @@ from mmfusion.training.trainer import Trained
 class Outcome:
     """What a run found."""
 
-    ensembles: dict[str, FusionEnsemble]
+    ensembles: dict[str, FusionEnsemble | TokenEnsemble]
     """{method: all its members, seed-major, then fold}; jWAE-LMF first"""
     histories: dict[str, Trained]
     """{first method of a stack: what `train` returned of it}"""
@@ -58,6 +60,11 @@ class Outcome:
 def methods(modalities: Sequence[str], config: Sections) -> list[list[Method]]:
     """What is trained; the methods of one inner list have one shape, and are trained in one stack."""
     every, rank = tuple(modalities), config.model.rank
+    tokens = tokens_of(config)
+    if tokens.takes_tokens:
+        if len(every) < 2:
+            raise InputError(f"--fusion {tokens.fusion}: fuses two modalities or more, the data have {every[0]} alone")
+        return token_methods(every, config)
     alone = [[Method(f"{name} only", (name,))] for name in every]
     if len(every) == 1:
         return alone
@@ -67,6 +74,22 @@ def methods(modalities: Sequence[str], config: Sections) -> list[list[Method]]:
     if config.objective.mmd_weight > 0:
         lmf.append(Method("jWAE-LMF, no prior", every, active_rank=rank, prior=False))
     return [lmf, [Method("concatenation + MLP", every, "concatenation")], *alone]
+
+
+def tokens_of(config: Sections) -> TokenConfig:
+    """The section of a config that says how tokens are fused; of commands without one, its default: they are not."""
+    return getattr(config, "tokens", TokenConfig())
+
+
+def token_methods(every: tuple[str, ...], config: Sections) -> list[list[Method]]:
+    """A model of tokens with and without the alignment of its tokens, and two of the mean tokens."""
+    tokens, rank = tokens_of(config), config.model.rank
+    name = "transformer" if tokens.fusion == "wma" else f"{tokens.plan}-LMF, rank {rank}"
+    first = [Method(f"{name}, aligned tokens", every, tokens.fusion, active_rank=rank)]
+    if config.objective.transport_weight > 0:
+        first.append(Method(name, every, tokens.fusion, active_rank=rank, weights={"transport": 0.0}))
+    pooled_lmf = Method(f"jWAE-LMF of mean tokens, rank {rank}", every, active_rank=rank)
+    return [first, [pooled_lmf], [Method("concatenation of mean tokens + MLP", every, "concatenation")]]
 
 
 def carry_out(
@@ -128,7 +151,7 @@ def carry_out(
     run.close(results)
     print(
         f"\nkept in {folder}/: README.md, report.png, results.json, metrics.jsonl, predictions_*.csv, "
-        "model.safetensors with config.json (FusionEnsemble.from_pretrained)"
+        "model.safetensors with config.json (README.md says how to load it)"
     )
     return outcome
 
@@ -141,7 +164,10 @@ def report_and_save(folder: Path, datasets: Sequence[Dataset], outcome: Outcome)
     results: dict[str, object] = {"selection": dataset.selection, "task": dataset.task, "scores": outcome.scores}
     results |= {"ensemble_scores": outcome.ensemble_scores, "thresholds": outcome.thresholds}
     ranks = None
-    if len(dataset.input_dims) > 1:
+    if isinstance(main, TokenEnsemble):
+        results["tokens"] = token_report(dataset, main.part(0, len(datasets)), dataset.selection)
+        print_tokens(results["tokens"], dataset.task)
+    elif len(dataset.input_dims) > 1:
         if len(main.shape["input_dims"]) > 1 and shown in outcome.scores[outcome.main_row]:
             missing = missing_report(datasets, main, shown, outcome.parts[shown], predictions[shown])
             report.print_missing(missing, dataset.task)
@@ -164,6 +190,7 @@ def report_and_save(folder: Path, datasets: Sequence[Dataset], outcome: Outcome)
         figure.Shown(shown, outcome.parts[shown], predictions[shown].numpy()),
         ranks,
         len(datasets),
+        outcome.main_row,
     )
     return results
 
@@ -175,9 +202,9 @@ def train_stacks(
     config: Sections,
     device: torch.device,
     further_terms: Mapping[str, tuple[float, Term]] | None = None,
-) -> tuple[dict[str, FusionEnsemble], dict[str, Trained]]:
+) -> tuple[dict[str, FusionEnsemble | TokenEnsemble], dict[str, Trained]]:
     """Train every stack, with checkpoints beside the log: ensembles and histories of `Outcome`."""
-    ensembles: dict[str, FusionEnsemble] = {}
+    ensembles: dict[str, FusionEnsemble | TokenEnsemble] = {}
     histories: dict[str, Trained] = {}
     for stack in stacks:
         labels = [method.label for method in stack]
@@ -189,6 +216,7 @@ def train_stacks(
                 config.model,
                 config.objective,
                 config.training,
+                tokens=tokens_of(config),
                 further_terms=further_terms,
                 device=device,
                 checkpoint=log.folder / "checkpoints" / f"{name}.safetensors",
@@ -200,14 +228,18 @@ def train_stacks(
 
 
 def predict_and_score(
-    datasets: Sequence[Dataset], ensembles: Mapping[str, FusionEnsemble], histories: Mapping[str, Trained]
+    datasets: Sequence[Dataset],
+    ensembles: Mapping[str, FusionEnsemble | TokenEnsemble],
+    histories: Mapping[str, Trained],
 ) -> Outcome:
     """What every method says of every part, and its scores there."""
     dataset = datasets[0]
     parts = dict(dataset.splits) if len(datasets) == 1 else {report.OUT_OF_FOLD: _tested(datasets)}
     predictions = {
         label: {
-            name: ensemble.predict(split.features) if len(datasets) == 1 else _predict_out_of_fold(ensemble, datasets)
+            name: ensemble.predict(taken(split, ensemble).features)
+            if len(datasets) == 1
+            else _predict_out_of_fold(ensemble, datasets)
             for name, split in parts.items()
         }
         for label, ensemble in ensembles.items()
@@ -240,6 +272,11 @@ def predict_and_score(
     several = len(ensembles[main].members) > len(datasets)
     of_mean = scored(lambda p: p.mean(0, keepdim=True)) if several else {}
     return Outcome(dict(ensembles), dict(histories), parts, predictions, scored(lambda p: p), of_mean, thresholds)
+
+
+def taken(split: Split, ensemble: FusionEnsemble | TokenEnsemble) -> Split:
+    """The split as an ensemble takes it: sequences, or one vector each."""
+    return split if isinstance(ensemble, TokenEnsemble) else pooled(split)
 
 
 def chosen_threshold(
@@ -287,10 +324,10 @@ def _tested(datasets: Sequence[Dataset]) -> Split:
     )
 
 
-def _predict_out_of_fold(ensemble: FusionEnsemble, datasets: Sequence[Dataset]) -> Tensor:
+def _predict_out_of_fold(ensemble: FusionEnsemble | TokenEnsemble, datasets: Sequence[Dataset]) -> Tensor:
     """(S, N) or (S, N, O) of `_tested`: every example by the members that have not seen it."""
     of_folds = [
-        ensemble.part(fold, len(datasets)).predict(dataset.splits[tested_split(dataset)].features)
+        ensemble.part(fold, len(datasets)).predict(taken(dataset.splits[tested_split(dataset)], ensemble).features)
         for fold, dataset in enumerate(datasets)
     ]
     return torch.cat(of_folds, 1)

@@ -6,19 +6,29 @@ ensembles[0].predict(dataset.splits["test"].features)  # (S, N)
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mmfusion.data.folds import FoldedDataset, fold_datasets, only, target_scale
-from mmfusion.dataset import Dataset, Fold
+from mmfusion.data.folds import FoldedDataset, fold_datasets, target_scale
+from mmfusion.dataset import Dataset, Fold, Split, pooled
 from mmfusion.metrics.tasks import balanced_weights, selection_score
 from mmfusion.models.fusion import Fusion, FusionEnsemble, FusionModel, ModelConfig
+from mmfusion.models.token_ensemble import MODELS, TokenConfig, TokenEnsemble, TokenFusion
 from mmfusion.models.whitening import whiten_latents
-from mmfusion.training.objective import DIRECTIONAL, DIRECTIONS, PRIOR_TERMS, Term, objective, predict
+from mmfusion.training.objective import (
+    DIRECTIONAL,
+    DIRECTIONS,
+    PRIOR_TERMS,
+    Term,
+    objective,
+    predict,
+    predict_tokens,
+    token_objective,
+)
 from mmfusion.training.recipe import ObjectiveConfig, TrainingConfig
 from mmfusion.training.trainer import Member, Problem, Schedule, Trained, TrainingData, train
 
@@ -29,11 +39,20 @@ class Method:
 
     label: str
     modalities: tuple[str, ...]
-    fusion: Fusion = "lmf"
+    fusion: Fusion | TokenFusion = "lmf"
     active_rank: int | None = None
     """the first k of the model's rank terms; default: all"""
     prior: bool = True
     """trained with the MMD to the prior, at the weight of the objective"""
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """of loss terms, where they are not those of the objective"""
+    modality_dropout: float | None = None
+    """default: that of the training"""
+
+    @property
+    def takes_tokens(self) -> bool:
+        """False for models of one vector a modality; they see the mean of a sequence's tokens."""
+        return self.fusion in MODELS
 
     @property
     def has_rank(self) -> bool:
@@ -48,18 +67,20 @@ def fit_methods(
     objectives: ObjectiveConfig,
     training: TrainingConfig,
     *,
+    tokens: TokenConfig | None = None,
     further_terms: Mapping[str, tuple[float, Term]] | None = None,
     class_weights: Tensor | None = None,
     device: str | torch.device = "cpu",
     checkpoint: Path | None = None,
     on_epoch: Callable[[dict], None] | None = None,
-) -> tuple[list[FusionEnsemble], Trained]:
+) -> tuple[list[FusionEnsemble | TokenEnsemble], Trained]:
     """Train every seed of every method on every fold at once, each member kept at its best epoch, or its last.
 
     Args:
         datasets: one, with splits `train` and the one it names for selection; or the folds of one.
         methods: of one shape: the same modalities and fusion; they may differ in active rank and prior.
         model, objectives, training: sections of the main script's Config.
+        tokens: a further section, for methods that take tokens; default as its class.
         further_terms: {name: (weight, term)} added to the objective.
         class_weights: what an example of each class weighs (`mmfusion.training.objective.fit_loss`); default: what
             `training.class_weight` says.
@@ -77,21 +98,12 @@ def fit_methods(
     if any((method.modalities, method.fusion) != (modalities, fusion) for method in methods):
         raise ValueError("methods trained at once must have the same modalities and the same fusion")
     datasets = [datasets] if isinstance(datasets, Dataset) else list(datasets)
-    first, (data, target) = datasets[0], _training_data(datasets, modalities)
-    shape = {
-        "input_dims": {name: first.input_dims[name] for name in modalities},
-        "latent_dim": model.latent_dim,
-        "hidden_dim": model.hidden_dim,
-        "rank": model.rank if methods[0].has_rank else 1,
-        "output_dim": first.output_dim,
-        "fusion": fusion,
-        "spectral_norm": model.spectral_norm,
-        "noise": model.noise if fusion == "lmf" else "none",
-    }
-    fitted = [_fitted(shape, data, fold, first.task) for fold in data.folds]
+    first, (data, target) = datasets[0], _training_data(datasets, methods[0])
+    family = family_of(methods[0], data.train, first, model, tokens)
+    fitted = [_fitted(family, data, fold, first.task) for fold in data.folds]
 
-    def build(member: Member) -> FusionModel:
-        built = FusionModel(**shape, active_rank=member.settings["active_rank"])
+    def build(member: Member) -> nn.Module:
+        built = family.build(member.settings["active_rank"])
         built.standardise.load_state_dict(fitted[member.fold].standardise.state_dict())
         built.rescale.load_state_dict(fitted[member.fold].rescale.state_dict())
         return built
@@ -101,19 +113,31 @@ def fit_methods(
         class_weights = balanced_weights(target, first.task, first.output_dim)
     terms = {
         "task": first.task,
-        "alignment": objectives.alignment,
         "scale": 1.0 if scale is None else scale.to(device),
         "class_weights": None if class_weights is None else class_weights.to(device),
         "prior": objectives.prior,
-        "further": {name: term for name, (_, term) in (further_terms or {}).items()},
     }
-    problem = Problem(
-        build,
-        lambda model, batch: objective(model, batch, **terms),
-        partial(predict, task=first.task),
-        selection_score(first.task, scale, training.select_by == "log_loss", class_weights),
-        (DIRECTIONS, model.latent_dim) if set(objectives.prior) & set(DIRECTIONAL) else None,
-    )
+    score = selection_score(first.task, scale, training.select_by == "log_loss", class_weights)
+    if methods[0].takes_tokens:
+        if further_terms:
+            raise ValueError("further terms are of models of one vector a modality, not of tokens")
+        problem = Problem(
+            build,
+            lambda model, batch: token_objective(model, batch, **terms, transport=objectives.transport_term),
+            partial(predict_tokens, task=first.task),
+            score,
+            uniforms=fitted[0].uniforms,
+        )
+    else:
+        further = {name: term for name, (_, term) in (further_terms or {}).items()}
+        alignment = objectives.alignment
+        problem = Problem(
+            build,
+            lambda model, batch: objective(model, batch, **terms, alignment=alignment, further=further),
+            partial(predict, task=first.task),
+            score,
+            (DIRECTIONS, model.latent_dim) if set(objectives.prior) & set(DIRECTIONAL) else None,
+        )
     schedule = Schedule(
         epochs=training.epochs,
         batch_size=training.batch_size,
@@ -122,8 +146,13 @@ def fit_methods(
         patience=training.patience,
         keep=training.keep,
         compile=training.compile,
+        # a transformer's products are wide enough to fill a CPU member by member, and their padding stays small
+        stacked=fusion != "wma" or torch.device(device).type != "cpu",
     )
-    term_weights = objectives.loss_weights(first.task, modalities)
+    of_terms = objectives.token_weights if methods[0].takes_tokens else objectives.loss_weights
+    term_weights = of_terms(first.task, modalities)
+    if fusion == "wma":  # has no jWAE
+        term_weights = {n: w for n, w in term_weights.items() if n not in (*PRIOR_TERMS, "reconstruction")}
     term_weights |= {name: weight for name, (weight, _) in (further_terms or {}).items()}
     members = _members(methods, term_weights, training, len(data.folds))
     trained = train(problem, members, data, schedule, device=device, checkpoint=checkpoint, on_epoch=on_epoch)
@@ -131,7 +160,7 @@ def fit_methods(
         give_prior(trained.models, members, data)
     count = training.seeds * len(data.folds)
     ensembles = [
-        FusionEnsemble.from_members(trained.models[i * count : (i + 1) * count], **shape, task=first.task)
+        family.ensemble.from_members(trained.models[i * count : (i + 1) * count], **family.shape, task=first.task)
         for i in range(len(methods))
     ]
     return ensembles, trained
@@ -145,24 +174,73 @@ def give_prior(models: Sequence[FusionModel], members: Sequence[Member], data: T
             whiten_latents(model, {name: x[rows] for name, x in data.train.features.items()})
 
 
-def _training_data(datasets: Sequence[Dataset], modalities: Sequence[str]) -> tuple[TrainingData, Tensor]:
-    """What is trained and selected on, of these modalities alone; and the targets of all that any fold trains on."""
+@dataclass(frozen=True)
+class Family:
+    """Models of one shape, and the ensemble of them."""
+
+    ensemble: type[FusionEnsemble] | type[TokenEnsemble]
+    shape: dict[str, object]
+    """arguments of the ensemble's constructor, `members` and `task` apart"""
+
+    def build(self, active_rank: int | None = None) -> nn.Module:
+        """One member, its weights drawn from torch's generator."""
+        if self.ensemble is FusionEnsemble:
+            return FusionModel(**self.shape, active_rank=active_rank)
+        shape = {name: value for name, value in self.shape.items() if name != "fusion"}
+        ranks = {} if self.shape["fusion"] == "wma" else {"active_rank": active_rank}
+        return MODELS[self.shape["fusion"]](**shape, **ranks)
+
+
+def family_of(method: Method, train: Split, dataset: Dataset, model: ModelConfig, tokens: TokenConfig | None) -> Family:
+    """The models of a method, as the configs' sections have them; `train` holds its features."""
+    tokens = tokens or TokenConfig()
+    shape: dict[str, object] = {
+        "input_dims": {name: train.features[name].shape[-1] for name in method.modalities},
+        "output_dim": dataset.output_dim,
+        "fusion": method.fusion,
+    }
+    if method.fusion == "wma":
+        longest = max(x.shape[1] for x in train.features.values())
+        shape |= {
+            "width": tokens.transformer_width,
+            "layers": tokens.transformer_layers,
+            "heads": tokens.transformer_heads,
+            "places": longest,
+            "dropout": tokens.transformer_dropout,
+        }
+        return Family(TokenEnsemble, shape)
+    rank = model.rank if method.has_rank else 1
+    shape |= {"latent_dim": model.latent_dim, "hidden_dim": model.hidden_dim, "rank": rank}
+    if method.fusion == "transport":
+        return Family(TokenEnsemble, shape | {"plan": tokens.plan, "band": tokens.band})
+    noise = model.noise if method.fusion == "lmf" else "none"
+    return Family(FusionEnsemble, shape | {"spectral_norm": model.spectral_norm, "noise": noise})
+
+
+def _training_data(datasets: Sequence[Dataset], method: Method) -> tuple[TrainingData, Tensor]:
+    """What is trained and selected on, as the method takes it; and the targets of all that any fold trains on."""
     if len(datasets) > 1:
-        pooled: FoldedDataset = only(fold_datasets(datasets), modalities)
-        rows = torch.cat([fold.train for fold in pooled.folds]).unique()
-        return TrainingData(pooled.pool, pooled.pool, pooled.folds), pooled.pool.target[rows]
-    train_split, selection = (
-        replace(split, features={name: split.features[name] for name in modalities})
-        for split in (datasets[0].splits["train"], datasets[0].splits[datasets[0].selection])
-    )
+        folded: FoldedDataset = fold_datasets(datasets)
+        rows = torch.cat([fold.train for fold in folded.folds]).unique()
+        pool = _taken(folded.pool, replace(method, modalities=tuple(sorted(method.modalities))))
+        return TrainingData(pool, pool, folded.folds), pool.target[rows]
+    splits = datasets[0].splits
+    train_split, selection = (_taken(splits[name], method) for name in ("train", datasets[0].selection))
     fold = Fold(torch.arange(len(train_split)), torch.arange(len(selection)))
     return TrainingData(train_split, selection, [fold]), train_split.target
 
 
-def _fitted(shape: dict[str, object], data: TrainingData, fold: Fold, task: str) -> FusionModel:
+def _taken(split: Split, method: Method) -> Split:
+    """The method's modalities: sequences where it takes tokens, else one vector each."""
+    own = replace(split, features={name: split.features[name] for name in method.modalities})
+    return own if method.takes_tokens else pooled(own)
+
+
+def _fitted(family: Family, data: TrainingData, fold: Fold, task: str) -> nn.Module:
     """A model whose standardisation, and a regression's rescaling, are those of the fold's training part."""
-    model = FusionModel(**shape)
-    model.fit_standardisation({name: x[fold.train] for name, x in data.train.features.items()})
+    model = family.build()
+    for name, x in data.train.features.items():
+        model.standardise[name].fit(x[fold.train])
     if task == "regression":
         model.rescale.fit(data.train.target[fold.train])
     return model
@@ -176,10 +254,10 @@ def _members(
     return [
         Member(
             seed,
-            weights if method.prior else weights | {name: 0.0 for name in PRIOR_TERMS if name in weights},
+            _weights(method, weights),
             training.weight_decay,
             {"active_rank": method.active_rank},
-            {name: training.modality_dropout for name in modalities if len(modalities) > 1},
+            {name: _dropout(method, training) for name in modalities if len(modalities) > 1},
             fold,
             training.feature_dropout,
         )
@@ -187,3 +265,16 @@ def _members(
         for seed in range(training.first_seed, training.first_seed + training.seeds)
         for fold in range(folds)
     ]
+
+
+def _weights(method: Method, weights: Mapping[str, float]) -> dict[str, float]:
+    """The objective's, but for what the method says otherwise."""
+    without = {} if method.prior else {name: 0.0 for name in PRIOR_TERMS if name in weights}
+    unknown = set(method.weights) - set(weights)
+    if unknown:
+        raise ValueError(f"{method.label!r} weighs {min(unknown)!r}; its loss terms are {', '.join(weights)}")
+    return dict(weights) | without | dict(method.weights)
+
+
+def _dropout(method: Method, training: TrainingConfig) -> float:
+    return training.modality_dropout if method.modality_dropout is None else method.modality_dropout

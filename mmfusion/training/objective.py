@@ -1,5 +1,6 @@
 """The named loss terms of one fusion model on one batch; their weighted sum is minimised."""
 
+import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Literal
@@ -18,7 +19,10 @@ from jwae_module import (
 from mmfusion.dataset import Task
 from mmfusion.losses.contrastive import info_nce, margin_ranking
 from mmfusion.losses.expected import expected_absolute_error, moderated_logits
+from mmfusion.losses.token_alignment import TransportTerm, mmd_between
 from mmfusion.models.fusion import FusionOutput
+from mmfusion.models.tokens import TokenOutput
+from mmfusion.sequences import Tokens
 from mmfusion.training.trainer import Batch, ModelCall
 
 Alignment = Literal["margin", "info_nce"]
@@ -131,6 +135,61 @@ def objective(
     directions = batch.directions[0] if batch.directions else None
     terms = loss_terms(output, batch.target, task, alignment, scale, class_weights, prior, directions)
     return terms | {name: term(output, batch) for name, term in (further or {}).items()}
+
+
+def token_terms(
+    output: TokenOutput,
+    target: Tensor,
+    task: Task = "binary",
+    target_scale: Tensor | float = 1.0,
+    class_weights: Tensor | None = None,
+    prior: Collection[Prior] = ("mmd",),
+    transport: TransportTerm | None = None,
+    phase: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """The named terms that a model of token sequences is trained on, as scalars of one batch.
+
+    "transport" is the Wasserstein distance between the tokens of two modalities, "token_mmd" the MMD between one token
+    of each, both mean over pairs of modalities. Where the model has a jWAE, the terms of its prior and its
+    reconstructions follow, for one token of each example.
+
+    Args:
+        output: with drawn tokens.
+        target, target_scale, class_weights: as for `fit_loss`.
+        transport, phase: the alignment, default as its class, and what it is called with.
+    """
+    terms = {FIT_TERM[task]: fit_loss(output, target, task, target_scale, class_weights)}
+    if len(output.latents) > 1:
+        terms["transport"] = (transport or TransportTerm())(output.layers, phase)
+        pairs = list(itertools.combinations(output.latents.values(), 2))
+        terms["token_mmd"] = torch.stack([mmd_between(x, y) for x, y in pairs]).mean()
+    if output.reconstructions:
+        latents = torch.stack(list(output.latents.values()))  # (M, B, L)
+        for name in prior:
+            terms[name] = torch.vmap(PRIOR_TERMS[name])(latents).mean()
+        terms["reconstruction"] = reconstruction_error(output.standardised, output.reconstructions)
+    return terms
+
+
+def token_objective(
+    model: ModelCall,
+    batch: Batch,
+    task: Task = "binary",
+    scale: Tensor | float = 1.0,
+    class_weights: Tensor | None = None,
+    prior: Collection[Prior] = ("mmd",),
+    transport: TransportTerm | None = None,
+) -> dict[str, Tensor]:
+    """`token_terms` of one model of sequences on one batch."""
+    uniforms = batch.uniforms[0]
+    output = model(batch.features, present=batch.present, kept=batch.kept, uniforms=uniforms)
+    return token_terms(output, batch.target, task, scale, class_weights, prior, transport, uniforms[:, 0])
+
+
+def predict_tokens(model: ModelCall, features: Mapping[str, Tokens], task: Task = "binary") -> Tensor:
+    """Logits or values of one model of sequences: (N,) of a single output, else (N, O)."""
+    prediction = model(features).prediction
+    return prediction.squeeze(-1) if task != "multiclass" and prediction.shape[-1] == 1 else prediction
 
 
 def predict(

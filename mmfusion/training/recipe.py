@@ -8,6 +8,7 @@ from typing import Literal
 
 from mmfusion.dataset import Task
 from mmfusion.errors import InputError, check_numbers, check_types
+from mmfusion.losses.token_alignment import Layers, TransportTerm
 from mmfusion.models.fusion import ModelConfig, Noise
 from mmfusion.training.objective import FIT_TERM, PRIOR_TERMS, Alignment, Prior
 
@@ -32,6 +33,12 @@ class ObjectiveConfig:
     """weight of the alignment of one example's latents"""
     alignment: Alignment = "margin"
     """which alignment: the margin ranking loss of the jWAE paper, or symmetric InfoNCE"""
+    transport_weight: float = 0.1
+    """of models of tokens: weight of the Wasserstein distance between the tokens of two modalities"""
+    transport_method: Literal["ipot", "sinkhorn", "random"] = "ipot"
+    """of models of tokens: where its plan comes from; random is a control"""
+    transport_layers: Layers = "last"
+    """of models of tokens: which layers' tokens it aligns"""
 
     def loss_weights(
         self, task: Task, modalities: Collection[str], active: Collection[str] | None = None
@@ -45,9 +52,23 @@ class ObjectiveConfig:
             term = field.name.removesuffix("_weight")
             if term in PRIOR_TERMS and term not in self.prior:
                 continue
-            if term != field.name and (term != "alignment" or len(modalities) > 1):
+            if term in ("transport", field.name):
+                continue
+            if term != "alignment" or len(modalities) > 1:
                 weights[term] = getattr(self, field.name) if active is None or term in active else 0.0
         return weights
+
+    def token_weights(self, task: Task, modalities: Collection[str]) -> dict[str, float]:
+        """Weight of each term of `mmfusion.training.objective.token_terms`."""
+        weights = {FIT_TERM[task]: 1.0}
+        if len(modalities) > 1:
+            weights |= {"transport": self.transport_weight, "token_mmd": 0.0}
+        return weights | {name: getattr(self, f"{name}_weight") for name in (*self.prior, "reconstruction")}
+
+    @property
+    def transport_term(self) -> TransportTerm:
+        """The alignment of tokens."""
+        return TransportTerm(self.transport_method, self.transport_layers)
 
     @property
     def prior(self) -> tuple[Prior, ...]:
