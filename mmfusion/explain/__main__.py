@@ -10,18 +10,22 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import tyro
 
 from mmfusion.cli import pick_device, run_command
 from mmfusion.errors import InputError, printable
-from mmfusion.explain.explainer import Choices, Explainer
+from mmfusion.explain.explainer import Choices, Explainer, known_split, named
 from mmfusion.explain.figure import draw_explanation
 from mmfusion.explain.page import explanation_page
 from mmfusion.explain.summary import print_summary
 from mmfusion.explain.text import print_explanation
+from mmfusion.explain.token_figure import draw_tokens, token_page
+from mmfusion.explain.tokens import TokenExplainer, print_tokens
 from mmfusion.files import write_text
 from mmfusion.metrics.format import counted
-from mmfusion.runs.load import load_run
+from mmfusion.models.token_ensemble import TokenEnsemble
+from mmfusion.runs.load import TrainedRun, load_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +57,10 @@ def main(config: Config) -> None:
     """Load, explain, print, write. Raises InputError for what the user can put right."""
     check(config)
     device = str(pick_device(config.device))
-    run = load_run(config.run, device)
+    run = load_run(config.run, device, with_tokens=True)
+    if isinstance(run.ensembles[run.main_row], TokenEnsemble):
+        explain_tokens(config, run, device)
+        return
     explainer = Explainer(run, config, device)
     if config.image is not None:
         explanation = explainer.meme(config.image, config.text)
@@ -79,6 +86,45 @@ def main(config: Config) -> None:
         if len(places) == 1:
             print_explanation(explanation)
         print(f"{counted(len(places), 'example')} explained in {out}")
+
+
+def explain_tokens(config: Config, run: TrainedRun, device: str) -> None:
+    """The same of a run whose models take tokens: one picture for one example, a page for several."""
+    for flag, given in (
+        ("rank", config.rank),
+        ("seed", config.seed),
+        ("maps", config.maps),
+        ("summary", config.summary),
+    ):
+        if given:
+            raise InputError(f"--{flag}: is of runs of vectors, {config.run} takes tokens; leave it out")
+    explainer = TokenExplainer(run, device, config.fold, config.output)
+    if config.image is not None:
+        several, what = [explainer.meme(config.image, config.text)], config.image.stem
+    else:
+        splits = explainer.dataset.splits
+        if config.ids:
+            places, what = named(splits, config.ids, explainer.dataset.name), "ids"
+        else:
+            name = known_split(splits, config.split, explainer.dataset.name)
+            places, what = [(name, row) for row in range(len(splits[name]))], name
+            if config.worst is not None:
+                if splits[name].target is None:
+                    raise InputError(f"--worst: {name} has no labels to be wrong about; leave it out")
+                order = np.argsort(-explainer.losses(splits[name]), kind="stable")[: config.worst]
+                places, what = [(name, int(row)) for row in order], f"{name}-worst-{len(order)}"
+        several = [explainer.example(*place) for place in places]
+    if len(several) == 1:
+        out = config.out or default_path(run.folder, what, "png")
+        if out.suffix.lower() != ".png":
+            raise InputError(f"--out {out}: one example of tokens is drawn as a .png file; name it so")
+        draw_tokens(out, several[0])
+        print_tokens(several[0])
+        print(f"\ndrawn in {out}")
+        return
+    out = config.out or default_path(run.folder, what, "html")
+    write_text(out, token_page(f"{config.run}: {len(several)} examples", run.data.notes, several))
+    print(f"{counted(len(several), 'example')} explained in {out}")
 
 
 def page_title(config: Config, split: str, count: int) -> str:
@@ -120,7 +166,8 @@ def check(config: Config) -> None:
     if config.out is not None and config.out.is_dir():
         raise InputError(f"--out {config.out}: is a folder; name the file to write")
     suffix = ".html" if config.image is None else ".png"
-    if config.out is not None and config.out.suffix.lower() != suffix:
+    is_one = len(config.ids) == 1 and config.out is not None and config.out.suffix.lower() == ".png"  # of tokens
+    if config.out is not None and config.out.suffix.lower() != suffix and not is_one:
         raise InputError(f"--out {config.out}: what is written is a {suffix} file; name it so")
     if config.out is not None and config.image is not None and config.out.resolve() == config.image.resolve():
         raise InputError(f"--out {config.out}: is the picture itself; name another file")

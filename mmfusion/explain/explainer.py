@@ -96,24 +96,11 @@ class Explainer:
 
     def known_split(self, name: str) -> str:
         """The name of a split that is there and has examples."""
-        if not len(self.dataset.splits.get(name, ())):
-            known = ", ".join(key for key, split in self.dataset.splits.items() if len(split))
-            raise InputError(f"--split {name}: {self.dataset.name} has {known}")
-        return name
+        return known_split(self.dataset.splits, name, self.dataset.name)
 
     def named(self, ids: Sequence[str]) -> list[Place]:
         """(split, row) of each id; of an id in several splits, in the first of them."""
-        places: dict[str, Place] = {}
-        for name, split in self.dataset.splits.items():
-            for row, key in enumerate(split.ids):
-                places.setdefault(key, (name, row))
-        for key in ids:
-            if key not in places:
-                close = difflib.get_close_matches(key, list(places), 1, cutoff=0.0)
-                raise InputError(
-                    f"--ids {key}: {self.dataset.name} has no example of that id; the nearest is {close[0]}"
-                )
-        return [places[key] for key in ids]
+        return named(self.dataset.splits, ids, self.dataset.name)
 
     def rows(self, name: str, worst: int | None) -> list[Place]:
         """A whole split, or the `worst` of it: those with the largest loss of the mean over members, worst first."""
@@ -309,6 +296,27 @@ class Explainer:
             else:
                 notes.append(f"no words of {name}: on this --device their vector is not the one that the run has")
         return Maps(regions, box, words, notes)
+
+
+def known_split(splits: Mapping[str, Split], name: str, dataset: str) -> str:
+    """The name of a split that is there and has examples. Raises InputError."""
+    if not len(splits.get(name, ())):
+        known = ", ".join(key for key, split in splits.items() if len(split))
+        raise InputError(f"--split {name}: {dataset} has {known}")
+    return name
+
+
+def named(splits: Mapping[str, Split], ids: Sequence[str], dataset: str) -> list[Place]:
+    """(split, row) of each id; of an id in several splits, in the first of them. Raises InputError."""
+    places: dict[str, Place] = {}
+    for name, split in splits.items():
+        for row, key in enumerate(split.ids):
+            places.setdefault(key, (name, row))
+    for key in ids:
+        if key not in places:
+            close = difflib.get_close_matches(key, list(places), 1, cutoff=0.0)
+            raise InputError(f"--ids {key}: {dataset} has no example of that id; the nearest is {close[0]}")
+    return [places[key] for key in ids]
 
 
 def _is_same(vector: Tensor, known: Tensor) -> bool:

@@ -83,6 +83,7 @@ class TokenTransformer(nn.Module):
         self.project = nn.ModuleDict({name: nn.Linear(dim, width) for name, dim in input_dims.items()})
         self.places = nn.ParameterDict({name: nn.Parameter(torch.randn(places, width) * 0.02) for name in input_dims})
         self.kinds = nn.ParameterDict({name: nn.Parameter(torch.randn(width) * 0.02) for name in input_dims})
+        self.embedded = nn.LayerNorm(width)
         self.layers = nn.ModuleList(TransformerLayer(width, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.readout = nn.Linear(width, output_dim)
@@ -112,7 +113,7 @@ class TokenTransformer(nn.Module):
             x = self.project[name](x * kept[name].unsqueeze(-2) if kept else x)
             table = self.places[name]
             place = torch.arange(length, device=x.device).clamp_max(len(table) - 1)
-            parts.append(x + table[place] + self.kinds[name])
+            parts.append(self.embedded(x) + table[place] + self.kinds[name])
         x, mask = torch.cat(parts, -2), torch.cat([seen[name].mask for name in self.modalities], -1)
         outputs = []
         for layer, dropped in zip(self.layers, self._dropped(uniforms), strict=True):

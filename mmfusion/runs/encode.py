@@ -17,9 +17,12 @@ from mmfusion.encoders.frozen import (
     image_preprocessing,
 )
 from mmfusion.encoders.images import Preprocessing, decode_rgb, preprocess, reason_unreadable
+from mmfusion.encoders.tokens import ImageTokenEncoder, TextTokenEncoder
 from mmfusion.encoders.weights import EncoderSource
 from mmfusion.errors import InputError, printable
+from mmfusion.models.token_ensemble import TokenEnsemble
 from mmfusion.runs.load import TrainedRun
+from mmfusion.sequences import Sequences
 
 
 class RunEncoders:
@@ -30,6 +33,7 @@ class RunEncoders:
 
     def __init__(self, run: TrainedRun, device: str) -> None:
         self.run, self.device = run, device
+        self.gives_tokens = isinstance(run.ensembles[run.main_row], TokenEnsemble)
 
     @cached_property
     def _image_source(self) -> EncoderSource:
@@ -43,12 +47,20 @@ class RunEncoders:
     @cached_property
     def image(self) -> ImageEncoder:
         """uint8 pixels (b, S, S, 3) -> (b, d)."""
-        return ImageEncoder(self.run.encoders, self._image_source, self.device)
+        kind = ImageTokenEncoder if self.gives_tokens else ImageEncoder
+        return kind(self.run.encoders, self._image_source, self.device)
 
     @cached_property
     def text(self) -> TextEncoder:
         """b lists of token ids -> (b, d)."""
-        return TextEncoder(self.run.encoders, find_text_encoder(self.run.encoders), self.device)
+        kind = TextTokenEncoder if self.gives_tokens else TextEncoder
+        return kind(self.run.encoders, find_text_encoder(self.run.encoders), self.device)
+
+    def words(self, text: str) -> list[str]:
+        """What the tokens of one text, without special ones, are called."""
+        special = set(self.text.tokenizer.all_special_ids)
+        ids = [i for i in self.tokens(text) if i not in special] or self.tokens(text)[:1]
+        return [str(word) for word in self.text.tokenizer.convert_ids_to_tokens(ids)]
 
     def tokens(self, text: str) -> list[int]:
         """Token ids of one text."""
@@ -69,8 +81,10 @@ class RunEncoders:
 
     def encode(
         self, images: Sequence[Path | str] | None = None, texts: Sequence[str] | None = None, flag: str = ""
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Tensor | Sequences]:
         """Features of memes: "image" (N, d) of N files, "text" (N, d) of N texts; what is not given is left out.
+
+        Of a run whose models take tokens, sequences of them.
 
         `flag` stands before the file in a message. Raises InputError naming the file that is missing or no picture, or
         the text that is no Unicode, and for a run whose features of memes are not its encoders'; ValueError where not
@@ -100,14 +114,14 @@ class RunEncoders:
             for start in range(0, len(images), BATCH_CPU):
                 pixels = [self._picture(Path(path), flag) for path in images[start : start + BATCH_CPU]]
                 vectors.append(self.image(np.stack(pixels)))
-            features["image"] = torch.cat(vectors)
+            features["image"] = _joined(vectors)
         if texts is not None:
             for text in texts:
                 if any("\ud800" <= letter <= "\udfff" for letter in text):
                     raise InputError(f"text {printable(text)[:60]}: holds bytes that are no UTF-8; write it again")
             tokens = self.text.tokenize(list(texts))
             starts = range(0, len(tokens), BATCH_CPU)
-            features["text"] = torch.cat([self.text(tokens[start : start + BATCH_CPU]) for start in starts])
+            features["text"] = _joined([self.text(tokens[start : start + BATCH_CPU]) for start in starts])
         return features
 
     def _picture(self, path: Path, flag: str) -> np.ndarray:
@@ -116,3 +130,10 @@ class RunEncoders:
         except Exception as error:  # a hostile file may raise nearly anything inside Pillow
             reason = reason_unreadable(error)
             raise InputError(f"{flag}{printable(str(path))}: {reason}; give a picture that Pillow reads") from error
+
+
+def _joined(batches: Sequence[Tensor | list[Tensor]]) -> Tensor | Sequences:
+    """Encoded batches after each other."""
+    if isinstance(batches[0], Tensor):
+        return torch.cat(list(batches))
+    return Sequences([tokens for batch in batches for tokens in batch])

@@ -82,7 +82,7 @@ def draw(
         latents, what = _aggregate_latents(ensemble.members[0], selection), "latents"
         title = f"jWAE-LMF on {dataset.name}"
     has_prior = ensemble.shape["fusion"] != "wma"
-    first = f"{what} on {dataset.selection}, first seed: two main axes"
+    first = f"{what} on {dataset.selection},\nfirst seed: two main axes"
     _draw_plane(axes[0, 3], latents, main_axes(latents), first, has_prior)
     _draw_plane(axes[1, 3], latents, random_plane(latents), "the same on a random plane", has_prior)
     if has_prior:

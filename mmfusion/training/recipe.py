@@ -11,6 +11,7 @@ from mmfusion.errors import InputError, check_numbers, check_types
 from mmfusion.losses.token_alignment import Layers, TransportTerm
 from mmfusion.models.fusion import ModelConfig, Noise
 from mmfusion.training.objective import FIT_TERM, PRIOR_TERMS, Alignment, Prior
+from mmfusion.training.trainer import Annealing
 
 INFINITY = float("inf")
 
@@ -101,8 +102,9 @@ class TrainingConfig:
     """examples per step"""
     learning_rate: float = 1e-3
     """of Adam"""
-    annealing: Literal["none", "cosine"] = "none"
-    """cosine: the learning rate falls to 0 over all epochs along half a cosine"""
+    annealing: Annealing = "none"
+    """cosine: the learning rate falls to 0 over all epochs along half a cosine; linear: it rises over the first tenth
+    of all steps and falls to 0 on a straight line"""
     keep: Literal["best", "last"] = "best"
     """which epoch is kept: the best on the selection split, or the last (nothing stops early, nothing is selected)"""
     weight_decay: float = 1.0

@@ -31,6 +31,8 @@ from mmfusion.sequences import Sequences, Tokens, chunks, token_counts
 from mmfusion.training.checkpoint import read_checkpoint, write_checkpoint
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
+WARM_UP = 0.1  # share of all steps over which a linear schedule rises
+Annealing = Literal["none", "cosine", "linear"]
 
 
 class Batch(NamedTuple):
@@ -70,8 +72,9 @@ class Schedule:
     epochs: int = 40
     batch_size: int = 64
     learning_rate: float = 1e-3
-    annealing: Literal["none", "cosine"] = "none"
-    """cosine: the learning rate falls to 0 over all epochs along half a cosine (Loshchilov & Hutter, 2017)"""
+    annealing: Annealing = "none"
+    """cosine: the learning rate falls to 0 over all epochs along half a cosine (Loshchilov & Hutter, 2017); linear: it
+    rises over the first tenth of all steps, then falls to 0 on a straight line"""
     patience: int = 10
     """epochs without a better selection score after which a member stops"""
     keep: Literal["best", "last"] = "best"
@@ -587,7 +590,10 @@ def _train_epoch(
 def _learning_rate(schedule: Schedule, step: int, steps: int) -> float:
     if schedule.annealing == "none":
         return schedule.learning_rate
-    return schedule.learning_rate * (1 + math.cos(math.pi * step / steps)) / 2
+    if schedule.annealing == "cosine":
+        return schedule.learning_rate * (1 + math.cos(math.pi * step / steps)) / 2
+    warm = max(1, round(WARM_UP * steps))
+    return schedule.learning_rate * min((step + 1) / warm, (steps - step) / max(1, steps - warm))
 
 
 @torch.no_grad()
