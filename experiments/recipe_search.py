@@ -26,14 +26,14 @@ import torch
 
 from mmfusion.cli import pick_device, run_command
 from mmfusion.data.array_cuts import cut_dev, cut_folds
-from mmfusion.data.folds import FoldedDataset
+from mmfusion.data.folds import FoldedDataset, constant_predictions
 from mmfusion.data.registry import DataOptions, check_flags, load_folded
 from mmfusion.dataset import Fold, take
 from mmfusion.errors import InputError, check_numbers
 from mmfusion.files import read_regular_file, write_json
 from mmfusion.metrics.scores import example_losses
 from mmfusion.metrics.tasks import selection_score
-from mmfusion.training.grid import JWAE, Grid, Recipe, Setting, per_example, select, train_grid
+from mmfusion.training.grid import JWAE, Grid, Recipe, Setting, per_example, train_grid
 
 RANK = 4
 SPACE: dict[str, tuple[float | int | str, ...]] = {
@@ -154,18 +154,7 @@ def judged(grid: Grid, place: int) -> dict[str, float]:
 
 def uninformed_loss(data: FoldedDataset) -> float:
     """Loss on the test parts of predicting each training part's mean, or its shares of the classes."""
-    outputs = []
-    for fold in data.folds:
-        target = data.pool.target[fold.train].double()
-        if data.task == "multiclass":
-            counts = torch.bincount(target.long(), minlength=data.output_dim)
-            constant = (counts / counts.sum()).clamp_min(1e-9).log()
-        else:
-            constant = target.mean(0)
-            constant = constant if data.task == "regression" else torch.logit(constant, eps=1e-6)
-        outputs.append(constant.expand(len(data.pool), *constant.shape).numpy())
-    predictions = select(data, np.stack(outputs), "test")[None]
-    return float(per_example(data, predictions, "test", example_losses).mean())
+    return float(per_example(data, constant_predictions(data), "test", example_losses).mean())
 
 
 def described(candidate: Candidate) -> str:
