@@ -84,7 +84,7 @@ class Config(DataOptions):
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes CUDA where there is one"""
     out: Path | None = None
-    """file to write; default: runs/search-DATASET.json, or runs/recipe.json"""
+    """file to write; default: runs/search-DATASET.json (--vary: runs/vary-DATASET.json), or runs/recipe.json"""
 
 
 def design(count: int, seed: int = 0) -> list[Candidate]:
@@ -289,7 +289,7 @@ def main(config: Config) -> None:
         losses, dimension = (np.array([row[key] for row in found]) for key in ("loss", "dimension"))
         rows = differences(candidates, found) if config.vary else table(candidates, losses, dimension)
         text = f"{data.name}: {config.seeds} seeds, {config.inner_folds} inner folds\n{rows}"
-        out = config.out or Path(f"runs/search-{data.name}.json")
+        out = config.out or Path(f"runs/{'vary' if config.vary else 'search'}-{data.name}.json")
     print(text)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, result)
