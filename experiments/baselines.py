@@ -132,7 +132,7 @@ def neural(data: FoldedDataset, run: Run) -> dict[str, MethodResult]:
     methods = train(data, run, lmf)
     methods |= train(data, run, [Setting("concatenation + MLP", 1, JWAE)], fusion="concatenation")
     if len(data.pool.features) > 1:
-        if (run.recipe.latent_dim + 1) ** len(data.pool.features) <= TENSOR_ENTRIES:
+        if (run.options.recipe(data.task).latent_dim + 1) ** len(data.pool.features) <= TENSOR_ENTRIES:
             methods |= train(data, run, [Setting(TENSOR, 1, JWAE)], fusion="tensor")
         for name in data.pool.features:
             methods |= train(only(data, [name]), run, [Setting(f"{name} alone", 1, JWAE)])

@@ -30,7 +30,7 @@ from mmfusion.cli import pick_device, run_command
 from mmfusion.data.array_cuts import cut_dev, cut_folds
 from mmfusion.data.folds import FoldedDataset, constant_predictions
 from mmfusion.data.registry import DataOptions, check_flags, load_folded
-from mmfusion.dataset import Fold, take
+from mmfusion.dataset import Fold, Task, take
 from mmfusion.errors import InputError, check_numbers
 from mmfusion.files import read_regular_file, write_json
 from mmfusion.metrics.scores import example_losses
@@ -88,7 +88,7 @@ class Config(DataOptions):
 
 
 def design(count: int, seed: int = 0) -> list[Candidate]:
-    """`count` candidates, the present recipe first; in the others each value of an axis is drawn equally often."""
+    """`count` candidates, first the present recipe of classes; in the others each value is drawn equally often."""
     rng = np.random.default_rng(seed)
     columns = []
     for values in SPACE.values():
@@ -98,13 +98,13 @@ def design(count: int, seed: int = 0) -> list[Candidate]:
     return [present, *(dict(zip(SPACE, row, strict=True)) for row in zip(*columns, strict=True))]
 
 
-def combinations(axes: Sequence[str]) -> list[Candidate]:
-    """The present recipe, then every other combination of the values of `axes` (as for --vary) with the rest of it.
+def combinations(axes: Sequence[str], task: Task) -> list[Candidate]:
+    """The task's present recipe, then all other combinations of the values of `axes` (as for --vary) with its rest.
 
     Raises InputError for an axis or a value that does not exist.
     """
     values = dict(map(_read_axis, axes))
-    present = {name: getattr(Recipe(), name) for name in SPACE}
+    present = {name: getattr(Recipe.of(task), name) for name in SPACE}
     crossed = [present | dict(zip(values, row, strict=True)) for row in itertools.product(*values.values())]
     return [present, *(candidate for candidate in crossed if candidate != present)]
 
@@ -282,10 +282,10 @@ def main(config: Config) -> None:
         check_numbers(config, {"candidates": (6, 1000), "inner_folds": (2, 20), "seeds": (fewest, 100)})
         check_flags(config)
         data = load_folded(config, str(pick_device(config.device)))
-        candidates = combinations(config.vary) if config.vary else design(config.candidates)
+        candidates = combinations(config.vary, data.task) if config.vary else design(config.candidates)
         found = search(data, candidates, config)
         result = {"dataset": data.name, "candidates": candidates, "found": found, "seeds": config.seeds}
-        result |= {"inner_folds": config.inner_folds, "present": asdict(Recipe())}
+        result |= {"inner_folds": config.inner_folds, "present": asdict(Recipe.of(data.task))}
         losses, dimension = (np.array([row[key] for row in found]) for key in ("loss", "dimension"))
         rows = differences(candidates, found) if config.vary else table(candidates, losses, dimension)
         text = f"{data.name}: {config.seeds} seeds, {config.inner_folds} inner folds\n{rows}"

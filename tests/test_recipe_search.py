@@ -50,9 +50,11 @@ def test_every_value_of_an_axis_is_drawn_equally_often_and_the_present_recipe_is
 
 def test_all_combinations_of_some_values_stand_beside_the_present_recipe():
     present = {name: getattr(Recipe(), name) for name in SPACE}
-    candidates = combinations(["epochs=15,80", "feature_dropout=.3,0.6"])
+    candidates = combinations(["epochs=15,80", "feature_dropout=.3,0.6"], "binary")
     changes = [{"epochs": 15, "feature_dropout": 0.3}, {"epochs": 80, "feature_dropout": 0.3}, {"epochs": 80}]
     assert candidates == [present, *(present | change for change in changes)]
+    of_values = combinations(["epochs=15"], "regression")
+    assert [one["epochs"] for one in of_values] == [Recipe.of("regression").epochs, 15]
     for wrong, words in {
         "rank=2": "an axis is one of noise, keep",
         "epochs": "write for instance epochs=15,40",
@@ -61,11 +63,11 @@ def test_all_combinations_of_some_values_stand_beside_the_present_recipe():
         "noise=some": "noise is one of none, dimension",
     }.items():
         with pytest.raises(InputError, match=words):
-            combinations([wrong])
+            combinations([wrong], "binary")
 
 
 def test_every_combination_is_held_against_the_present_recipe_seed_by_seed():
-    candidates = combinations(["epochs=15,80"])
+    candidates = combinations(["epochs=15,80"], "binary")
     found = [
         {"loss": 0.9, "score": -0.8, "losses": [0.8, 1.0], "scores": [-0.9, -0.7]},
         {"loss": 0.7, "score": -0.6, "losses": [0.6, 0.8], "scores": [-0.8, -0.4]},
