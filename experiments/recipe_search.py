@@ -224,13 +224,16 @@ def table(candidates: Sequence[Candidate], losses: np.ndarray, dimension: np.nda
 
 def differences(candidates: Sequence[Candidate], found: Sequence[Found]) -> str:
     """Every candidate less the present recipe, seed by seed, the best first: mean and standard deviation over seeds."""
-    lines = ["loss in units of no information, score; less the present recipe's: loss, score (mean +- std over seeds)"]
+    lines = [
+        "loss in units of no information, score, least dimension of the latents; "
+        "less the present recipe's: loss, score (mean +- std over seeds)"
+    ]
     for i in sorted(range(len(found)), key=lambda i: found[i]["loss"]):
         gaps = [np.subtract(found[i][key], found[0][key]) for key in ("losses", "scores")]
         cells = "   ".join(f"{gap.mean():+.4f} +- {gap.std(ddof=1):.4f}" for gap in gaps)
         changed = {name: value for name, value in candidates[i].items() if value != candidates[0][name]}
         what = described(changed) or "the present recipe"
-        lines.append(f"{found[i]['loss']:.4f}  {found[i]['score']:.4f}   {cells}  {what}")
+        lines.append(f"{found[i]['loss']:.4f}  {found[i]['score']:.4f}  {found[i]['dimension']:5.1f}   {cells}  {what}")
     return "\n".join(lines)
 
 

@@ -69,11 +69,11 @@ def test_all_combinations_of_some_values_stand_beside_the_present_recipe():
 def test_every_combination_is_held_against_the_present_recipe_seed_by_seed():
     candidates = combinations(["epochs=15,80"], "binary")
     found = [
-        {"loss": 0.9, "score": -0.8, "losses": [0.8, 1.0], "scores": [-0.9, -0.7]},
-        {"loss": 0.7, "score": -0.6, "losses": [0.6, 0.8], "scores": [-0.8, -0.4]},
+        {"loss": 0.9, "score": -0.8, "dimension": 4.0, "losses": [0.8, 1.0], "scores": [-0.9, -0.7]},
+        {"loss": 0.7, "score": -0.6, "dimension": 5.0, "losses": [0.6, 0.8], "scores": [-0.8, -0.4]},
     ]
     _, first, last = differences(candidates, found).splitlines()
-    assert first == "0.7000  -0.6000   -0.2000 +- 0.0000   +0.2000 +- 0.1414  epochs 80"
+    assert first == "0.7000  -0.6000    5.0   -0.2000 +- 0.0000   +0.2000 +- 0.1414  epochs 80"
     assert last.startswith("0.9000") and last.endswith("the present recipe")
 
 
