@@ -22,7 +22,7 @@ from torch import Tensor
 
 from experiments.experiment import Experiment, Options, Outcome, Run, contrasts_on_test, main
 from lmf_module import LowRankMultimodalFusion
-from mmfusion.data.folds import FoldedDataset, only, targets, with_dev_in_training
+from mmfusion.data.folds import FoldedDataset, constant_predictions, only, targets, with_dev_in_training
 from mmfusion.metrics.calibration import ensemble_logits
 from mmfusion.metrics.classes import ensemble_log_probabilities
 from mmfusion.metrics.format import mean_std
@@ -73,7 +73,8 @@ def measure(data: FoldedDataset, run: Run) -> Outcome:
         data = with_dev_in_training(data)
     methods = neural(data, run) | kernel_machines(data)
     save_ensembles(run.folder, {label: m.ensemble for label, m in methods.items() if m.ensemble is not None})
-    methods["training mean" if data.task == "regression" else "training majority"] = constant(data)
+    nothing = MethodResult(constant_predictions(data), 0, 0.0)
+    methods["training mean" if data.task == "regression" else "training majority"] = nothing
     scores = {label: fold_scores(data, m.predictions, m.ensemble is not None) for label, m in methods.items()}
     ensembles = {
         label: fold_scores(data, ensemble_outputs(data, method.predictions), True)
@@ -131,7 +132,7 @@ def neural(data: FoldedDataset, run: Run) -> dict[str, MethodResult]:
     methods = train(data, run, lmf)
     methods |= train(data, run, [Setting("concatenation + MLP", 1, JWAE)], fusion="concatenation")
     if len(data.pool.features) > 1:
-        if (run.recipe.latent_dim + 1) ** len(data.pool.features) <= TENSOR_ENTRIES:
+        if (run.options.recipe(data.task).latent_dim + 1) ** len(data.pool.features) <= TENSOR_ENTRIES:
             methods |= train(data, run, [Setting(TENSOR, 1, JWAE)], fusion="tensor")
         for name in data.pool.features:
             methods |= train(only(data, [name]), run, [Setting(f"{name} alone", 1, JWAE)])
@@ -181,20 +182,6 @@ def kernel_machines(data: FoldedDataset) -> dict[str, MethodResult]:
         seconds = (time.perf_counter() - start) / len(data.folds)
         results[label] = MethodResult(np.concatenate(folds)[None].astype(np.float32), None, seconds)
     return results
-
-
-def constant(data: FoldedDataset) -> MethodResult:
-    """The training mean, or the majority class (of each label), of every fold: what knowing nothing scores."""
-    folds = []
-    for fold in data.folds:
-        target = data.pool.target[fold.train]
-        if data.task == "multiclass":
-            value = torch.bincount(target.long(), minlength=data.output_dim).log1p().numpy()
-        else:
-            mean = target.mean(0).numpy()
-            value = mean if data.task == "regression" else np.where(mean >= 0.5, 1, -1).astype(np.float32)
-        folds.append(np.broadcast_to(value, (len(fold.test), *np.shape(value))))
-    return MethodResult(np.concatenate(folds)[None].astype(np.float32), 0, 0.0)
 
 
 # ---- scores ------------------------------------------------------------------------------------------------------

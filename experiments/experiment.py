@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 from mmfusion.cli import pick_device, run_command
 from mmfusion.data.folds import FoldedDataset
 from mmfusion.data.registry import DataOptions, check_flags, load_folded
+from mmfusion.dataset import Task
 from mmfusion.distributed import end_process, join_processes, leave_processes
 from mmfusion.errors import InputError
 from mmfusion.files import write_atomically, write_text
@@ -42,8 +43,8 @@ class Options(DataOptions):
 
     seeds: int = 10
     """seeds 0 .. n - 1, shared by all settings, so that differences between settings are paired"""
-    epochs: int = Recipe.epochs
-    """passes over the training part"""
+    epochs: int | None = None
+    """passes over the training part; default: 15, of a regression 60"""
     hidden_dim: int = Recipe.hidden_dim
     """width of the encoders' and decoders' hidden layer"""
     weight_decay: float = Recipe.weight_decay
@@ -57,10 +58,10 @@ class Options(DataOptions):
     resume: bool = False
     """go on with the run of that name where it was killed"""
 
-    @property
-    def recipe(self) -> Recipe:
+    def recipe(self, task: Task) -> Recipe:
         """The common recipe with what the flags change of it."""
-        return Recipe(epochs=self.epochs, hidden_dim=self.hidden_dim, weight_decay=self.weight_decay)
+        changes = {"hidden_dim": self.hidden_dim, "weight_decay": self.weight_decay}
+        return Recipe.of(task, **changes if self.epochs is None else changes | {"epochs": self.epochs})
 
 
 @dataclass
@@ -83,18 +84,13 @@ class Run:
         """All seeds."""
         return list(range(self.options.seeds))
 
-    @property
-    def recipe(self) -> Recipe:
-        """The common recipe with what the flags change of it."""
-        return self.options.recipe
-
     def grid(self, data: FoldedDataset, settings: Sequence[Setting], title: str, **shape: object) -> Grid:
         """Train settings x seeds x folds in one call; a killed run goes on from the checkpoint of that title."""
         return train_grid(
             data,
             settings,
             self.seeds,
-            self.recipe,
+            self.options.recipe(data.task),
             compile=self.options.compile,
             device=self.device,
             checkpoint=self.checkpoints / f"{title.replace(' ', '-')}.safetensors",
@@ -204,7 +200,7 @@ def execute(experiment: Experiment, options: Options) -> None:
             outcome,
             run_folder,
             seeds=options.seeds,
-            recipe=asdict(options.recipe),
+            recipe=asdict(options.recipe(data.task)),
             seconds=seconds,
             device=device,
         )
@@ -277,8 +273,8 @@ def check_options(options: Options) -> None:
     if options.seeds < 2:
         raise InputError(f"--seeds {options.seeds}: give at least 2; one seed has no spread")
     for name in ("epochs", "hidden_dim"):
-        if getattr(options, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)}: give at least 1")
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise InputError(f"--{name.replace('_', '-')} {value}: give at least 1")
     if not 0 <= options.weight_decay * Recipe.learning_rate < 1:
         raise InputError(f"--weight-decay {options.weight_decay}: give at least 0 and less than 1000")
 

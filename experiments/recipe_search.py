@@ -3,12 +3,14 @@
     python -m experiments.recipe_search --dataset mustard --data sarcasm_data.json --text-encoder MODEL_FOLDER
     python -m experiments.recipe_search --dataset arrays --data vectors.npz --out runs/search-tweets.json
     python -m experiments.recipe_search --over runs/search-mustard.json runs/search-tweets.json
+    python -m experiments.recipe_search --dataset pom --data pom.npz --vary epochs=15,40,80 weight_decay=1,3 --seeds 3
 
-The first two score every candidate on one data set and write a file; the last reads several files and writes the common
-choice: the candidate with the least loss, in units of what predicting the training part's mean or class shares costs,
-mean over the data sets; with --least-dimension, of those whose latents carry that many dimensions on every data set.
-Candidates are a random design (Bergstra & Bengio, 2012): every value of an axis is drawn equally often, so that the
-mean over all candidates with a value says what the value does.
+The first two score every candidate on one data set and write a file; the third reads several files and writes the
+common choice: the candidate with the least loss, in units of what predicting the training part's mean or class shares
+costs, mean over the data sets; with --least-dimension, of those whose latents carry that many dimensions on every data
+set. Candidates are a random design (Bergstra & Bengio, 2012): every value of an axis is drawn equally often, so that
+the mean over all candidates with a value says what the value does. The last command asks whether one data set wants
+other values of a few axes: it scores all their combinations beside the present recipe, seed by seed.
 
 Only the first fold's training part is looked at, cut into inner folds by whole groups where there are groups. Where a
 data set is cross-validated, those examples are tested by the other folds: what is chosen has seen their labels.
@@ -26,14 +28,14 @@ import torch
 
 from mmfusion.cli import pick_device, run_command
 from mmfusion.data.array_cuts import cut_dev, cut_folds
-from mmfusion.data.folds import FoldedDataset
+from mmfusion.data.folds import FoldedDataset, constant_predictions
 from mmfusion.data.registry import DataOptions, check_flags, load_folded
-from mmfusion.dataset import Fold, take
+from mmfusion.dataset import Fold, Task, take
 from mmfusion.errors import InputError, check_numbers
 from mmfusion.files import read_regular_file, write_json
 from mmfusion.metrics.scores import example_losses
 from mmfusion.metrics.tasks import selection_score
-from mmfusion.training.grid import JWAE, Grid, Recipe, Setting, per_example, select, train_grid
+from mmfusion.training.grid import JWAE, Grid, Recipe, Setting, per_example, train_grid
 
 RANK = 4
 SPACE: dict[str, tuple[float | int | str, ...]] = {
@@ -48,9 +50,19 @@ SPACE: dict[str, tuple[float | int | str, ...]] = {
     "mmd_weight": (0.1, 0.3, 1.0, 3.0),
 }
 MOST_BYTES = 64 << 20  # of a finished search
+AXIS_BOUNDS = {
+    "latent_dim": (1, 4096),
+    "hidden_dim": (1, 65536),
+    "epochs": (1, 100_000),
+    "weight_decay": (0, 1e3),
+    "modality_dropout": (0, 0.99),
+    "feature_dropout": (0, 0.99),
+    "mmd_weight": (0, 1e9),
+}
 ALIKE = ("noise", "keep", "latent_dim", "hidden_dim", "epochs")  # of all that train at once
 
 Candidate = dict[str, float | int | str]
+Found = dict[str, float | list[float]]
 
 
 @dataclass(frozen=True)
@@ -62,7 +74,9 @@ class Config(DataOptions):
     least_dimension: float = 0.0
     """with --over: least effective dimension of Cov(mu) of a recipe that may be chosen; no rank above it could bind"""
     candidates: int = 40
-    """recipes to score; the present one comes first"""
+    """random recipes to score; the present one comes first"""
+    vary: tuple[str, ...] = ()
+    """AXIS=VALUE,VALUE,...: in place of random recipes, all combinations of these values, the rest as at present"""
     inner_folds: int = 3
     """inner folds of the training part"""
     seeds: int = 2
@@ -70,11 +84,11 @@ class Config(DataOptions):
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes CUDA where there is one"""
     out: Path | None = None
-    """file to write; default: runs/search-DATASET.json, or runs/recipe.json"""
+    """file to write; default: runs/search-DATASET.json (--vary: runs/vary-DATASET.json), or runs/recipe.json"""
 
 
 def design(count: int, seed: int = 0) -> list[Candidate]:
-    """`count` candidates, the present recipe first; in the others each value of an axis is drawn equally often."""
+    """`count` candidates, first the present recipe of classes; in the others each value is drawn equally often."""
     rng = np.random.default_rng(seed)
     columns = []
     for values in SPACE.values():
@@ -82,6 +96,35 @@ def design(count: int, seed: int = 0) -> list[Candidate]:
         columns.append([repeated[i] for i in rng.permutation(count - 1)])
     present = {name: getattr(Recipe(), name) for name in SPACE}
     return [present, *(dict(zip(SPACE, row, strict=True)) for row in zip(*columns, strict=True))]
+
+
+def combinations(axes: Sequence[str], task: Task) -> list[Candidate]:
+    """The task's present recipe, then all other combinations of the values of `axes` (as for --vary) with its rest.
+
+    Raises InputError for an axis or a value that does not exist.
+    """
+    values = dict(map(_read_axis, axes))
+    present = {name: getattr(Recipe.of(task), name) for name in SPACE}
+    crossed = [present | dict(zip(values, row, strict=True)) for row in itertools.product(*values.values())]
+    return [present, *(candidate for candidate in crossed if candidate != present)]
+
+
+def _read_axis(text: str) -> tuple[str, list[float | int | str]]:
+    """AXIS=VALUE,VALUE,... -> (axis, values)."""
+    name, _, listed = text.partition("=")
+    if name not in SPACE:
+        raise InputError(f"--vary {text}: an axis is one of {', '.join(SPACE)}; write for instance epochs=15,40")
+    kind = type(SPACE[name][0])
+    try:
+        values = [kind(value) for value in listed.split(",")]
+    except ValueError as error:
+        raise InputError(f"--vary {text}: write for instance {name}={','.join(map(str, SPACE[name]))}") from error
+    for value in values:
+        if kind is str and value not in SPACE[name]:
+            raise InputError(f"--vary {text}: {name} is one of {', '.join(map(str, SPACE[name]))}")
+        if kind is not str and not AXIS_BOUNDS[name][0] <= value <= AXIS_BOUNDS[name][1]:
+            raise InputError("--vary {}: {} goes from {:g} to {:g}".format(text, name, *AXIS_BOUNDS[name]))
+    return name, values
 
 
 def inner(data: FoldedDataset, folds: int, with_dev: bool) -> FoldedDataset:
@@ -105,9 +148,9 @@ def inner(data: FoldedDataset, folds: int, with_dev: bool) -> FoldedDataset:
     return replace(data, folds=made)
 
 
-def search(data: FoldedDataset, candidates: Sequence[Candidate], config: Config) -> list[dict[str, float]]:
+def search(data: FoldedDataset, candidates: Sequence[Candidate], config: Config) -> list[Found]:
     """Loss in units of no information, selection score and dimension of the latents of every candidate."""
-    found: dict[int, dict[str, float]] = {}
+    found: dict[int, Found] = {}
     device = pick_device(config.device)
     order = sorted(range(len(candidates)), key=lambda i: str([candidates[i][name] for name in ALIKE]))
     groups = itertools.groupby(order, key=lambda i: [candidates[i][name] for name in ALIKE])
@@ -134,38 +177,31 @@ def setting(label: str, candidate: Candidate, data: FoldedDataset) -> Setting:
     )
 
 
-def judged(grid: Grid, place: int) -> dict[str, float]:
-    """Mean over seeds and inner test examples of the loss, its spread over seeds; score; dimension of the means."""
+def judged(grid: Grid, place: int) -> Found:
+    """Loss of each seed, mean over inner test examples, and its spread; score of each; dimension of the means."""
     data = grid.data
     losses = grid.losses()[place].mean(-1) / uninformed_loss(data)  # (S,)
     score = selection_score(data.task, data.target_scale)
     values = [
-        score(grid.outputs[place, s, f, fold.test.numpy()], data.pool.target[fold.test].numpy())
+        [
+            score(grid.outputs[place, s, f, fold.test.numpy()], data.pool.target[fold.test].numpy())
+            for f, fold in enumerate(data.folds)
+        ]
         for s in range(len(grid.seeds))
-        for f, fold in enumerate(data.folds)
-    ]
+    ]  # (S, F)
     return {
         "loss": float(losses.mean()),
         "loss_std": float(losses.std(ddof=1)) if len(losses) > 1 else 0.0,
         "score": float(np.mean(values)),
         "dimension": grid.latent_dimension(str(grid.settings[place].label)),
+        "losses": losses.tolist(),
+        "scores": np.mean(values, 1).tolist(),
     }
 
 
 def uninformed_loss(data: FoldedDataset) -> float:
     """Loss on the test parts of predicting each training part's mean, or its shares of the classes."""
-    outputs = []
-    for fold in data.folds:
-        target = data.pool.target[fold.train].double()
-        if data.task == "multiclass":
-            counts = torch.bincount(target.long(), minlength=data.output_dim)
-            constant = (counts / counts.sum()).clamp_min(1e-9).log()
-        else:
-            constant = target.mean(0)
-            constant = constant if data.task == "regression" else torch.logit(constant, eps=1e-6)
-        outputs.append(constant.expand(len(data.pool), *constant.shape).numpy())
-    predictions = select(data, np.stack(outputs), "test")[None]
-    return float(per_example(data, predictions, "test", example_losses).mean())
+    return float(per_example(data, constant_predictions(data), "test", example_losses).mean())
 
 
 def described(candidate: Candidate) -> str:
@@ -183,6 +219,21 @@ def table(candidates: Sequence[Candidate], losses: np.ndarray, dimension: np.nda
     for name, values in SPACE.items():
         means = {v: losses[[k for k, c in enumerate(candidates) if k and c[name] == v]].mean() for v in values}
         lines.append(f"  {name:18} " + "   ".join(f"{value}: {mean:.4f}" for value, mean in means.items()))
+    return "\n".join(lines)
+
+
+def differences(candidates: Sequence[Candidate], found: Sequence[Found]) -> str:
+    """Every candidate less the present recipe, seed by seed, the best first: mean and standard deviation over seeds."""
+    lines = [
+        "loss in units of no information, score, least dimension of the latents; "
+        "less the present recipe's: loss, score (mean +- std over seeds)"
+    ]
+    for i in sorted(range(len(found)), key=lambda i: found[i]["loss"]):
+        gaps = [np.subtract(found[i][key], found[0][key]) for key in ("losses", "scores")]
+        cells = "   ".join(f"{gap.mean():+.4f} +- {gap.std(ddof=1):.4f}" for gap in gaps)
+        changed = {name: value for name, value in candidates[i].items() if value != candidates[0][name]}
+        what = described(changed) or "the present recipe"
+        lines.append(f"{found[i]['loss']:.4f}  {found[i]['score']:.4f}  {found[i]['dimension']:5.1f}   {cells}  {what}")
     return "\n".join(lines)
 
 
@@ -230,18 +281,18 @@ def main(config: Config) -> None:
         result, text = choose(config.over, config.least_dimension)
         out = config.out or Path("runs/recipe.json")
     else:
-        check_numbers(config, {"candidates": (6, 1000), "inner_folds": (2, 20), "seeds": (1, 100)})
+        fewest = 2 if config.vary else 1  # a spread over seeds
+        check_numbers(config, {"candidates": (6, 1000), "inner_folds": (2, 20), "seeds": (fewest, 100)})
         check_flags(config)
         data = load_folded(config, str(pick_device(config.device)))
-        candidates = design(config.candidates)
+        candidates = combinations(config.vary, data.task) if config.vary else design(config.candidates)
         found = search(data, candidates, config)
         result = {"dataset": data.name, "candidates": candidates, "found": found, "seeds": config.seeds}
-        result |= {"inner_folds": config.inner_folds, "present": asdict(Recipe())}
+        result |= {"inner_folds": config.inner_folds, "present": asdict(Recipe.of(data.task))}
         losses, dimension = (np.array([row[key] for row in found]) for key in ("loss", "dimension"))
-        text = f"{data.name}: {config.seeds} seeds, {config.inner_folds} inner folds\n" + table(
-            candidates, losses, dimension
-        )
-        out = config.out or Path(f"runs/search-{data.name}.json")
+        rows = differences(candidates, found) if config.vary else table(candidates, losses, dimension)
+        text = f"{data.name}: {config.seeds} seeds, {config.inner_folds} inner folds\n{rows}"
+        out = config.out or Path(f"runs/{'vary' if config.vary else 'search'}-{data.name}.json")
     print(text)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, result)

@@ -23,7 +23,6 @@ from mmfusion.cli import parse, run_command
 from mmfusion.errors import InputError
 from mmfusion.runs.folder import MARK_OF_COMPLETION, RUNS, code_digest
 from mmfusion.runs.settings import check_settings, read_run, settings_of
-from mmfusion.training.recipe import Recipe
 
 EXPERIMENTS = (
     "baselines",
@@ -62,8 +61,8 @@ class Config:
     """experiments or data sets to run; default: all"""
     seeds: int = 10
     """seeds of every experiment"""
-    epochs: int = Recipe.epochs
-    """passes over the training part, of every experiment"""
+    epochs: int | None = Options.epochs
+    """passes over the training part, of every experiment; default: the recipe's"""
     compile: bool = False
     """compile the training steps"""
     out: Path = Path("RESULTS.md")
@@ -189,7 +188,8 @@ def flags(job: Job, config: Config) -> list[str]:
         flags += ["--data", str(job.data)]
     if job.dataset in ("mustard", "hateful_memes") and config.text_encoder is not None:
         flags += ["--text-encoder", config.text_encoder]
-    flags += ["--seeds", str(config.seeds), "--epochs", str(config.epochs)]
+    flags += ["--seeds", str(config.seeds)]
+    flags += [] if config.epochs is None else ["--epochs", str(config.epochs)]
     flags += ["--compile"] if config.compile else []
     flags += ["--hold-out-dev"] if job.experiment == MODELS else []
     return [*flags, "--cache-dir", str(config.cache_dir), "--name", job.folder.name]

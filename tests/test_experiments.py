@@ -36,6 +36,7 @@ from mmfusion.models.whitening import whiten_latents
 from mmfusion.training import grid as grids
 from mmfusion.training.grid import JWAE, PLAIN, Recipe, Setting, per_example, train_grid
 from mmfusion.training.objective import predict
+from mmfusion.training.recipe import REGRESSION_EPOCHS
 
 ROOT = Path(__file__).parent.parent
 SMALL = Recipe(epochs=2, latent_dim=4, hidden_dim=6, batch_size=16)
@@ -363,6 +364,12 @@ def test_data_that_cannot_be_had_is_one_line_naming_flag_or_file(flags, said):
 def test_flags_out_of_range_are_refused_before_anything_is_loaded(change, said):
     with pytest.raises(InputError, match=said):
         frame.execute(rank_ablation.EXPERIMENT, frame.Options(**change))
+
+
+def test_a_regression_is_trained_for_longer_unless_a_flag_says_how_long():
+    assert frame.Options().recipe("binary") == frame.Options().recipe("multiclass") == Recipe()
+    assert frame.Options().recipe("regression") == replace(Recipe(), epochs=REGRESSION_EPOCHS)
+    assert frame.Options(epochs=3, hidden_dim=7).recipe("regression") == replace(Recipe(), epochs=3, hidden_dim=7)
 
 
 # ---- reproduce ---------------------------------------------------------------------------------------------------

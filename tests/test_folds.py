@@ -1,11 +1,13 @@
 """Datasets become folded datasets: one pool, folds by rows, nothing of a test part in training."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from mmfusion.data.folds import fold_datasets, only, targets, with_dev_in_training
-from mmfusion.dataset import Dataset, Split, hold_out, take
+from mmfusion.data.folds import constant_predictions, fold_datasets, only, targets, with_dev_in_training
+from mmfusion.dataset import Dataset, Split, Task, hold_out, take
 from mmfusion.errors import InputError
 
 
@@ -83,6 +85,23 @@ def test_regression_errors_are_in_units_of_the_training_targets_deviation():
     data = fold_datasets([Dataset("toy", "regression", parts | {"test": split(names(100, 104), outputs=2)}, "dev")])
     torch.testing.assert_close(data.target_scale, torch.arange(6.0).std(correction=0).repeat(2))
     assert data.output_dim == 2
+
+
+@pytest.mark.parametrize(
+    ("task", "target", "expected"),
+    [
+        ("regression", [0.0, 1, 5], 2.0),
+        ("binary", [0.0, 0, 0, 1], -np.log(3)),
+        ("multiclass", [0.0, 1, 1, 1], np.log([0.25, 0.75])),
+        ("multilabel", [[0.0, 1], [0, 0], [0, 1], [1, 1]], [-np.log(3), np.log(3)]),
+    ],
+)
+def test_knowing_nothing_says_the_training_mean_or_the_shares_of_the_classes(task: Task, target, expected):
+    train, test = take(split(names(0, len(target))), range(len(target))), split(names(20, 22))
+    train = replace(train, target=torch.tensor(target))
+    test = replace(test, target=train.target[-2:])
+    said = constant_predictions(fold_datasets([Dataset("toy", task, {"train": train, "dev": test}, "dev")]))
+    np.testing.assert_allclose(said, np.broadcast_to(expected, (1, 2, *np.shape(expected))), rtol=1e-5)
 
 
 def test_held_out_groups_are_whole_and_the_cut_is_deterministic():

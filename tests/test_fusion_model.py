@@ -190,6 +190,16 @@ def test_saving_leaves_config_and_weights_alone(saved):
     assert {path.name for path in saved.iterdir()} == {"config.json", "model.safetensors"}
 
 
+def test_outputs_of_a_fused_width_taken_apart_keep_their_variances():
+    model = FusionModel({"a": 3, "b": 4}, latent_dim=5, output_dim=3, fused_dim=6, noise="dimension").double()
+    latents = {name: torch.randn(7, 5).double() for name in "ab"}
+    mean, joint = model.head(latents)
+    alone, apart = model.head(latents, joint=False)
+    torch.testing.assert_close(alone, mean)
+    torch.testing.assert_close(apart, joint.diagonal(dim1=-2, dim2=-1).diag_embed())
+    assert joint[:, 0, 1].abs().min() > 0
+
+
 def test_unknown_fusion_is_an_error():
     with pytest.raises(ValueError, match="fusion is one of lmf, concatenation, tensor"):
         FusionModel(DIMS, fusion="sum")

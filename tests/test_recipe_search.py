@@ -6,7 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.recipe_search import RANK, SPACE, choose, design, inner, judged, setting, uninformed_loss
+from experiments.recipe_search import (
+    RANK,
+    SPACE,
+    choose,
+    combinations,
+    design,
+    differences,
+    inner,
+    judged,
+    setting,
+    uninformed_loss,
+)
 from mmfusion.data.folds import FoldedDataset
 from mmfusion.dataset import Fold, Split
 from mmfusion.errors import InputError
@@ -35,6 +46,35 @@ def test_every_value_of_an_axis_is_drawn_equally_often_and_the_present_recipe_is
         counts = [sum(one[name] == value for one in candidates[1:]) for value in values]
         assert max(counts) - min(counts) <= 1 and sum(counts) == 40
     assert design(41) == candidates and design(41, seed=1) != candidates
+
+
+def test_all_combinations_of_some_values_stand_beside_the_present_recipe():
+    present = {name: getattr(Recipe(), name) for name in SPACE}
+    candidates = combinations(["epochs=15,80", "feature_dropout=.3,0.6"], "binary")
+    changes = [{"epochs": 15, "feature_dropout": 0.3}, {"epochs": 80, "feature_dropout": 0.3}, {"epochs": 80}]
+    assert candidates == [present, *(present | change for change in changes)]
+    of_values = combinations(["epochs=15"], "regression")
+    assert [one["epochs"] for one in of_values] == [Recipe.of("regression").epochs, 15]
+    for wrong, words in {
+        "rank=2": "an axis is one of noise, keep",
+        "epochs": "write for instance epochs=15,40",
+        "epochs=0": "epochs goes from 1",
+        "mmd_weight=nan": "mmd_weight goes from 0",
+        "noise=some": "noise is one of none, dimension",
+    }.items():
+        with pytest.raises(InputError, match=words):
+            combinations([wrong], "binary")
+
+
+def test_every_combination_is_held_against_the_present_recipe_seed_by_seed():
+    candidates = combinations(["epochs=15,80"], "binary")
+    found = [
+        {"loss": 0.9, "score": -0.8, "dimension": 4.0, "losses": [0.8, 1.0], "scores": [-0.9, -0.7]},
+        {"loss": 0.7, "score": -0.6, "dimension": 5.0, "losses": [0.6, 0.8], "scores": [-0.8, -0.4]},
+    ]
+    _, first, last = differences(candidates, found).splitlines()
+    assert first == "0.7000  -0.6000    5.0   -0.2000 +- 0.0000   +0.2000 +- 0.1414  epochs 80"
+    assert last.startswith("0.9000") and last.endswith("the present recipe")
 
 
 @pytest.mark.parametrize("group", [False, True])

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from mmfusion.data.folds import tested_split
 from mmfusion.distributed import Processes
-from mmfusion.encoders.cache import FeatureCache, text_digest
-from mmfusion.encoders.extract import encode_images, encode_texts
-from mmfusion.encoders.frozen import find_image_encoder, find_text_encoder, image_identity, text_identity
+from mmfusion.encoders.cache import FeatureCache
+from mmfusion.encoders.extract import encode_images, encode_text_groups
+from mmfusion.encoders.frozen import find_image_encoder, find_text_encoder, image_identity
 from mmfusion.encoders.images import digest_images
 from mmfusion.robustness.corruptions import IMAGE_CORRUPTIONS, TEXT_CORRUPTIONS
 from mmfusion.runs.load import TrainedRun
@@ -71,10 +71,8 @@ def _change(what: Mapping[str, Key], picture: Image.Image, digest: str) -> Image
 
 
 def _texts(run: TrainedRun, keys: Sequence[Key], device: str) -> dict[Key, Tensor]:
-    encoders = run.encoders
-    source = find_text_encoder(encoders)
-    cache = FeatureCache(run.cache_dir, "corrupted_text", text_identity(encoders, source, device))
-    mask = _mask_token(source.path) if any(corruption == "word mask" for _, corruption, _, _ in keys) else ""
+    masked = any(corruption == "word mask" for _, corruption, _, _ in keys)
+    mask = _mask_token(find_text_encoder(run.encoders).path) if masked else ""
     corrupted: dict[Key, list[str]] = {}
     splits = [(run.texts(c, tested_split(c)), c.splits[tested_split(c)].ids) for c in run.datasets]
     for key in keys:
@@ -85,9 +83,8 @@ def _texts(run: TrainedRun, keys: Sequence[Key], device: str) -> dict[Key, Tenso
                 # the example's own, so that equal texts do not share their errors
                 rng = np.random.default_rng(int(_digest(f"{example} {text}", key)[:16], 16))
                 corrupted[key].append(TEXT_CORRUPTIONS[corruption](text, severity, rng, mask))
-    unique = {text_digest(text): text for texts in corrupted.values() for text in texts}
-    encode_texts(unique, cache, encoders, source, Processes(device=device))
-    return {key: torch.stack([cache.vectors[text_digest(text)] for text in texts]) for key, texts in corrupted.items()}
+    processes = Processes(device=device)
+    return encode_text_groups(corrupted, run.cache_dir, run.encoders, processes, kind="corrupted_text")[0]
 
 
 def _mask_token(folder: Path) -> str:

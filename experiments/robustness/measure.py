@@ -33,7 +33,6 @@ import numpy as np
 import torch
 import tyro
 
-from experiments import baselines
 from experiments.experiment import SCORE_EFFECT, Experiment, Outcome, begun, contrasts_on_test, record
 from experiments.robustness.corruption_curves import CorruptionResult, curves_csv, group_summary, measure_corrupted
 from experiments.robustness.corruption_grid import LATE_FUSION, Condition, Group, Predictor, check_flags, conditions
@@ -41,6 +40,7 @@ from experiments.robustness.figure import draw
 from experiments.robustness.pixel_attack import PixelAttack, attack_pixels
 from experiments.robustness.worst_cases import WorstCases, measure_worst_cases, worst_table
 from mmfusion.cli import pick_device, run_command
+from mmfusion.data.folds import constant_predictions
 from mmfusion.errors import InputError
 from mmfusion.files import write_safetensors, write_text
 from mmfusion.metrics.format import mean_std
@@ -180,7 +180,7 @@ OVER_LATE_FUSION = "loses less than late fusion: "
 
 def lead_over_constant(run: TrainedRun, result: CorruptionResult) -> float:
     """Clean score of late fusion minus that of the training majority (or mean)."""
-    constant = per_example(run.data, baselines.constant(run.data).predictions, "test", example_scores)
+    constant = per_example(run.data, constant_predictions(run.data), "test", example_scores)
     return float(result.clean[LATE_FUSION].mean() - constant.mean())
 
 

@@ -8,7 +8,7 @@ on the labels of train: a part cut from train says nothing about them. Its audio
 they were recorded.
 """
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,9 +16,8 @@ import torch
 from mmfusion.data.array_cuts import cut_dev, cut_folds
 from mmfusion.dataset import Dataset, Split, take
 from mmfusion.distributed import current_processes
-from mmfusion.encoders.cache import FeatureCache, text_digest
-from mmfusion.encoders.extract import encode_texts
-from mmfusion.encoders.frozen import EncoderConfig, find_text_encoder, text_identity
+from mmfusion.encoders.extract import encode_text_groups
+from mmfusion.encoders.frozen import EncoderConfig
 from mmfusion.errors import InputError
 
 FITTED_ON_LABELS = ("text", "video")  # of the .npz
@@ -36,28 +35,19 @@ def encode_transcripts(
     with processes.together():
         if any("transcript" not in split.metadata for split in dataset.splits.values()):
             raise InputError(f"--text-encoder: {source_file} holds no transcripts to encode; leave the flag out")
-        encoders = encoders.filled()
-        source = find_text_encoder(encoders)
-        identity = text_identity(encoders, source, str(device))
-        cache = FeatureCache(Path(cache_dir), "text", identity)
-    unique = {text_digest(text): text for split in dataset.splits.values() for text in split.metadata["transcript"]}
-    encode_texts(unique, cache, encoders, source, processes, progress=progress)
+    transcripts = {name: split.metadata["transcript"] for name, split in dataset.splits.items()}
+    vectors, encoded_by = encode_text_groups(transcripts, cache_dir, encoders, processes, progress=progress)
 
     leaked = FITTED_ON_LABELS if source_file.endswith(".npz") else ("text",)
     splits = {}
     for name, split in dataset.splits.items():
-        text = torch.stack([cache.vectors[text_digest(one)] for one in split.metadata["transcript"]])  # (N, d)
         kept = {modality: x for modality, x in split.features.items() if modality not in leaked}
-        splits[name] = replace(split, features={"text": text, **kept})
+        splits[name] = replace(split, features={"text": vectors[name], **kept})
     dropped = [m for m in leaked if m != "text" and m in dataset.input_dims]
     notes = [note for note in dataset.notes if "fitted on the training utterances" not in note]
     notes.append("text: transcripts through the text encoder, not the vectors of the file")
     notes += [f"{m}: left out, its released vectors were fitted on labels of train" for m in dropped]
-    provenance = dataset.provenance | {
-        "encoder_config": asdict(encoders),
-        "encoders": {"text": {"name": source.name, **identity}},
-    }
-    return replace(dataset, splits=splits, notes=notes, provenance=provenance)
+    return replace(dataset, splits=splits, notes=notes, provenance=dataset.provenance | encoded_by)
 
 
 def cut_by_video(dataset: Dataset, folds: int, seed: int = 0) -> list[Dataset]:

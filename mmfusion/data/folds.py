@@ -178,6 +178,26 @@ def with_dev_in_training(data: FoldedDataset) -> FoldedDataset:
     return replace(data, folds=folds)
 
 
+def constant_predictions(data: FoldedDataset) -> np.ndarray:
+    """(1, n[, O]): what knowing nothing says of every fold's test part, fold after fold; as a model's outputs.
+
+    The training part's mean of a regression's target, or the logits of its shares of the classes: their sign, or the
+    largest, is the majority.
+    """
+    folds = []
+    for fold in data.folds:
+        target = data.pool.target[fold.train].double()
+        if data.task == "regression":
+            constant = target.mean(0)
+        elif data.task == "multiclass":
+            shares = torch.bincount(target.long(), minlength=data.output_dim) / len(target)
+            constant = shares.clamp_min(1e-9).log()
+        else:
+            constant = torch.logit(target.mean(0), eps=1e-6)
+        folds.append(constant.expand(len(fold.test), *constant.shape))
+    return torch.cat(folds)[None].float().numpy()
+
+
 def targets(data: FoldedDataset, part: str = "test") -> np.ndarray:
     """(n,) or (n, O): targets of that part of every fold, fold after fold."""
     return np.concatenate([data.pool.target[getattr(fold, part)].numpy() for fold in data.folds])

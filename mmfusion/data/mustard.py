@@ -9,7 +9,6 @@ pooled over time. Examples are keyed as released ("1_60").
 
 import os
 from collections.abc import Container, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
@@ -29,9 +28,8 @@ from mmfusion.data.pickles import as_numbers, file_identity, load_pickle
 from mmfusion.data.pooling import pool_over_time, pooling_notes
 from mmfusion.dataset import Dataset, Split, hold_out, take
 from mmfusion.distributed import current_processes
-from mmfusion.encoders.cache import FeatureCache, text_digest
-from mmfusion.encoders.extract import encode_texts
-from mmfusion.encoders.frozen import EncoderConfig, find_text_encoder, text_identity
+from mmfusion.encoders.extract import encode_text_groups
+from mmfusion.encoders.frozen import EncoderConfig
 from mmfusion.errors import InputError
 from mmfusion.files import DATA_BYTES, check_regular_file
 
@@ -65,14 +63,13 @@ def load_mustard(
     """
     processes = current_processes(str(device))
     with processes.together():
-        encoders = encoders.filled()
         path = find_annotations(Path(annotations))
         if protocol not in ("speaker_dependent", "speaker_independent"):
             raise InputError(
                 f"{path}: protocol {protocol!r} does not exist; choose speaker_dependent or speaker_independent"
             )
         rows = read_annotations(path)
-        provenance: dict[str, object] = {"annotations": file_identity(path), "encoder_config": asdict(encoders)}
+        provenance: dict[str, object] = {"annotations": file_identity(path)}
         if protocol == "speaker_dependent":
             fold_path = find_folds(path, folds)
             cuts = read_folds(fold_path, [row.key for row in rows])
@@ -80,17 +77,11 @@ def load_mustard(
         else:
             cuts = [_by_show(rows, path)]
         extra, notes = _read_extra(rows, audio, visual, provenance)
-        source = find_text_encoder(encoders)
-        identity = text_identity(encoders, source, str(device))
-        cache = FeatureCache(Path(cache_dir), "text", identity)
-    provenance["encoders"] = {"text": {"name": source.name, **identity}}
     texts = {"utterance": [row.utterance for row in rows], "context": [row.context for row in rows]}
-    unique = {text_digest(text): text for group in texts.values() for text in group}
-    encode_texts(unique, cache, encoders, source, processes, progress=progress)
-    features = {name: _stack(group, cache) for name, group in texts.items()} | extra
-    everything = _gather(rows, features)
+    features, encoded_by = encode_text_groups(texts, cache_dir, encoders, processes, progress=progress)
+    everything = _gather(rows, features | extra)
     return [
-        _fold_dataset(everything, cut, number, protocol, provenance, notes, path)
+        _fold_dataset(everything, cut, number, protocol, provenance | encoded_by, notes, path)
         for number, cut in enumerate(cuts, start=1)
     ]
 
@@ -104,10 +95,6 @@ def _gather(rows: list[Utterance], features: dict[str, Tensor]) -> Split:
     }
     target = torch.tensor([float(row.sarcasm) for row in rows])
     return Split(features, target, [row.key for row in rows], metadata)
-
-
-def _stack(texts: list[str], cache: FeatureCache) -> Tensor:
-    return torch.stack([cache.vectors[text_digest(text)] for text in texts])  # (N, d)
 
 
 def _by_show(rows: list[Utterance], path: Path) -> FoldPlaces:

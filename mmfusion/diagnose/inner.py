@@ -158,7 +158,8 @@ def tested_groups(data: FoldedDataset) -> list[str] | None:
 
 
 def chance_scores(data: FoldedDataset, of: Callable = example_scores) -> np.ndarray:
-    """(n,) scores of a constant: the class (or label) that is most frequent in an inner training part; the median."""
+    """(n,) scores of the best constant for the score: the most frequent class (or label) of an inner training part, or
+    the median. `mmfusion.data.folds.constant_predictions` is that of the least loss."""
     said = []
     for fold in data.folds:
         train = data.pool.target[fold.train]

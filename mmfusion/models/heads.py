@@ -122,7 +122,8 @@ class FusedWidthHead(nn.Module):
         return self.readout(self.layer(latents))
 
     def moments(self, means: list[Tensor], variances: list[Tensor], *, joint: bool = True) -> Moments:
-        """Exact mean and covariance of the output, as `LowRankMultimodalFusion.moments`; always joint."""
-        mean, covariance = self.layer.moments(means, variances)
-        weight = self.readout.weight
-        return Moments(self.readout(mean), weight @ covariance @ weight.T)
+        """Exact mean and covariance of the output, as `LowRankMultimodalFusion.moments`."""
+        mean, covariance = self.layer.moments(means, variances)  # joint: the readout mixes the fused outputs
+        weight = self.readout.weight  # (O, D)
+        spread = weight @ covariance  # (..., O, D)
+        return Moments(self.readout(mean), spread @ weight.T if joint else (spread * weight).sum(-1).diag_embed())

@@ -14,6 +14,7 @@ from mmfusion.training.objective import FIT_TERM, PRIOR_TERMS, Alignment, Prior
 from mmfusion.training.trainer import Annealing
 
 INFINITY = float("inf")
+REGRESSION_EPOCHS = 60
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,11 @@ def check_compiler(wanted: bool) -> None:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What all experiments train alike, on every data set; docs/recipe.md says how it was chosen."""
+    """What all experiments train alike, on every data set of classes; docs/recipe.md says how it was chosen.
+
+    `Recipe.of(task)` is that of any task: a regression is trained for longer, since its squared error does not rise, as
+    cross-entropy does, with the certainty that longer training brings.
+    """
 
     latent_dim: int = ModelConfig.latent_dim
     """width L of the latents"""
@@ -180,6 +185,11 @@ class Recipe:
     """weight of the reconstruction error where it is on"""
     alignment_weight: float = ObjectiveConfig.alignment_weight
     """weight of the pair alignment (margin ranking) where it is on"""
+
+    @classmethod
+    def of(cls, task: Task, **changes: object) -> "Recipe":
+        """The recipe of a task, with changes."""
+        return cls(**({"epochs": REGRESSION_EPOCHS} if task == "regression" else {}) | changes)
 
     @property
     def objective(self) -> ObjectiveConfig:
