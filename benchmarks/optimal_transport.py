@@ -20,14 +20,8 @@ import ot
 import torch
 from torch import Tensor
 
-from mmfusion.losses.optimal_transport import (
-    cosine_cost,
-    effective_tokens,
-    ipot,
-    marginal_error,
-    sinkhorn,
-    transport_cost,
-)
+from mmfusion.losses.optimal_transport import cosine_cost, transport_cost
+from mmfusion.losses.transport_plans import effective_tokens, ipot, marginal_error, sinkhorn
 
 DIM = 32
 EPSILONS = (0.5, 0.2, 0.1, 0.05, 0.02)
@@ -73,9 +67,7 @@ def compare(options: argparse.Namespace) -> None:
                 seconds[name].append(time.perf_counter() - start)
     problems = f"{options.members} x {options.batch} problems of {options.tokens} x {options.tokens}"
     print(f"torch {torch.__version__}, POT {ot.__version__}, {torch.get_num_threads()} threads")
-    print(
-        f"{problems}, epsilon {options.epsilon}, {options.iterations} iterations, forward + backward, {options.rounds} rounds"
-    )
+    print(f"{problems}, epsilon {options.epsilon}, {options.iterations} iterations, {options.rounds} rounds")
     base = next(iter(seconds.values()))
     for name, times in seconds.items():
         ratios = sorted(b / t for t, b in zip(times, base, strict=True))

@@ -12,17 +12,19 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 from mmfusion.losses.optimal_transport import (
-    LARGEST_EXPONENT,
     cosine_cost,
+    sinkhorn_divergence,
+    squared_distance_cost,
+    transport_cost,
+    transport_loss,
+)
+from mmfusion.losses.transport_plans import (
+    LARGEST_EXPONENT,
     effective_tokens,
     ipot,
     marginal_error,
     marginals,
     sinkhorn,
-    sinkhorn_divergence,
-    squared_distance_cost,
-    transport_cost,
-    transport_loss,
 )
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
@@ -408,6 +410,7 @@ def test_random_plan_has_the_masses_and_does_not_know_the_tokens():
 # ---- how they run ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("error:There is a performance drop")  # vmap, falling back to a loop
 @pytest.mark.parametrize("name", LOSSES)
 def test_vmap_and_its_gradient_are_those_of_a_loop(name):
     x, y = normal(3, 2, 5, 4), normal(3, 2, 6, 4, seed=1)
