@@ -24,7 +24,7 @@ from mmfusion.losses.optimal_transport import cosine_cost, transport_cost
 from mmfusion.losses.transport_plans import effective_tokens, ipot, marginal_error, sinkhorn
 
 DIM = 32
-EPSILONS = (0.5, 0.2, 0.1, 0.05, 0.02)
+EPSILONS = (0.2, 0.1, 0.05, 0.02)
 BETAS = (1.0, 0.5, 0.2)
 LENGTHS = (10, 20, 50, 200)
 

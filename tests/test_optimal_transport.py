@@ -370,6 +370,8 @@ def test_float32_kernels_agree_with_float64(tokens):
         found = sinkhorn(cost.float(), epsilon=0.05, iterations=50, kernel=kernel).plan
         assert found.dtype == torch.float32
         torch.testing.assert_close(found.double(), exact, rtol=2e-4, atol=1e-7)
+        half = sinkhorn(cost.bfloat16(), epsilon=0.05, iterations=50, kernel=kernel).plan
+        assert half.dtype == torch.float32 and (marginal_error(half) < 1e-3).all()
 
 
 # ---- measures of a plan and the control ------------------------------------------------------------------------------
