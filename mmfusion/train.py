@@ -44,6 +44,7 @@ from mmfusion.files import write_atomically
 from mmfusion.metrics.conformal import Conformal, Intervals, LabelSets
 from mmfusion.models.fusion import FusionEnsemble, ModelConfig
 from mmfusion.models.missing import Missing, MissingPrediction
+from mmfusion.models.token_ensemble import TokenConfig
 from mmfusion.robustness.certificates import Norm
 from mmfusion.runs.encode import RunEncoders
 from mmfusion.runs.folder import MARK_OF_COMPLETION, RunConfig, RunFolder, defaults_for
@@ -77,6 +78,7 @@ class MemesRun:
     data: MemesConfig
     training: TrainingConfig
     model: ModelConfig
+    tokens: TokenConfig
     objective: ObjectiveConfig
     run: RunConfig
     encoders: EncoderConfig
@@ -86,7 +88,7 @@ class MemesRun:
         """Those of `config` but for how arrays are cut. Raises InputError for an encoder that does not exist."""
         encoders = encoders or EncoderConfig()
         encoders.check()
-        return cls(data, config.training, config.model, config.objective, config.run, encoders)
+        return cls(data, config.training, config.model, TokenConfig(), config.objective, config.run, encoders)
 
 
 class Run:

@@ -148,8 +148,8 @@ class ImageEncoder:
         self.std = torch.tensor(how.std, device=device).view(3, 1, 1) * 255
         model = _resnet50(source) if source.is_torchvision else _hugging_face_model(source)
         self.model = model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
-        with refuse(source, "does not encode images"), torch.inference_mode():  # one blank picture tells
-            self.features(torch.zeros(1, 3, how.size, how.size, device=device))
+        with refuse(source, "does not encode images"):  # one blank picture tells
+            self(np.zeros((1, how.size, how.size, 3), np.uint8))
 
     @torch.inference_mode()
     def __call__(self, pixels: np.ndarray) -> Tensor:
@@ -187,8 +187,8 @@ class TextEncoder:
             positions -= settings.pad_token_id + 1
         self.max_length = min(self.tokenizer.model_max_length, positions)
         self.pads_fully = "siglip" in settings.model_type  # it was trained on texts padded to the full length
-        with refuse(source, "does not encode texts"), torch.inference_mode():  # one empty text tells
-            self.features(self.tokenize([""]))
+        with refuse(source, "does not encode texts"):  # one empty text tells
+            self(self.tokenize([""]))
 
     def tokenize(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text, cut at the encoder's maximum."""

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from mmfusion.encoders.frozen import ImageEncoder, TextEncoder, autocast
-from mmfusion.encoders.settings import refuse
 from mmfusion.encoders.weights import EncoderSource
 
 
@@ -33,11 +32,6 @@ class ImageTokenEncoder(ImageEncoder):
 
 class TextTokenEncoder(TextEncoder):
     """Frozen text tower with its tokenizer: b texts -> b times (T_i, d), float16."""
-
-    def __init__(self, config: object, source: EncoderSource, device: str, compute: str | None = None) -> None:
-        super().__init__(config, source, device, compute)
-        with refuse(source, "has no token vectors that can be read"):
-            self(self.tokenize([""]))
 
     @torch.inference_mode()
     def __call__(self, tokens: list[list[int]]) -> list[Tensor]:

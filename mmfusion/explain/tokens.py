@@ -18,7 +18,8 @@ from mmfusion.dataset import Dataset, Split
 from mmfusion.errors import InputError
 from mmfusion.explain.account import subset_name
 from mmfusion.explain.text import plain
-from mmfusion.losses.optimal_transport import cosine_cost, ipot, marginals
+from mmfusion.losses.optimal_transport import cosine_cost
+from mmfusion.losses.transport_plans import ipot, marginals
 from mmfusion.metrics.format import counted, mean_std
 from mmfusion.models.temporal_lmf import TemporalFusion, coupling_range
 from mmfusion.models.token_ensemble import TokenEnsemble

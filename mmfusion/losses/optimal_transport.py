@@ -1,41 +1,26 @@
-"""Optimal transport between the tokens of two modalities: Sinkhorn and IPOT plans, their costs and divergence.
+"""Optimal transport between the tokens of two modalities: costs, entropic value, divergence, alignment loss.
 
     OT_eps(C) = min_P <P, C> + eps KL(P | a b^T),    P 1 = a,  P^T 1 = b,  P >= 0              (Cuturi, 2013)
               = max_{f, g} <a, f> + <b, g>,          P_ij = a_i b_j exp((f_i + g_j - C_ij) / eps)
 
-Costs C are (..., n, m): one problem for each leading index, be it a pair of token sequences or a pair of batches of
-points. a (..., n) and b (..., m) are the masses of the tokens, 0 at padding, and None is uniform. All solvers run for a
-fixed number of iterations, draw nothing and never branch on values, so that they work under `torch.func.vmap`, `grad`
-and `torch.compile(fullgraph=True)`. What they return carries no gradient: by the envelope theorem the gradient of the
-optimal value towards C is the plan itself, and nothing needs to be differentiated through the iterations.
+A problem is a pair of token sequences, or a pair of batches of points; leading indices are problems of their own. Plans
+come from `mmfusion.losses.transport_plans` and carry no gradient: by the envelope theorem the gradient of the optimal
+value towards C is the plan itself, and nothing needs to be differentiated through the iterations.
 
-The content of padding never matters. A problem whose a or b is all 0 has the plan 0, and every loss of it is 0.
+The content of padding never matters. A problem with an empty sequence has the loss 0.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Callable
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from jwae_module import products, upcast
+from mmfusion.losses.transport_plans import Kernel, checked, ipot, marginals, sinkhorn
 
-Kernel = Literal["log", "exponential"]
 Method = Literal["ipot", "sinkhorn", "random"]
 Cost = Callable[[Tensor, Tensor], Tensor]
-
-# cost_bound / epsilon up to which the scaling vectors of the exponential kernel stay within float32: the kernel is
-# within exp(+-r/2) and, Sinkhorn being non-expansive, they are within exp(+-3r/2), of which float32 holds 88
-LARGEST_EXPONENT = 50.0
-_LOG_OF_ZERO = -1e20  # finite, so that an all-padding sequence gives no inf - inf
-
-
-class Coupling(NamedTuple):
-    """A plan (..., n, m) and the dual potentials f (..., n), g (..., m) that it follows from; 0 at padding."""
-
-    plan: Tensor
-    f: Tensor
-    g: Tensor
 
 
 def cosine_cost(x: Tensor, y: Tensor) -> Tensor:
@@ -52,17 +37,7 @@ def squared_distance_cost(x: Tensor, y: Tensor) -> Tensor:
     return x.square().sum(-1)[..., None] + y.square().sum(-1)[..., None, :] - 2 * products(x, y)
 
 
-def marginals(mask: Tensor) -> Tensor:
-    """Uniform masses over the real tokens: mask (..., n), non-zero where a token is -> (..., n), 0 at padding.
-
-    They sum to 1, or to 0 in an empty sequence.
-    """
-    real = (mask != 0).to(mask.dtype if mask.is_floating_point() else torch.get_default_dtype())
-    real = upcast(real)
-    return real / real.sum(-1, keepdim=True).clamp_min(1)
-
-
-def sinkhorn(
+def transport_cost(
     cost: Tensor,
     a: Tensor | None = None,
     b: Tensor | None = None,
@@ -71,74 +46,19 @@ def sinkhorn(
     iterations: int = 50,
     kernel: Kernel = "log",
     cost_bound: float = 2.0,
-) -> Coupling:
-    """Entropic plans by Sinkhorn's iterations, ending on g: columns have their mass exactly, rows nearly.
-
-    Args:
-        cost: (..., n, m).
-        a, b: masses (..., n) and (..., m), of sum 1 (`marginals`); default uniform.
-        epsilon: weight of the entropy, in units of the cost.
-        iterations: updates of f and of g.
-        kernel: "log" takes any cost (a stabilised log-sum-exp per update). "exponential" multiplies by exp(-C / eps),
-            which is several times faster, where cost_bound / epsilon is at most 50.
-        cost_bound: costs lie within [0, cost_bound], the default being that of `cosine_cost`; read by the exponential
-            kernel alone, which takes a larger cost as this one.
-
-    Returns:
-        Plan and potentials without gradient, in at least float32.
-
-    Raises:
-        ValueError: shapes that do not fit, epsilon, iterations or cost_bound that is not positive, an unknown kernel,
-            or an exponential kernel that float32 cannot hold.
-    """
-    cost, a, b = _checked(cost, a, b, iterations, epsilon=epsilon, cost_bound=cost_bound)
-    if kernel not in get_args(Kernel):
-        raise ValueError(f"kernel is one of {', '.join(get_args(Kernel))}, not {kernel!r}")
-    if kernel == "log":
-        return _log_iterations(cost, a, b, [1 / epsilon] * iterations, speed=0)
-    if cost_bound > LARGEST_EXPONENT * epsilon:
-        raise ValueError(
-            f"the exponential kernel needs epsilon of at least cost_bound / {LARGEST_EXPONENT:g} = "
-            f"{cost_bound / LARGEST_EXPONENT:g}, got {epsilon:g}: take the log kernel"
-        )
-    return _exponential_iterations(cost, a, b, epsilon, iterations, cost_bound)
-
-
-def ipot(
-    cost: Tensor, a: Tensor | None = None, b: Tensor | None = None, *, beta: float = 0.5, iterations: int = 50
-) -> Tensor:
-    """Plan (..., n, m) of the unregularised problem by proximal points (Xie et al., 2020), one inner step each.
-
-    Step t projects exp(-C / beta) * P_{t-1}, which is exp(-t C / beta) scaled by row and column: Sinkhorn at epsilon
-    beta / t, whose g starts from its last value and change. So it is done on potentials, and nothing underflows.
-
-    Args:
-        cost, a, b: as `sinkhorn`.
-        beta: weight of the proximal term, in units of the cost; smaller is sharper and needs more steps.
-        iterations: steps.
-
-    Raises:
-        ValueError: shapes that do not fit, or beta or iterations that is not positive.
-    """
-    cost, a, b = _checked(cost, a, b, iterations, beta=beta)
-    return _log_iterations(cost, a, b, [t / beta for t in range(1, iterations + 1)], speed=1).plan
-
-
-def transport_cost(
-    cost: Tensor, a: Tensor | None = None, b: Tensor | None = None, *, epsilon: float = 0.05, **solver: object
 ) -> Tensor:
     """OT_eps of each problem, (..., n, m) -> (...), as its dual value; the gradient towards the cost is the plan.
 
     A lower bound that rises with every iteration; its gradient is exact for the potentials reached.
 
     Args:
-        cost, a, b, epsilon, solver: as `sinkhorn`.
+        cost, a, b, epsilon, iterations, kernel, cost_bound: as `sinkhorn`.
 
     Raises:
         ValueError: as `sinkhorn`.
     """
-    cost, a, b = _checked(cost, a, b)
-    plan, f, g = sinkhorn(cost, a, b, epsilon=epsilon, **solver)
+    plan, f, g = sinkhorn(cost, a, b, epsilon=epsilon, iterations=iterations, kernel=kernel, cost_bound=cost_bound)
+    cost, a, b = checked(cost, a, b)
     return _with_gradient((a * f).sum(-1) + (b * g).sum(-1), _linear(cost, plan))
 
 
@@ -150,7 +70,9 @@ def sinkhorn_divergence(
     *,
     cost: Cost = cosine_cost,
     epsilon: float = 0.05,
-    **solver: object,
+    iterations: int = 50,
+    kernel: Kernel = "log",
+    cost_bound: float = 2.0,
 ) -> Tensor:
     """OT_eps(x, y) - OT_eps(x, x) / 2 - OT_eps(y, y) / 2 of each problem (Feydy et al., 2019): exactly 0 at x = y.
 
@@ -160,7 +82,7 @@ def sinkhorn_divergence(
         x, y: tokens (..., n, d) and (..., m, d); a batch of B points is one problem (B, d).
         mask_x, mask_y: (..., n) and (..., m), non-zero where a token is; default everywhere.
         cost: between tokens.
-        epsilon, solver: as `sinkhorn`.
+        epsilon, iterations, kernel, cost_bound: as `sinkhorn`.
 
     Returns:
         (...), 0 where a sequence is empty.
@@ -168,9 +90,12 @@ def sinkhorn_divergence(
     Raises:
         ValueError: as `sinkhorn`.
     """
-    return _debiased(
-        lambda u, v, a, b: transport_cost(cost(u, v), a, b, epsilon=epsilon, **solver), x, y, mask_x, mask_y
-    )
+
+    def loss(u: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        options = {"epsilon": epsilon, "iterations": iterations, "cost_bound": cost_bound}
+        return transport_cost(cost(u, v), a, b, kernel=kernel, **options)
+
+    return _debiased(loss, x, y, mask_x, mask_y)
 
 
 def transport_loss(
@@ -214,7 +139,7 @@ def transport_loss(
         raise ValueError("a random plan has no plan of a sequence with itself to be debiased by")
 
     def loss(u: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        c, a, b = _checked(cost(u, v), a, b)
+        c, a, b = checked(cost(u, v), a, b)
         if method == "ipot":
             plan = ipot(c, a, b, beta=beta, iterations=iterations)
         else:
@@ -226,108 +151,12 @@ def transport_loss(
     return loss(*_tokens(x, y, mask_x, mask_y))
 
 
-def marginal_error(plan: Tensor, a: Tensor | None = None, b: Tensor | None = None) -> Tensor:
-    """sum_i |P 1 - a|_i + sum_j |P^T 1 - b|_j of each plan: (..., n, m) -> (...)."""
-    plan, a, b = _checked(plan, a, b)
-    return (plan.sum(-1) - a).abs().sum(-1) + (plan.sum(-2) - b).abs().sum(-1)
-
-
-def effective_tokens(plan: Tensor) -> Tensor:
-    """How many y tokens a token of x is spread over: exp of the mean row entropy, rows weighted by their mass.
-
-    1 for a plan that matches one to one, m for the uniform one, 0 for the empty plan: (..., n, m) -> (...).
-    """
-    plan = upcast(plan.detach())
-    rows = plan.sum(-1)  # (..., n)
-    mass = rows.sum(-1)
-    entropy = torch.xlogy(rows, rows).sum(-1) - torch.xlogy(plan, plan).sum((-2, -1))
-    tiny = torch.finfo(plan.dtype).tiny
-    return torch.where(mass > 0, torch.exp(entropy / mass.clamp_min(tiny)), 0)
-
-
-# ---- solvers ---------------------------------------------------------------------------------------------------------
-
-
-def _log_iterations(cost: Tensor, a: Tensor, b: Tensor, scales: Sequence[float], speed: float) -> Coupling:
-    """Updates in the log domain, at 1/eps = scale one after the other; h starts at its last value + speed * change."""
-    # problems last: every reduction is over an outer dimension and runs along contiguous memory. (..., n, m) costs
-    # thrice the time, since rows of 20 tokens fill no vector registers.
-    lead, (n, m) = cost.shape[:-2], cost.shape[-2:]
-    minus = (-cost.detach()).reshape(lead.numel(), n, m).permute(1, 2, 0).contiguous()  # (n, m, P)
-    log_a, log_b = (_log(w.detach()).expand(*lead, -1).reshape(lead.numel(), -1).T for w in (a, b))  # (n, P), (m, P)
-    change, k = torch.zeros_like(log_b), log_b
-    for scale in scales:
-        # h = log a + f / eps and k = log b + g / eps, so that P = exp(h + k - C / eps)
-        h = log_a - _log_sum_exp(torch.add(k + speed * change, minus, alpha=scale), 1)
-        last, k = k, log_b - _log_sum_exp(torch.add(h[:, None], minus, alpha=scale), 0)
-        change = k - last
-    plan = torch.exp(scales[-1] * minus + h[:, None] + k)  # (n, m, P)
-    f, g = ((w - log_w) / scales[-1] for w, log_w in ((h, log_a), (k, log_b)))
-    return _coupling(plan.permute(2, 0, 1).reshape(cost.shape), *(w.T.reshape(*lead, -1) for w in (f, g)), a, b)
-
-
-def _log_sum_exp(x: Tensor, dim: int) -> Tensor:
-    """log sum exp over one dimension; x is overwritten, which halves the memory traffic of torch.logsumexp."""
-    top = x.amax(dim, keepdim=True)
-    return x.sub_(top).exp_().sum(dim).log_() + top.squeeze(dim)
-
-
-def _exponential_iterations(
-    cost: Tensor, a: Tensor, b: Tensor, epsilon: float, iterations: int, cost_bound: float
-) -> Coupling:
-    """u = 1 / (K (b v)), v = 1 / (K^T (a u)), K = exp((bound / 2 - C) / eps): centred, it uses all of float32."""
-    a, b = a.detach(), b.detach()
-    forth = torch.exp((cost_bound / 2 - cost.detach().clamp(0, cost_bound)) / epsilon)  # (..., n, m)
-    back = forth.mT.contiguous()  # row vector times contiguous matrix is ten times as fast as matrix times column
-    tiny = torch.finfo(forth.dtype).tiny
-    v = torch.ones_like(b)
-    with torch.autocast(cost.device.type, enabled=False):
-        for _ in range(iterations):
-            u = ((b * v)[..., None, :] @ back).squeeze(-2).clamp_min(tiny).reciprocal()  # (..., n)
-            v = ((a * u)[..., None, :] @ forth).squeeze(-2).clamp_min(tiny).reciprocal()  # (..., m)
-    plan = (a * u)[..., None] * forth * (b * v)[..., None, :]
-    return _coupling(plan, epsilon * u.log() + cost_bound / 2, epsilon * v.log(), a, b)
-
-
-def _coupling(plan: Tensor, f: Tensor, g: Tensor, a: Tensor, b: Tensor) -> Coupling:
-    """The coupling with 0 at padding, and everywhere in an empty problem."""
-    real_a, real_b = a > 0, b > 0
-    real_a, real_b = real_a & real_b.any(-1, keepdim=True), real_b & real_a.any(-1, keepdim=True)
-    plan = torch.where(real_a[..., None] & real_b[..., None, :], plan, 0)
-    return Coupling(plan, torch.where(real_a, f, 0), torch.where(real_b, g, 0))
-
-
-# ---- what they share -------------------------------------------------------------------------------------------------
-
-
-def _checked(
-    cost: Tensor, a: Tensor | None, b: Tensor | None, iterations: int = 1, **positive: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Cost, with 0 at padding, and masses (uniform for None), in one dtype of at least float32."""
-    if min(iterations, *positive.values(), 1) <= 0:
-        raise ValueError(f"iterations and {', '.join(positive)} must be positive, got {iterations}, {positive}")
-    if cost.ndim < 2 or 0 in cost.shape[-2:]:
-        raise ValueError(f"costs must be (..., n, m) with a token at least on each side, got {tuple(cost.shape)}")
-    cost = upcast(cost)
-    (n, m), sizes = cost.shape[-2:], [None if w is None else tuple(w.shape) for w in (a, b)]
-    if any(size is not None and size[-1:] != (count,) for size, count in zip(sizes, (n, m), strict=True)):
-        raise ValueError(f"masses must be (..., {n}) and (..., {m}) for costs {tuple(cost.shape)}, got {sizes}")
-    weights = [cost.new_full((k,), 1 / k) if w is None else w.to(cost.dtype) for w, k in ((a, n), (b, m))]
-    if a is not None or b is not None:
-        # where, not a product: what stands at padding may be infinite, and gets the gradient 0
-        cost = torch.where((weights[0] > 0)[..., None] & (weights[1] > 0)[..., None, :], cost, 0)
-    return cost, weights[0], weights[1]
-
-
 def _tokens(x: Tensor, y: Tensor, mask_x: Tensor | None, mask_y: Tensor | None) -> tuple[Tensor, ...]:
     """x, y with 0 at padding, and their masses."""
-    tokens = [
-        z if mask is None else torch.where((mask != 0)[..., None], z, 0) for z, mask in ((x, mask_x), (y, mask_y))
-    ]
-    masses = [
-        marginals(upcast(z).new_ones(z.shape[-2]) if mask is None else mask) for z, mask in ((x, mask_x), (y, mask_y))
-    ]
-    return *tokens, *masses
+    pairs = ((x, mask_x), (y, mask_y))
+    tokens = [z if mask is None else torch.where((mask != 0)[..., None], z, 0) for z, mask in pairs]
+    real = [z.new_ones(z.shape[-2], dtype=torch.bool) if mask is None else mask for z, mask in pairs]
+    return *tokens, *(marginals(mask, upcast(z).dtype) for z, mask in zip(tokens, real, strict=True))
 
 
 def _debiased(
@@ -356,10 +185,6 @@ def _with_gradient(value: Tensor, surrogate: Tensor) -> Tensor:
 def _linear(cost: Tensor, plan: Tensor) -> Tensor:
     """<C, P>, (..., n, m) twice -> (...)."""
     return (plan * cost).sum((-2, -1))
-
-
-def _log(masses: Tensor) -> Tensor:
-    return torch.where(masses > 0, masses.clamp_min(torch.finfo(masses.dtype).tiny).log(), _LOG_OF_ZERO)
 
 
 def _unit(x: Tensor) -> Tensor:

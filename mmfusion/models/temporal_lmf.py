@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from jwae_module import JWAE
 from lmf_module import LowRankMultimodalFusion
-from mmfusion.losses.optimal_transport import cosine_cost, sinkhorn
+from mmfusion.losses.optimal_transport import cosine_cost
+from mmfusion.losses.transport_plans import sinkhorn
 from mmfusion.models.decomposition import recentred_parts
 from mmfusion.models.heads import Rescale, Standardise
 from mmfusion.models.tokens import TokenOutput, draw_tokens, hide, step_times, uniform_mass

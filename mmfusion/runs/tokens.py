@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from mmfusion.dataset import Dataset, Split, Task
-from mmfusion.losses.optimal_transport import cosine_cost, effective_tokens, ipot, marginals
+from mmfusion.losses.optimal_transport import cosine_cost
+from mmfusion.losses.transport_plans import effective_tokens, ipot, marginals
 from mmfusion.metrics.format import counted, mean_std
 from mmfusion.metrics.tasks import probabilities, task_scores
 from mmfusion.models.decomposition import variance_share
