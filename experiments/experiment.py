@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -131,6 +131,8 @@ class Experiment:
     """least number of modalities that the question needs"""
     options: type[Options] = Options
     """flags, where the experiment has some of its own"""
+    tokens: bool = False
+    """of sequences of tokens or steps, not of one vector a modality"""
 
 
 def contrasts_on_test(
@@ -177,7 +179,7 @@ def execute(experiment: Experiment, options: Options) -> None:
     processes = join_processes(str(device))
     with processes.together():
         run_folder = RunFolder.claim(options, f"{experiment.name}-{options.dataset}")
-        data = load_folded(options, processes.device)
+        data = load_folded(replace(options, tokens=True) if experiment.tokens else options, processes.device)
         if len(data.input_dims) < experiment.modalities:
             raise InputError(
                 f"--dataset {options.dataset}: has {', '.join(data.input_dims)} alone; {experiment.name} needs "

@@ -61,7 +61,7 @@ class Method:
 
 
 def fit_methods(
-    datasets: Dataset | Sequence[Dataset],
+    datasets: Dataset | Sequence[Dataset] | FoldedDataset,
     methods: Sequence[Method],
     model: ModelConfig,
     objectives: ObjectiveConfig,
@@ -77,7 +77,7 @@ def fit_methods(
     """Train every seed of every method on every fold at once, each member kept at its best epoch, or its last.
 
     Args:
-        datasets: one, with splits `train` and the one it names for selection; or the folds of one.
+        datasets: one, with splits `train` and the one it names for selection; or the folds of one, pooled or not.
         methods: of one shape: the same modalities and fusion; they may differ in active rank and prior.
         model, objectives, training: sections of the main script's Config.
         tokens: a further section, for methods that take tokens; default as its class.
@@ -97,8 +97,10 @@ def fit_methods(
     modalities, fusion = methods[0].modalities, methods[0].fusion
     if any((method.modalities, method.fusion) != (modalities, fusion) for method in methods):
         raise ValueError("methods trained at once must have the same modalities and the same fusion")
-    datasets = [datasets] if isinstance(datasets, Dataset) else list(datasets)
-    first, (data, target) = datasets[0], _training_data(datasets, methods[0])
+    if not isinstance(datasets, FoldedDataset):
+        datasets = [datasets] if isinstance(datasets, Dataset) else list(datasets)
+    first = datasets if isinstance(datasets, FoldedDataset) else datasets[0]
+    data, target = _training_data(datasets, methods[0])
     family = family_of(methods[0], data.train, first, model, tokens)
     fitted = [_fitted(family, data, fold, first.task) for fold in data.folds]
 
@@ -191,7 +193,9 @@ class Family:
         return MODELS[self.shape["fusion"]](**shape, **ranks)
 
 
-def family_of(method: Method, train: Split, dataset: Dataset, model: ModelConfig, tokens: TokenConfig | None) -> Family:
+def family_of(
+    method: Method, train: Split, dataset: Dataset | FoldedDataset, model: ModelConfig, tokens: TokenConfig | None
+) -> Family:
     """The models of a method, as the configs' sections have them; `train` holds its features."""
     tokens = tokens or TokenConfig()
     shape: dict[str, object] = {
@@ -217,10 +221,10 @@ def family_of(method: Method, train: Split, dataset: Dataset, model: ModelConfig
     return Family(FusionEnsemble, shape | {"spectral_norm": model.spectral_norm, "noise": noise})
 
 
-def _training_data(datasets: Sequence[Dataset], method: Method) -> tuple[TrainingData, Tensor]:
+def _training_data(datasets: Sequence[Dataset] | FoldedDataset, method: Method) -> tuple[TrainingData, Tensor]:
     """What is trained and selected on, as the method takes it; and the targets of all that any fold trains on."""
-    if len(datasets) > 1:
-        folded: FoldedDataset = fold_datasets(datasets)
+    if isinstance(datasets, FoldedDataset) or len(datasets) > 1:
+        folded = datasets if isinstance(datasets, FoldedDataset) else fold_datasets(datasets)
         rows = torch.cat([fold.train for fold in folded.folds]).unique()
         pool = _taken(folded.pool, replace(method, modalities=tuple(sorted(method.modalities))))
         return TrainingData(pool, pool, folded.folds), pool.target[rows]
