@@ -86,7 +86,7 @@ def _predicted(
 ) -> np.ndarray:
     outputs = []
     for number, fold in enumerate(data.folds):
-        split = _part(data.pool, getattr(fold, part))
+        split = part_of(data.pool, getattr(fold, part))
         split = split if change is None else change(split, draw)
         members = ensemble.part(number, len(data.folds))
         found = _logits(members, split, data.task)
@@ -111,7 +111,8 @@ def _logits(ensemble: TokenEnsemble | FusionEnsemble, split: Split, task: str) -
     return torch.stack(outputs)
 
 
-def _part(pool: Split, rows: Tensor) -> Split:
+def part_of(pool: Split, rows: Tensor) -> Split:
+    """The examples `rows` (n,) of a pool, without their metadata."""
     return replace(
         pool,
         features={name: x[rows] for name, x in pool.features.items()},

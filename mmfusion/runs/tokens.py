@@ -46,7 +46,7 @@ class TokenReport:
 def token_report(dataset: Dataset, ensemble: TokenEnsemble, part: str) -> TokenReport:
     """What `ensemble`, members of one fold, makes of the tokens of the labelled split `part`."""
     split, modalities = dataset.splits[part], list(ensemble.shape["input_dims"])
-    found = [_measured(member, split, modalities, dataset.task) for member in ensemble.members]
+    found = [measure_tokens(member, split, dataset.task) for member in ensemble.members]
     target = split.target.numpy()
 
     def scores(hidden: str | None) -> dict[str, list[float]]:
@@ -67,7 +67,7 @@ def token_report(dataset: Dataset, ensemble: TokenEnsemble, part: str) -> TokenR
 
 
 @dataclass(frozen=True)
-class _Measured:
+class Measured:
     """Of one member."""
 
     outputs: dict[str | None, Tensor]
@@ -78,7 +78,10 @@ class _Measured:
     part_share: dict[str, float]
 
 
-def _measured(member: torch.nn.Module, split: Split, modalities: list[str], task: Task) -> _Measured:
+@torch.inference_mode()
+def measure_tokens(member: torch.nn.Module, split: Split, task: Task) -> Measured:
+    """What one member makes of the tokens of a split."""
+    modalities = list(member.modalities)
     order = token_counts(split.features).argsort(stable=True)
     outputs: dict[str | None, list[Tensor]] = {name: [] for name in (None, *modalities)}
     moments = {name: [0.0, 0.0, 0.0] for name in modalities}  # tokens, sum, sum of squares
@@ -110,7 +113,7 @@ def _measured(member: torch.nn.Module, split: Split, modalities: list[str], task
                 parts.setdefault(subset, []).append(value)
     back = order.argsort()
     named = {" - ".join(pair): pair for pair in pairs}
-    return _Measured(
+    return Measured(
         {name: torch.cat(rows)[back] for name, rows in outputs.items()},
         {name: _relative_variance(*moments[name]) for name in modalities},
         {name: torch.cat(costs[pair]).mean().item() for name, pair in named.items()},
