@@ -34,7 +34,12 @@ EXPERIMENTS = (
     "robustness",
     "rank_robustness",
     "uncertainty",
+    "temporal",
+    "wma",
 )
+# these need sequences of tokens or steps, which these data sets have
+OF_TOKENS = ("temporal", "wma")
+WITH_TOKENS = ("demo", "mustard", "pom", "mmmo", "hateful_memes")
 # these measure a trained run: one of experiments.baselines with dev held out, trained for them
 OF_A_RUN = ("robustness", "uncertainty")
 MODELS = "models"
@@ -45,6 +50,7 @@ FILES = {
     "cmu_mosi": ("cmu_mosi*.npz", "mosi*.npz", "*mosi*.pkl", "aligned_50.pkl", "unaligned_50.pkl"),
     "mustard": ("sarcasm_data.json", "*sarcasm_data.json"),
     "pom": ("pom*.npz",),
+    "mmmo": ("mmmo*.npz",),
     "hateful_memes": ("train.jsonl", "*/train.jsonl"),
 }
 
@@ -172,7 +178,8 @@ def find_jobs(config: Config) -> Iterator[Job]:
         raise InputError(f"--only {' '.join(sorted(missing))}: not found; name the folder of its file with --data-root")
     experiments = [e for e in EXPERIMENTS if not set(config.only) & set(EXPERIMENTS) or e in config.only]
     for dataset in datasets:
-        jobs = [Job(experiment, dataset, found[dataset]) for experiment in experiments]
+        fitting = [e for e in experiments if e not in OF_TOKENS or dataset in WITH_TOKENS]
+        jobs = [Job(experiment, dataset, found[dataset]) for experiment in fitting]
         measured = [job for job in jobs if job.experiment in OF_A_RUN]
         yield from ([measured[0].models] if measured else []) + jobs
 

@@ -283,11 +283,7 @@ def effects() -> dict[str, float]:
 
 def of_tokens(data: FoldedDataset, ensemble: object) -> dict[str, dict[str, list[float]]]:
     """What became of the tokens on the first fold's test part, by member: `mmfusion.runs.tokens.TokenReport`."""
-    rows_of_test = data.folds[0].test
-    pool = data.pool
-    split = Split(
-        {n: x[rows_of_test] for n, x in pool.features.items()}, pool.target[rows_of_test], [""] * len(rows_of_test)
-    )
+    split = part_of(data.pool, data.folds[0].test)
     found = [measure_tokens(member, split, data.task) for member in ensemble.part(0, len(data.folds)).members]
     return {
         kind: {key: [getattr(one, kind)[key] for one in found] for key in getattr(found[0], kind)}
