@@ -2,7 +2,9 @@
 
 A cache folder holds `encoder.json`, readable by a person, and safetensors shards. A shard is named by the SHA-256 of
 its own bytes, so any damage, a cut or one flipped bit, in the header or in the vectors, shows when it is read. Tokens
-are kept in half precision and mapped into memory: what nobody looks at takes none.
+are kept in half precision and stay in their shards: a sequence is read whenever it is looked at. Mapped into memory,
+all of them would be resident after an epoch, every shard would keep a file open, and a shard that another process cuts
+short would end this one by a signal.
 """
 
 import contextlib
@@ -12,7 +14,9 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -41,8 +45,31 @@ def text_digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+@dataclass(frozen=True)
+class StoredTokens:
+    """One sequence (T, d) of half precision in a shard (`mmfusion.sequences.StoredSequence`)."""
+
+    path: Path
+    start: int
+    """its first byte in the file"""
+    shape: tuple[int, int]
+    dtype: ClassVar[torch.dtype] = torch.float16
+
+    def read(self) -> Tensor:
+        """(T, d). Raises InputError where the shard is gone, or shorter than it was."""
+        count = self.shape[0] * self.shape[1]
+        try:
+            values = np.fromfile(self.path, np.float16, count, offset=self.start)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise InputError(f"{self.path}: cannot be read any more ({reason}); begin again") from error
+        if len(values) < count:
+            raise InputError(f"{self.path}: has been cut short since it was checked; begin again")
+        return torch.from_numpy(values).reshape(self.shape)
+
+
 class FeatureCache:
-    """Features of one encoder: digest (64 hexadecimal digits) -> float32 (d,), or tokens, float16 (T_i, d).
+    """Features of one encoder: digest (64 hexadecimal digits) -> float32 (d,), or tokens (T_i, d), on disk or float16.
 
     Raises InputError where the folder cannot be written, at once and not after the first hour.
     """
@@ -50,7 +77,7 @@ class FeatureCache:
     def __init__(self, root: Path, kind: str, identity: dict[str, object]) -> None:
         self.holds_tokens = "tokens" in identity
         self.folder = root / f"{kind}-{'tokens-' * self.holds_tokens}{fingerprint(identity)}"
-        self.vectors: dict[str, Tensor] = {}
+        self.vectors: dict[str, Tensor | StoredTokens] = {}
         self._pending: dict[str, Tensor] = {}
         self._flushed_at = time.monotonic()
         identity_file = self.folder / "encoder.json"
@@ -113,28 +140,30 @@ class FeatureCache:
     def add(self, digests: list[str], features: Tensor | list[Tensor]) -> None:
         """Take up encoded items, features (n, d) or n times (T_i, d); a shard is written every few hundred or seconds.
 
-        Raises InputError where a feature is not finite: such an encoder is of no use, and must not fill the cache; and
-        where the cache holds vectors of another width, which are not of this encoder.
+        Raises InputError where a feature is not finite: such an encoder is of no use, and must not fill the cache;
+        where a token is beyond half precision; and where the cache holds vectors of another width, which are not of
+        this encoder.
         """
+        dtype = torch.float16 if self.holds_tokens else torch.float32
+        features = [feature.to("cpu", dtype, copy=True) for feature in features]
         if not all(feature.isfinite().all() for feature in features):
-            raise InputError(
-                f"{self.folder / 'encoder.json'}: this encoder gives features that are not finite; use another"
-            )
+            beyond = " in half precision, which ends at 65504" if self.holds_tokens else ""
+            where = self.folder / "encoder.json"
+            raise InputError(f"{where}: this encoder gives features that are not finite{beyond}; use another")
         self._width = self._width or features[0].shape[-1]
         if features[0].shape[-1] != self._width:
             widths = f"vectors of {self._width} numbers and this encoder gives {features[0].shape[-1]}"
             raise InputError(f"{self.folder}: holds {widths}; remove this cache folder")
-        dtype = torch.float16 if self.holds_tokens else torch.float32
         for digest, feature in zip(digests, features, strict=True):
             if digest not in self.vectors:
-                self.vectors[digest] = self._pending[digest] = feature.to("cpu", dtype, copy=True)
+                self.vectors[digest] = self._pending[digest] = feature
         held = sum(feature.nbytes for feature in self._pending.values()) if self.holds_tokens else 0
         waited = time.monotonic() - self._flushed_at
         if len(self._pending) >= SHARD_ITEMS or held > PENDING_BYTES or waited > SHARD_SECONDS:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is not yet on disk as one shard, atomically; tokens are mapped from it then."""
+        """Write what is not yet on disk as one shard, atomically; tokens are read from it then."""
         self._flushed_at = time.monotonic()
         if not self._pending:
             return
@@ -148,12 +177,12 @@ class FeatureCache:
         path = self.folder / f"{hashlib.sha256(content).hexdigest()[:32]}.safetensors"
         write_atomically(path, lambda temporary: temporary.write_bytes(content))
         if self.holds_tokens:
-            self.vectors |= dict(zip(self._pending, _mapped(path, content, shard["lengths"]), strict=True))
+            self.vectors |= dict(zip(self._pending, _stored(path, content, shard["lengths"]), strict=True))
             self._seen.add(path)
         self._pending = {}
 
 
-def _read(path: Path, tokens: bool) -> tuple[list[str], Sequence[Tensor]] | None:
+def _read(path: Path, tokens: bool) -> tuple[list[str], Sequence[Tensor | StoredTokens]] | None:
     """Digests (n) and features of one shard; None, and one line on stdout, where it is of no use.
 
     Raises InputError on a folder: the shard that belongs there could not be written again.
@@ -186,15 +215,18 @@ def _parse_shard(content: bytes, stem: str) -> tuple[list[str], Tensor]:
     return digests, features
 
 
-def _parse_tokens(content: bytes, path: Path) -> tuple[list[str], list[Tensor]]:
-    """Digests (n) and n sequences (T_i, d) mapped from a shard. Raises ValueError saying what is wrong with it."""
+def _parse_tokens(content: bytes, path: Path) -> tuple[list[str], list[StoredTokens]]:
+    """Digests (n) and n sequences (T_i, d) of a shard. Raises ValueError saying what is wrong with it."""
     digests, features, shard = _checked(content, path.stem, {"digests", "lengths", "features"}, torch.float16)
     lengths = shard["lengths"]
     if lengths.dtype != torch.int64 or lengths.shape != (len(digests),) or bool((lengths < 1).any()):
         raise ValueError("lengths are not n positive numbers")
-    if int(lengths.sum()) != len(features):
-        raise ValueError(f"lengths of {int(lengths.sum())} tokens for {len(features)}")
-    return digests, _mapped(path, content, lengths)
+    # one by one before the sum, which may wrap around
+    if bool((lengths > len(features)).any()) or int(lengths.sum()) != len(features):
+        raise ValueError(f"lengths that do not sum to its {len(features)} tokens")
+    if len(set(digests)) < len(digests):
+        raise ValueError("digests that occur twice")
+    return digests, _stored(path, content, lengths)
 
 
 def _checked(content: bytes, stem: str, names: set[str], dtype: torch.dtype) -> tuple[list[str], Tensor, dict]:
@@ -217,14 +249,16 @@ def _checked(content: bytes, stem: str, names: set[str], dtype: torch.dtype) -> 
     return [row.tobytes().hex() for row in digests.numpy()], features, shard
 
 
-def _mapped(path: Path, content: bytes, lengths: Tensor) -> list[Tensor]:
-    """The sequences (T_i, d) of a shard whose bytes are `content`, read from its file when they are looked at."""
+def _stored(path: Path, content: bytes, lengths: Tensor) -> list[StoredTokens]:
+    """Where the sequences (T_i, d) of a shard whose bytes are `content` lie in its file."""
     header = int.from_bytes(content[:8], "little")
     entry = json.loads(content[8 : 8 + header])["features"]
-    start = 8 + header + entry["data_offsets"][0]
-    # private and writable: torch has no tensors that may only be read
-    values = np.memmap(path, np.float16, "c", start, tuple(entry["shape"]))
-    return list(torch.from_numpy(values).split(lengths.tolist()))
+    first, width = 8 + header + entry["data_offsets"][0], entry["shape"][1]
+    ends = lengths.cumsum(0).tolist()
+    return [
+        StoredTokens(path, first + 2 * width * (end - length), (length, width))
+        for end, length in zip(ends, lengths.tolist(), strict=True)
+    ]
 
 
 def _remove(path: Path, reason: str) -> None:

@@ -32,10 +32,12 @@ from mmfusion.encoders.frozen import (
     find_text_encoder,
     image_preprocessing,
     text_identity,
+    token_identity,
 )
 from mmfusion.encoders.images import ImageBatches
 from mmfusion.encoders.tokens import ImageTokenEncoder, TextTokenEncoder
 from mmfusion.encoders.weights import EncoderSource, resnet50_file
+from mmfusion.sequences import Sequences
 
 BATCH_CPU = 16  # ResNet-50 at 224, one thread, ms per image: 62 at 8, 47 at 16, 52 at 32
 BATCH_CUDA = 128
@@ -122,21 +124,25 @@ def encode_text_groups(
     *,
     kind: str = "text",
     progress: bool = True,
-) -> tuple[dict[Group, Tensor], dict[str, object]]:
+    tokens: bool = False,
+) -> tuple[dict[Group, Tensor | Sequences], dict[str, object]]:
     """Vectors (N, d) of each group of N texts through the cache, and what to record of their encoder.
 
-    `kind` begins the name of the cache's folder. Raises InputError where the encoder cannot be read.
+    With `tokens`, N sequences of words (T_i, d) in their place. `kind` begins the name of the cache's folder. Raises
+    InputError where the encoder cannot be read.
     """
     with processes.together():
         config = config.filled()
         source = find_text_encoder(config)
         identity = text_identity(config, source, processes.device)
+        identity = token_identity(identity) if tokens else identity
         cache = FeatureCache(Path(cache_dir), kind, identity)
     unique = {text_digest(text): text for texts in groups.values() for text in texts}
     encode_texts(unique, cache, config, source, processes, progress=progress)
-    vectors = {name: torch.stack([cache.vectors[text_digest(t)] for t in texts]) for name, texts in groups.items()}
+    join = Sequences if tokens else torch.stack
+    features = {name: join([cache.vectors[text_digest(t)] for t in texts]) for name, texts in groups.items()}
     record = {"encoder_config": asdict(config), "encoders": {"text": {"name": source.name, **identity}}}
-    return vectors, record
+    return features, record
 
 
 @contextlib.contextmanager
@@ -269,8 +275,13 @@ def _run(jobs: Iterator[Job], cache: FeatureCache, processes: Processes, bar: tq
 
 def _share_vectors(needed: set[str], cache: FeatureCache, processes: Processes) -> None:
     """Give every process the vectors that it lacks, whether or not the cache folder is one for all nodes."""
+    if processes.world_size > 1 and cache.holds_tokens:
+        processes.gather(None)  # all have written theirs; of a common folder they are read, not sent
+        cache.refresh()
     lacking = set().union(*processes.gather({digest for digest in needed if digest not in cache}))
     if processes.world_size > 1 and lacking:
-        for part in processes.gather({digest: cache.vectors[digest].clone() for digest in lacking if digest in cache}):
+        own = {digest: cache.vectors[digest] for digest in lacking if digest in cache}
+        own = {digest: x.clone() if isinstance(x, Tensor) else x.read() for digest, x in own.items()}
+        for part in processes.gather(own):
             for digest, vector in part.items():
                 cache.vectors.setdefault(digest, vector)
