@@ -175,6 +175,8 @@ def options_of(experiment: Experiment) -> type[Options]:
 def execute(experiment: Experiment, options: Options) -> None:
     """Load, measure, print, and leave table.txt, figure.png and results.json in the run's folder."""
     check_options(options)
+    if options.tokens and not experiment.tokens:
+        raise InputError(f"--tokens: {experiment.name} is about one vector of each modality; leave the flag out")
     device = pick_device(options.device)
     processes = join_processes(str(device))
     with processes.together():

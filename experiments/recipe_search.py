@@ -284,6 +284,8 @@ def main(config: Config) -> None:
         fewest = 2 if config.vary else 1  # a spread over seeds
         check_numbers(config, {"candidates": (6, 1000), "inner_folds": (2, 20), "seeds": (fewest, 100)})
         check_flags(config)
+        if config.tokens:
+            raise InputError("--tokens: the search is of models of one vector of each modality; leave the flag out")
         data = load_folded(config, str(pick_device(config.device)))
         candidates = combinations(config.vary, data.task) if config.vary else design(config.candidates)
         found = search(data, candidates, config)

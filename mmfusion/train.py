@@ -50,6 +50,7 @@ from mmfusion.runs.encode import RunEncoders
 from mmfusion.runs.folder import MARK_OF_COMPLETION, RunConfig, RunFolder, defaults_for
 from mmfusion.runs.load import ARRAYS, TrainedRun, load_run
 from mmfusion.runs.run import carry_out
+from mmfusion.sequences import Sequences
 from mmfusion.training.fit import Method
 from mmfusion.training.objective import FIT_TERM, Term
 from mmfusion.training.recipe import ObjectiveConfig, TrainingConfig
@@ -297,6 +298,8 @@ def fit(
         name, given = "arrays", None
         if isinstance(data, Dataset):
             name, given = data.name, data
+            if any(isinstance(x, Sequences) for x in data.splits["train"].features.values()):
+                raise InputError("data: holds sequences; give their means (mmfusion.dataset.pooled of each split)")
             data, config = arrays_of(data), replace(config, data=ArraysConfig(task=data.task))
         datasets = dataset_from_arrays(data, config.data, name)
         datasets = datasets if given is None else with_kept(datasets, beyond_arrays(given))

@@ -3,9 +3,12 @@
 import re
 
 import numpy as np
+import torch
 from torch import nn
 
+from mmfusion.data.pooling import occupied_steps
 from mmfusion.errors import InputError, printable
+from mmfusion.sequences import Sequences
 
 MODALITY = re.compile(r"\w[\w-]{0,59}")
 TAKEN = nn.ModuleDict()  # models keep a module per modality, under its name
@@ -38,13 +41,11 @@ def plain_array(value: object, where: str) -> np.ndarray:
 
 def feature_vectors(x: np.ndarray, where: str) -> np.ndarray:
     """float32 (N, d), finite."""
-    if x.dtype.kind not in "biuf":
-        what = "texts, which must be encoded first" if x.dtype.kind in "US" else f"{x.dtype}, not real numbers"
-        raise InputError(f"{where}: holds {what}; leave it out with --ignore")
+    _check_real(x, where)
     if x.ndim > 2:
         raise InputError(
             f"{where}: has shape {x.shape}, a sequence per example; pool its steps first "
-            "(mmfusion.data.pooling.pool_over_time) to one vector (N, d)"
+            "(mmfusion.data.pooling.pool_over_time) to one vector (N, d), or keep them with --tokens"
         )
     if x.ndim == 0 or 0 in x.shape:
         raise InputError(f"{where}: has shape {x.shape}; expected (N, d) with at least one row and column")
@@ -54,15 +55,47 @@ def feature_vectors(x: np.ndarray, where: str) -> np.ndarray:
     return values if x.ndim == 2 else values[:, None]
 
 
+def feature_sequences(x: np.ndarray, where: str) -> Sequences:
+    """N sequences float32 (T_i, d), finite, of (N, T, d); of (N, d), or (N,), one token each.
+
+    Steps that are all zero, or NaN throughout, are padding.
+    """
+    if x.ndim < 3:
+        return Sequences(list(torch.from_numpy(feature_vectors(x, where)).unsqueeze(1)))
+    _check_real(x, where)
+    if x.ndim > 3 or 0 in x.shape:
+        raise InputError(f"{where}: has shape {x.shape}; expected (N, T, d) with at least one row, step and column")
+    parts = []
+    for row, steps in enumerate(x):
+        with np.errstate(over="ignore"):
+            values = np.array(steps, np.float32)
+        kept = occupied_steps(values) & ~np.isnan(values).all(-1)
+        if not np.isfinite(values[kept]).all():
+            step, column = np.argwhere(kept[:, None] & ~np.isfinite(values))[0]
+            value = f"{steps[step, column]}{_beyond(steps[step, column])}"
+            remedy = "leave that step out (NaN throughout), or fill the value in"
+            raise InputError(f"{where}: step {step} of row {row} holds {value}; {remedy}")
+        parts.append(torch.from_numpy(values[kept]))
+    return Sequences(parts)
+
+
+def _check_real(x: np.ndarray, where: str) -> None:
+    if x.dtype.kind not in "biuf":
+        what = "texts, which must be encoded first" if x.dtype.kind in "US" else f"{x.dtype}, not real numbers"
+        raise InputError(f"{where}: holds {what}; leave it out with --ignore")
+
+
+def _beyond(value: np.number) -> str:
+    return ", beyond the range of float32" if np.isfinite(value) else ""
+
+
 def check_finite_rows(values: np.ndarray, raw: np.ndarray, where: str) -> None:
     """Raise InputError naming the first row of `values` (N, ...) that is not finite, and its value in `raw`."""
     finite = np.isfinite(values)
     if not finite.all():
         place = tuple(int(i) for i in np.argwhere(~finite)[0])
-        beyond = ", beyond the range of float32" if np.isfinite(raw[place]) else ""
-        raise InputError(
-            f"{where}: row {place[0]} holds {raw[place]}{beyond}; leave that example out, or fill the value in"
-        )
+        value = f"{raw[place]}{_beyond(raw[place])}"
+        raise InputError(f"{where}: row {place[0]} holds {value}; leave that example out, or fill the value in")
 
 
 def target_values(x: np.ndarray, where: str) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Users' own arrays -> datasets: vectors per modality and a target, with splits of their own or cut here.
+"""Users' own arrays -> datasets: vectors or sequences per modality and a target, with splits of their own or cut here.
 
     datasets = load_arrays(ArraysConfig(Path("tweets.npz")))                          # image_train, text_train, ...
     datasets = load_arrays(ArraysConfig(Path("digits.npz"), target="digit", folds=5))  # one dataset per fold
@@ -18,13 +18,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mmfusion.data.array_cuts import cut_dev, cut_folds, cut_test, overlap_notes
 from mmfusion.data.array_files import arrays_identity, read_arrays
 from mmfusion.data.array_targets import Targets, TaskChoice, encode_targets
-from mmfusion.data.array_values import check_modality_name, feature_vectors, plain_array, strings, target_values
+from mmfusion.data.array_values import (
+    check_modality_name,
+    feature_sequences,
+    feature_vectors,
+    plain_array,
+    strings,
+    target_values,
+)
 from mmfusion.dataset import Dataset, Split, take
 from mmfusion.errors import InputError, check_numbers, printable
+from mmfusion.sequences import Sequences
 
 SPLIT_KEY = re.compile(r"(.+?)_(train|valid|val|(?:dev|test)\w*)", re.DOTALL)
 DEV_NAMES = ("valid", "val")  # what others call dev
@@ -59,22 +68,26 @@ class ArraysConfig:
 
 @dataclass(frozen=True)
 class _Part:
-    """One split as read: float32 (N, d_m) per modality, the raw target or None, strings."""
+    """One split as read: float32 (N, d_m), or sequences, per modality; the raw target or None, strings."""
 
-    features: Table
+    features: dict[str, Tensor | Sequences]
     target: np.ndarray | None
     ids: list[str]
     metadata: dict[str, list[str]] = field(default_factory=dict)
 
 
-def load_arrays(config: ArraysConfig) -> list[Dataset]:
-    """The datasets of a file, one per fold; named after the file. Raises InputError naming file, key or flag."""
+def load_arrays(config: ArraysConfig, tokens: bool = False) -> list[Dataset]:
+    """The datasets of a file, one per fold; named after the file. Raises InputError naming file, key or flag.
+
+    With `tokens`, arrays (N, T, d) are sequences of T steps, of which those that are all zero, or NaN throughout, are
+    padding; arrays (N, d) are one token each.
+    """
     if config.data is None:
         raise InputError("--data: own arrays need the path of their file")
     path = Path(os.path.expanduser(config.data))
     arrays, identity = read_arrays(path)
     name = printable(path.absolute().name if os.path.isdir(path) else path.stem)
-    return _datasets(arrays, config, name, str(path), identity)
+    return _datasets(arrays, config, name, str(path), identity, tokens)
 
 
 def dataset_from_arrays(
@@ -82,19 +95,22 @@ def dataset_from_arrays(
     config: ArraysConfig | None = None,
     name: str = "arrays",
     source: str = "the arrays",
+    tokens: bool = False,
 ) -> list[Dataset]:
     """The datasets of arrays in memory, one per fold, under the keys that a file would have.
 
     Args:
-        arrays: key -> (N, d) or (N,) numbers; the target (N,) or (N, O), of numbers or texts.
+        arrays: key -> (N, d) or (N,) numbers, with `tokens` also (N, T, d); the target (N,) or (N, O), of numbers or
+            texts.
         config: what they are and how they are cut; `data` is not used.
         name: of the dataset.
         source: what messages begin with.
+        tokens: sequences, as `load_arrays`.
 
     Raises InputError as `load_arrays` does.
     """
     plain = {str(key): plain_array(value, f"{source}: {printable(str(key))}") for key, value in arrays.items()}
-    return _datasets(plain, config or ArraysConfig(), name, source, arrays_identity(plain))
+    return _datasets(plain, config or ArraysConfig(), name, source, arrays_identity(plain), tokens)
 
 
 def describe_arrays(datasets: Sequence[Dataset]) -> dict[str, object]:
@@ -144,27 +160,28 @@ def with_kept(datasets: Sequence[Dataset], kept: Mapping[str, object]) -> list[D
 
 
 def _datasets(
-    arrays: Mapping[str, np.ndarray], config: ArraysConfig, name: str, source: str, identity: dict[str, object]
+    arrays: Mapping[str, np.ndarray],
+    config: ArraysConfig,
+    name: str,
+    source: str,
+    identity: dict[str, object],
+    tokens: bool,
 ) -> list[Dataset]:
     check_numbers(config, BOUNDS)
     tables, column_names = _tables(arrays, config, source)
     _check_cut_flags(tables, config, source)
     modalities = _modalities(tables, config, source)
-    parts = {split: _read_part(table, split, modalities, config, source) for split, table in tables.items()}
+    parts = {split: _read_part(table, split, modalities, config, source, tokens) for split, table in tables.items()}
     _check_widths(parts, source)
     raw = {split or "train": part.target for split, part in parts.items() if part.target is not None}
     targets = encode_targets(raw, config.task, column_names, config.target, source)
     splits = {
-        split: Split(
-            {m: torch.from_numpy(x) for m, x in part.features.items()},
-            targets.values.get(split or "train"),
-            part.ids,
-            part.metadata,
-        )
+        split: Split(part.features, targets.values.get(split or "train"), part.ids, part.metadata)
         for split, part in parts.items()
     }
     options = asdict(config) | {"modalities": modalities, "ignore": sorted(config.ignore)}
     del options["data"]  # the file, wherever it lies, is in its identity
+    options |= {"tokens": True} if tokens else {}
     shapes = {split or "all": {m: list(x.shape) for m, x in part.features.items()} for split, part in parts.items()}
     provenance: dict[str, object] = identity | {"options": options, "shapes": shapes}
     return [
@@ -305,10 +322,16 @@ def _modalities(tables: dict[str, Table], config: ArraysConfig, source: str) -> 
 # ---- values ----------------------------------------------------------------------------------------------------------
 
 
-def _read_part(table: Table, split: str, modalities: list[str], config: ArraysConfig, source: str) -> _Part:
+def _read_part(
+    table: Table, split: str, modalities: list[str], config: ArraysConfig, source: str, tokens: bool
+) -> _Part:
     """One split, checked."""
     suffix = f"_{split}" if split else ""
-    features = {m: feature_vectors(table[m], f"{source}: {m}{suffix}") for m in modalities}
+    features: dict[str, Tensor | Sequences] = {}
+    for modality in modalities:
+        where = f"{source}: {modality}{suffix}"
+        x = table[modality]
+        features[modality] = feature_sequences(x, where) if tokens else torch.from_numpy(feature_vectors(x, where))
     first = modalities[0]
     count = len(features[first])
     target = table.get(config.target)
@@ -334,7 +357,7 @@ def _read_part(table: Table, split: str, modalities: list[str], config: ArraysCo
 
 def _check_widths(parts: dict[str, _Part], source: str) -> None:
     for modality in next(iter(parts.values())).features:
-        widths = {split: part.features[modality].shape[1] for split, part in parts.items()}
+        widths = {split: part.features[modality].shape[-1] for split, part in parts.items()}
         if len(set(widths.values())) > 1:
             listed = ", ".join(f"{width} in {split}" for split, width in widths.items())
             raise InputError(f"{source}: {modality} has different widths: {listed}; make them one encoder's")

@@ -4,8 +4,8 @@
     dataset.splits["train"].features["audio"].shape  # (1284, 10): mean and standard deviation of 5 coordinates
 
 Read are the pickles of MMSA (MOSI, MOSEI), MulT and MultiBench (also UR-FUNNY and MUStARD: two-valued labels), and an
-.npz of utterance vectors (Poria et al., 2017). Sequences are pooled over time. CMU-MOSEI's seven label columns are
-sentiment and six emotions; sentiment is taken.
+.npz of utterance vectors (Poria et al., 2017). Sequences are pooled over time, or kept with `tokens`. CMU-MOSEI's seven
+label columns are sentiment and six emotions; sentiment is taken.
 """
 
 import itertools
@@ -21,6 +21,7 @@ import torch
 
 from mmfusion.data.pickles import as_numbers, file_identity, load_npz, load_pickle
 from mmfusion.data.pooling import Pooled, pool_over_time, pooling_notes, steps_from_lengths
+from mmfusion.data.steps import Steps, keep_steps
 from mmfusion.dataset import Dataset, Split, hold_out, take
 from mmfusion.errors import InputError
 
@@ -40,9 +41,9 @@ Table = dict[str, object]
 
 @dataclass(frozen=True)
 class _Part:
-    """One split as read: pooled features, labels (N,) as released, ids, columns of metadata."""
+    """One split as read: features, pooled or in steps, labels (N,) as released, ids, columns of metadata."""
 
-    pooled: dict[str, Pooled]
+    read: dict[str, Pooled | Steps]
     labels: np.ndarray
     ids: list[str]
     metadata: dict[str, list[str]]
@@ -54,22 +55,24 @@ def load_cmu_mosi(
     task: Literal["auto", "regression", "binary"] = "auto",
     modalities: Sequence[str] | None = None,
     name: str | None = None,
+    tokens: bool = False,
 ) -> Dataset:
     """Splits train, dev and test of one released file; target sentiment in [-3, 3], or 0/1.
 
     `task` auto is regression where the labels are graded and binary where they take two values; binary on graded labels
     is polarity without the exact zeros. `modalities` is a choice of text, audio and video; None: all that the file
     has. `name` of the dataset; None: by the names of the file and its folder. A file without a dev split loses 15 % of
-    train's videos to one. Raises InputError naming the file and the key or shape that is wrong.
+    train's videos to one. With `tokens` features are sequences: the valid steps; an array (N, d) is one token each.
+    Raises InputError naming the file and the key or shape that is wrong.
     """
     path = Path(os.path.expanduser(path))
     tables = _read_tables(path)
     chosen = _choose_modalities(tables["train"], modalities, path)
-    parts = {split: _read_part(table, split, chosen, f"{path}: {split}") for split, table in tables.items()}
+    parts = {split: _read_part(table, split, chosen, f"{path}: {split}", tokens) for split, table in tables.items()}
     _check_widths(parts, path)
     graded, task = _resolve_task(parts, task, path)
     notes = [f"{split}: {note}" for split, part in parts.items() for note in part.notes]
-    notes += [note for m in chosen for note in pooling_notes(m, [part.pooled[m] for part in parts.values()])]
+    notes += [note for m in chosen for note in pooling_notes(m, [part.read[m] for part in parts.values()])]
     splits = {}
     for split, part in parts.items():
         if not graded and path.suffix != ".npz":  # UR-FUNNY's and MUStARD's ids name no video
@@ -91,7 +94,9 @@ def load_cmu_mosi(
         "shapes": {
             split: {m: _shape(_first(table, MODALITY_KEYS[m])) for m in chosen} for split, table in tables.items()
         },
-        "pooling": "mean and standard deviation over the valid steps; (N, d) as it is",
+        "pooling": "none: the valid steps"
+        if tokens
+        else "mean and standard deviation over the valid steps; (N, d) as it is",
         "rows": {split: len(rows) for split, rows in splits.items()},
     }
     label_range = SENTIMENT_RANGE if task == "regression" else None
@@ -168,11 +173,15 @@ def _choose_modalities(table: Table, modalities: Sequence[str] | None, path: Pat
     return present if modalities is None else [m for m in present if m in modalities]
 
 
-def _read_part(table: Table, split: str, modalities: list[str], where: str) -> _Part:
+def _read_part(table: Table, split: str, modalities: list[str], where: str, tokens: bool) -> _Part:
     labels = _read_labels(table, where)
-    pooled, notes = {}, []
+    read, notes = {}, []
     for modality in modalities:
-        pooled[modality], note = _pool(table, modality, len(labels), where)
+        x, valid, note = _read_steps(table, modality, len(labels), where)
+        if tokens:
+            read[modality] = keep_steps(x[:, None] if _is_table(x) else x, valid)
+        else:
+            read[modality] = pool_over_time(x[:, None], valid, "mean") if _is_table(x) else pool_over_time(x, valid)
         notes += [note] if note else []
     ids = _read_strings(table, ID_KEYS, len(labels), where)
     metadata = {}
@@ -191,7 +200,12 @@ def _read_part(table: Table, split: str, modalities: list[str], where: str) -> _
         unique.append(one if seen[one] == 1 else f"{one}#{seen[one]}")
     if len(seen) < len(ids):
         notes.append(f"{len(ids) - len(seen)} ids occur again and were given a #2, #3, ...")
-    return _Part(pooled, labels, unique, metadata, notes)
+    return _Part(read, labels, unique, metadata, notes)
+
+
+def _is_table(x: np.ndarray | list[np.ndarray]) -> bool:
+    """True of one vector for each example, (N, d)."""
+    return isinstance(x, np.ndarray) and x.ndim == 2
 
 
 def _read_labels(table: Table, where: str) -> np.ndarray:
@@ -212,19 +226,22 @@ def _read_labels(table: Table, where: str) -> np.ndarray:
     return labels
 
 
-def _pool(table: Table, modality: str, count: int, where: str) -> tuple[Pooled, str | None]:
-    """One modality's vectors (N, d) or (N, 2d), and a note where the file's lengths do not fit it."""
+def _read_steps(
+    table: Table, modality: str, count: int, where: str
+) -> tuple[np.ndarray | list[np.ndarray], np.ndarray | None, str | None]:
+    """One modality (N, T, d), (N, d) or N times (T_i, d); its valid steps (N, T), where they are not told by zeros; and
+    a note where the file's lengths do not fit it."""
     found = _first(table, MODALITY_KEYS[modality])
     if found is None:
         raise InputError(f"{where} has no {' or '.join(MODALITY_KEYS[modality])}, which train has")
     where = f"{where}: {modality}"
     if isinstance(found, (list, tuple)) or (isinstance(found, np.ndarray) and found.dtype == object and found.ndim):
-        return pool_over_time(_sequences(found, count, where)), None
+        return _sequences(found, count, where), None, None
     x = as_numbers(found, where)
     if x.ndim not in (2, 3) or len(x) != count or 0 in x.shape:
         raise InputError(f"{where} has shape {x.shape}; expected ({count}, T, d) or ({count}, d), as there are labels")
     if x.ndim == 2:
-        return pool_over_time(x[:, None], np.ones((count, 1), bool), "mean"), None
+        return x, np.ones((count, 1), bool), None
     valid, unfit = None, 0
     lengths = _first(table, [f"{key}_lengths" for key in MODALITY_KEYS[modality]])
     tokens = _first(table, ["text_bert"]) if modality == "text" else None
@@ -236,7 +253,7 @@ def _pool(table: Table, modality: str, count: int, where: str) -> tuple[Pooled, 
             raise InputError(f"{where}_lengths have shape {lengths.shape}; expected ({count},)")
         valid, unfit = steps_from_lengths(x, lengths)
     note = f"{modality}: lengths of {unfit} examples do not fit; their steps that are not zero count" if unfit else None
-    return pool_over_time(x, valid), note
+    return x, valid, note
 
 
 def _sequences(found: Sequence[object], count: int, where: str) -> list[np.ndarray]:
@@ -272,8 +289,8 @@ def _video(example: str) -> str:
 
 
 def _check_widths(parts: dict[str, _Part], path: Path) -> None:
-    for modality in parts["train"].pooled:
-        widths = {split: part.pooled[modality].features.shape[1] for split, part in parts.items()}
+    for modality in parts["train"].read:
+        widths = {split: part.read[modality].features.shape[-1] for split, part in parts.items()}
         if len(set(widths.values())) > 1:
             raise InputError(f"{path}: {modality} has different widths in its splits ({widths}); fetch it again")
 
@@ -297,7 +314,7 @@ def _resolve_task(parts: dict[str, _Part], task: str, path: Path) -> tuple[bool,
 
 def _make_split(part: _Part, task: str, graded: bool, where: str) -> tuple[Split, str | None]:
     target = part.labels if task == "regression" else part.labels > 0
-    features = {m: torch.from_numpy(pooled.features) for m, pooled in part.pooled.items()}
+    features = {m: x.features if isinstance(x, Steps) else torch.from_numpy(x.features) for m, x in part.read.items()}
     split = Split(features, torch.from_numpy(target.astype(np.float32)), part.ids, part.metadata)
     if task == "regression" or not graded:
         return split, None

@@ -19,14 +19,23 @@ from mmfusion.distributed import current_processes
 from mmfusion.encoders.extract import encode_text_groups
 from mmfusion.encoders.frozen import EncoderConfig
 from mmfusion.errors import InputError
+from mmfusion.sequences import concatenate
 
 FITTED_ON_LABELS = ("text", "video")  # of the .npz
 
 
 def encode_transcripts(
-    dataset: Dataset, encoders: EncoderConfig, cache_dir: Path, device: str = "cpu", *, progress: bool = True
+    dataset: Dataset,
+    encoders: EncoderConfig,
+    cache_dir: Path,
+    device: str = "cpu",
+    *,
+    progress: bool = True,
+    tokens: bool = False,
 ) -> Dataset:
     """The dataset with `text` (N, d) made of the transcripts by a frozen encoder; of an .npz, audio alone stays beside.
+
+    With `tokens`, text is the words of the transcripts, N sequences (T_i, d).
 
     Under torchrun every process must call it. Raises InputError: no transcripts, or an encoder that cannot be read.
     """
@@ -36,13 +45,15 @@ def encode_transcripts(
         if any("transcript" not in split.metadata for split in dataset.splits.values()):
             raise InputError(f"--text-encoder: {source_file} holds no transcripts to encode; leave the flag out")
     transcripts = {name: split.metadata["transcript"] for name, split in dataset.splits.items()}
-    vectors, encoded_by = encode_text_groups(transcripts, cache_dir, encoders, processes, progress=progress)
+    texts, encoded_by = encode_text_groups(
+        transcripts, cache_dir, encoders, processes, progress=progress, tokens=tokens
+    )
 
     leaked = FITTED_ON_LABELS if source_file.endswith(".npz") else ("text",)
     splits = {}
     for name, split in dataset.splits.items():
         kept = {modality: x for modality, x in split.features.items() if modality not in leaked}
-        splits[name] = replace(split, features={"text": vectors[name], **kept})
+        splits[name] = replace(split, features={"text": texts[name], **kept})
     dropped = [m for m in leaked if m != "text" and m in dataset.input_dims]
     notes = [note for note in dataset.notes if "fitted on the training utterances" not in note]
     notes.append("text: transcripts through the text encoder, not the vectors of the file")
@@ -58,7 +69,7 @@ def cut_by_video(dataset: Dataset, folds: int, seed: int = 0) -> list[Dataset]:
     parts = list(dataset.splits.values())
     known = [column for column in parts[0].metadata if all(column in part.metadata for part in parts)]
     everything = Split(
-        {name: torch.cat([part.features[name] for part in parts]) for name in parts[0].features},
+        {name: concatenate([part.features[name] for part in parts]) for name in parts[0].features},
         torch.cat([part.target for part in parts]),
         [one for part in parts for one in part.ids],
         {column: [x for part in parts for x in part.metadata[column]] for column in known},

@@ -4,7 +4,8 @@
     datasets[0].splits["train"].features["context"].shape  # (441, 768)
 
 Utterance and context are texts, encoded here and cached; `audio_features.p` and `resnet_pool5.hdf5`, where given, are
-pooled over time. Examples are keyed as released ("1_60").
+pooled over time; with `tokens` all of them are sequences: words, steps, frames. Examples are keyed as released
+("1_60").
 """
 
 import os
@@ -26,12 +27,14 @@ from mmfusion.data.mustard_annotations import (
 )
 from mmfusion.data.pickles import as_numbers, file_identity, load_pickle
 from mmfusion.data.pooling import pool_over_time, pooling_notes
+from mmfusion.data.steps import keep_steps
 from mmfusion.dataset import Dataset, Split, hold_out, take
 from mmfusion.distributed import current_processes
 from mmfusion.encoders.extract import encode_text_groups
 from mmfusion.encoders.frozen import EncoderConfig
 from mmfusion.errors import InputError
 from mmfusion.files import DATA_BYTES, check_regular_file
+from mmfusion.sequences import Sequences
 
 DEV_SHARE = 0.2
 TEST_SHOW = "FRIENDS"  # of the speaker-independent setting (Castro et al., their data_loader.py)
@@ -40,7 +43,7 @@ AUDIO_WIDTH = 283  # MFCC 13 + 13, mel bands 128 + 128, spectral centroid
 Protocol = Literal["speaker_dependent", "speaker_independent"]
 
 
-# nine parameters: the released files, three of them optional, and what encodes the texts
+# ten parameters: the released files, three of them optional, what encodes the texts, and whether it keeps their words
 def load_mustard(
     annotations: Path,
     encoders: EncoderConfig,
@@ -52,14 +55,15 @@ def load_mustard(
     protocol: Protocol = "speaker_dependent",
     device: str = "cpu",
     progress: bool = True,
+    tokens: bool = False,
 ) -> list[Dataset]:
     """One dataset for each of the five folds, or the one of the speaker-independent setting; splits train, dev, test.
 
     Modalities utterance and context (N, d), with `audio` also audio (N, 2 * 283: mean and standard deviation), with
-    `visual` also visual (N, 2048: mean); target sarcasm (N,). `annotations` is the json or its folder; `folds` is
-    split_indices.p or a JSON list of {"train": [ids], "test": [ids]}, None: found beside the annotations. dev is 20 %
-    of a fold's train, of both labels alike or, speaker-independent, by whole speakers. Under torchrun every process
-    must call it. Raises InputError.
+    `visual` also visual (N, 2048: mean), or with `tokens` N sequences of each; target sarcasm (N,). `annotations` is
+    the json or its folder; `folds` is split_indices.p or a JSON list of {"train": [ids], "test": [ids]}, None: found
+    beside the annotations. dev is 20 % of a fold's train, of both labels alike or, speaker-independent, by whole
+    speakers. Under torchrun every process must call it. Raises InputError.
     """
     processes = current_processes(str(device))
     with processes.together():
@@ -76,9 +80,9 @@ def load_mustard(
             provenance["folds"] = file_identity(fold_path)
         else:
             cuts = [_by_show(rows, path)]
-        extra, notes = _read_extra(rows, audio, visual, provenance)
+        extra, notes = _read_extra(rows, audio, visual, provenance, tokens)
     texts = {"utterance": [row.utterance for row in rows], "context": [row.context for row in rows]}
-    features, encoded_by = encode_text_groups(texts, cache_dir, encoders, processes, progress=progress)
+    features, encoded_by = encode_text_groups(texts, cache_dir, encoders, processes, progress=progress, tokens=tokens)
     everything = _gather(rows, features | extra)
     return [
         _fold_dataset(everything, cut, number, protocol, provenance | encoded_by, notes, path)
@@ -86,7 +90,7 @@ def load_mustard(
     ]
 
 
-def _gather(rows: list[Utterance], features: dict[str, Tensor]) -> Split:
+def _gather(rows: list[Utterance], features: dict[str, Tensor | Sequences]) -> Split:
     metadata = {
         "transcript": [row.utterance for row in rows],
         "speaker": [row.speaker for row in rows],
@@ -148,19 +152,25 @@ def _fold_dataset(
 
 
 def _read_extra(
-    rows: list[Utterance], audio: Path | None, visual: Path | None, provenance: dict[str, object]
-) -> tuple[dict[str, Tensor], list[str]]:
-    """The pooled modalities that were given, and notes on them; `provenance` gains their files."""
-    features, notes = {}, []
+    rows: list[Utterance], audio: Path | None, visual: Path | None, provenance: dict[str, object], tokens: bool
+) -> tuple[dict[str, Tensor | Sequences], list[str]]:
+    """The modalities that were given, pooled or in steps, and notes on them; `provenance` gains their files."""
+    features: dict[str, Tensor | Sequences] = {}
+    notes = []
     keys = [row.key for row in rows]
     for modality, path in {"audio": audio, "visual": visual}.items():
         if path is None:
             continue
         path = Path(os.path.expanduser(path))
         read = _read_audio if modality == "audio" else _read_visual
-        pooled = pool_over_time(read(path, keys), None, "mean_std" if modality == "audio" else "mean")
-        features[modality] = torch.from_numpy(pooled.features)
-        notes += pooling_notes(modality, [pooled])
+        arrays = read(path, keys)
+        if tokens:
+            kept = keep_steps(arrays)
+            features[modality] = kept.features
+        else:
+            kept = pool_over_time(arrays, None, "mean_std" if modality == "audio" else "mean")
+            features[modality] = torch.from_numpy(kept.features)
+        notes += pooling_notes(modality, [kept])
         provenance[modality] = file_identity(path)
     return features, notes
 

@@ -4,9 +4,9 @@ Released sequences are padded with zeros, at the front (MultiBench, POM) or at t
 holds -inf and NaN. Neither padding nor such values may enter a mean.
 """
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -88,11 +88,23 @@ def pool_over_time(
     return Pooled(features, missing, empty)
 
 
-def pooling_notes(modality: str, pooled: Sequence[Pooled]) -> list[str]:
+class Read(Protocol):
+    """What was made of the sequences of N examples: `Pooled`, or the steps of `mmfusion.data.steps`."""
+
+    @property
+    def features(self) -> Sized: ...
+    @property
+    def missing(self) -> int: ...
+    @property
+    def empty(self) -> int: ...
+
+
+def pooling_notes(modality: str, pooled: Sequence[Read]) -> list[str]:
     """What the reader of a score must know of one modality in all splits: what was missing."""
     missing, empty = sum(one.missing for one in pooled), sum(one.empty for one in pooled)
     total = sum(len(one.features) for one in pooled)
     notes = [f"{modality}: {missing} values that were not finite were taken as missing"] if missing else []
     if empty:
-        notes.append(f"{modality}: {empty} of {total} examples have no step that is not zero; their vectors are zero")
+        left = "their vectors are zero" if isinstance(pooled[0], Pooled) else "nothing is there of them"
+        notes.append(f"{modality}: {empty} of {total} examples have no step that is not zero; {left}")
     return notes

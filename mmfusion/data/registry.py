@@ -15,12 +15,14 @@ from mmfusion.data.cmu_mosi import load_cmu_mosi
 from mmfusion.data.cmu_mosi_texts import cut_by_video, encode_transcripts
 from mmfusion.data.folds import FoldedDataset, fold_datasets
 from mmfusion.data.memes import MemesConfig, MemesSource, find_source, load_memes
+from mmfusion.data.mmmo import load_mmmo
 from mmfusion.data.mustard import load_mustard
 from mmfusion.data.pom import load_pom
 from mmfusion.dataset import Dataset
 from mmfusion.distributed import Processes
 from mmfusion.encoders.frozen import EncoderConfig
 from mmfusion.errors import InputError
+from mmfusion.sequences import Sequences
 
 
 @dataclass(frozen=True)
@@ -41,16 +43,22 @@ def _memes_config(options: "DataOptions") -> tuple[MemesConfig, EncoderConfig]:
 
 
 def _memes(options: "DataOptions", device: str) -> list[Dataset]:
-    return [load_memes(*_memes_config(options), Processes(device=device))]
+    return [load_memes(*_memes_config(options), Processes(device=device), tokens=options.tokens)]
 
 
 def _cmu_mosi(options: "DataOptions", device: str) -> list[Dataset]:
     if isinstance(options.folds, Path):
         raise InputError(f"--folds {options.folds}: with --dataset cmu_mosi, give a number of folds")
-    dataset = load_cmu_mosi(options.data, options.task)
+    dataset = load_cmu_mosi(options.data, options.task, tokens=options.tokens)
     if options.text_encoder is not None:
         encoders = EncoderConfig(text_encoder=options.text_encoder)
-        dataset = encode_transcripts(dataset, encoders, options.cache_dir, device)
+        dataset = encode_transcripts(dataset, encoders, options.cache_dir, device, tokens=options.tokens)
+    lengths = [x.lengths for x in dataset.splits["train"].features.values() if isinstance(x, Sequences)]
+    if options.tokens and all(int(one.max()) <= 1 for one in lengths):
+        raise InputError(
+            f"--tokens: {options.data} holds one vector of each utterance and modality; give --text-encoder, which "
+            "makes tokens of its transcripts, or a file of sequences"
+        )
     return [dataset] if options.folds is None else cut_by_video(dataset, options.folds, options.split_seed)
 
 
@@ -66,32 +74,40 @@ def _mustard(options: "DataOptions", device: str) -> list[Dataset]:
         visual=options.visual,
         protocol=options.protocol,
         device=device,
+        tokens=options.tokens,
     )
     return [replace(dataset, name="mustard") for dataset in datasets]
 
 
 def _pom(options: "DataOptions", device: str) -> list[Dataset]:
-    return [load_pom(options.data, "mean_std")]
+    return [load_pom(options.data, "steps" if options.tokens else "mean_std")]
+
+
+def _mmmo(options: "DataOptions", device: str) -> list[Dataset]:
+    return [load_mmmo(options.data, "steps" if options.tokens else "mean_std")]
 
 
 def _arrays(options: "DataOptions", device: str) -> list[Dataset]:
     if isinstance(options.folds, Path):
         raise InputError(f"--folds {options.folds}: with --dataset arrays, give a number of folds")
     shared = {one.name: getattr(options, one.name) for one in fields(ArraysConfig)}
-    return load_arrays(ArraysConfig(**shared))
+    return load_arrays(ArraysConfig(**shared), options.tokens)
 
 
 CORPORA: dict[str, Corpus] = {
-    "demo": Corpus(_memes, (), {"text": "transcript"}),
-    "cmu_mosi": Corpus(_cmu_mosi, ("task", "folds", "split_seed", "text_encoder"), {"text": "transcript"}),
+    "demo": Corpus(_memes, ("tokens",), {"text": "transcript"}),
+    "cmu_mosi": Corpus(_cmu_mosi, ("task", "folds", "split_seed", "text_encoder", "tokens"), {"text": "transcript"}),
     "mustard": Corpus(
         _mustard,
-        ("folds", "protocol", "audio", "visual", "text_encoder"),
+        ("folds", "protocol", "audio", "visual", "text_encoder", "tokens"),
         {"utterance": "transcript", "context": "context"},
     ),
-    "pom": Corpus(_pom),
-    "hateful_memes": Corpus(_memes, ("img_dir", "image_encoder", "text_encoder", "features"), {"text": "transcript"}),
-    "arrays": Corpus(_arrays, ("folds", "task", "target", "modalities", "ignore", "hold_out", "split_seed")),
+    "pom": Corpus(_pom, ("tokens",)),
+    "mmmo": Corpus(_mmmo, ("tokens",)),
+    "hateful_memes": Corpus(
+        _memes, ("img_dir", "image_encoder", "text_encoder", "features", "tokens"), {"text": "transcript"}
+    ),
+    "arrays": Corpus(_arrays, ("folds", "task", "target", "modalities", "ignore", "hold_out", "split_seed", "tokens")),
 }
 DatasetName = Literal[*CORPORA]
 
@@ -103,8 +119,11 @@ class DataOptions:
     dataset: DatasetName = "demo"
     """demo draws its own memes; cmu_mosi also reads CMU-MOSEI and UR-FUNNY in the same layouts"""
     data: Path | None = None
-    """the data set's file: .npz or .pkl (cmu_mosi), sarcasm_data.json (mustard), .npz (pom), train.jsonl (memes);
+    """the data set's file: .npz or .pkl (cmu_mosi), sarcasm_data.json (mustard), .npz (pom, mmmo), train.jsonl (memes);
     own arrays: .npz, a folder of .npy files, or .safetensors"""
+    tokens: bool = False
+    """sequences of tokens or steps in place of one vector of each modality: words, cells or patches of pictures, steps
+    of audio and video"""
     folds: int | Path | None = None
     """arrays without splits, cmu_mosi (whole videos): number of folds; mustard: split_indices.p or a JSON list of
     folds, else found beside the annotations"""
@@ -149,6 +168,8 @@ def load_datasets(options: DataOptions, device: str = "cpu") -> list[Dataset]:
     """The data set that the flags name, one dataset per fold. Raises InputError naming the flag or the file."""
     if options.dataset != "demo" and options.data is None:
         raise InputError(f"--data: --dataset {options.dataset} needs the path of its file")
+    if options.tokens:
+        _check_use("tokens", options.dataset)
     if options.dataset == "demo" and options.data is not None:
         raise InputError(f"--data {options.data}: say which data set it is with --dataset; the demo draws its own")
     datasets = CORPORA[options.dataset].load(options, device)
@@ -161,8 +182,8 @@ def _check_finite(dataset: Dataset, options: DataOptions) -> None:
     """Raise InputError naming file, split, modality and example of the first value that is no finite number."""
     for name, split in dataset.splits.items():
         for what, x in {**split.features, "target": split.target}.items():
-            if x is not None and len(split) and not x.isfinite().all():
-                row = int((~x.isfinite().reshape(len(split), -1).all(1)).nonzero()[0])
+            row = None if x is None else next((i for i, own in enumerate(x) if not own.isfinite().all()), None)
+            if row is not None:
                 raise InputError(
                     f"{options.data}: {what} of {split.ids[row]!r} in {name} holds a value that is no finite number; "
                     "leave that example out, or fill the value in"
@@ -187,7 +208,12 @@ def check_flags(options: DataOptions) -> None:
     """Raise InputError naming the first flag that was given and has no use with this dataset."""
     known = {flag for corpus in CORPORA.values() for flag in corpus.flags}
     for one in fields(DataOptions):
-        if one.name in known - set(CORPORA[options.dataset].flags) and getattr(options, one.name) != one.default:
-            users = " or ".join(name for name, corpus in CORPORA.items() if one.name in corpus.flags)
-            flag = f"--{one.name.replace('_', '-')}"
-            raise InputError(f"{flag}: has no use with --dataset {options.dataset}, only with {users}")
+        if one.name in known and getattr(options, one.name) != one.default:
+            _check_use(one.name, options.dataset)
+
+
+def _check_use(name: str, dataset: str) -> None:
+    """Raise InputError where a data set has no use for the flag `name`."""
+    if name not in CORPORA[dataset].flags:
+        users = " or ".join(other for other, corpus in CORPORA.items() if name in corpus.flags)
+        raise InputError(f"--{name.replace('_', '-')}: has no use with --dataset {dataset}, only with {users}")
