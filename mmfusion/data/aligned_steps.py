@@ -5,7 +5,7 @@ padding.
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -62,7 +62,8 @@ def load_release(path: Path, release: Release, manner: Manner) -> Dataset:
             x = _find_steps(arrays, f"{modality}_{key}", len(target), release.target, path)
             gone = np.isin(x, dict(release.unmeasured).get(modality, ()))
             unmeasured[modality] += int(gone.sum())
-            features[modality] = _taken(np.where(gone, np.nan, x) if gone.any() else x, manner)
+            kept = _taken(np.where(gone, np.nan, x) if gone.any() else x, manner)
+            features[modality] = replace(kept, missing=kept.missing - int(gone.sum()))  # those have a note of their own
         read[name] = features
         splits[name] = Split(
             {m: x.features if isinstance(x, Steps) else torch.from_numpy(x.features) for m, x in features.items()},
@@ -76,7 +77,8 @@ def load_release(path: Path, release: Release, manner: Manner) -> Dataset:
         notes += pooling_notes(modality, [features[modality] for features in read.values()])
         if unmeasured[modality]:
             values = " or ".join(f"{value:g}" for value in dict(release.unmeasured)[modality])
-            notes.append(f"{modality}: {unmeasured[modality]} of these were {values}, which stands for not measured")
+            taken = f"{unmeasured[modality]} values of {values}, which stand for not measured, were taken as missing"
+            notes.append(f"{modality}: {taken}")
     if outside:
         by = f"by less than {release.slack:g}; they are kept as released"
         notes.append(f"{outside} ratings lie outside of {low:g} .. {high:g} {by}")
