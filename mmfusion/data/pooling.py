@@ -105,6 +105,6 @@ def pooling_notes(modality: str, pooled: Sequence[Read]) -> list[str]:
     total = sum(len(one.features) for one in pooled)
     notes = [f"{modality}: {missing} values that were not finite were taken as missing"] if missing else []
     if empty:
-        left = "their vectors are zero" if isinstance(pooled[0], Pooled) else "nothing is there of them"
+        left = "their vectors are zero" if isinstance(pooled[0], Pooled) else "nothing is there"
         notes.append(f"{modality}: {empty} of {total} examples have no step that is not zero; {left}")
     return notes
