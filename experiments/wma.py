@@ -35,6 +35,7 @@ from experiments.token_rows import (
     foreign_tokens,
     gaussian_noise,
     hidden,
+    part_of,
     predictions_on_dev,
     predictions_on_test,
     scores_on_test,
