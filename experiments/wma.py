@@ -177,6 +177,8 @@ def tune(data: FoldedDataset, run: Run) -> tuple[Chosen, dict[str, dict[str, flo
     tried: dict[str, dict[str, float]] = {}
     rates: Sequence[float] = RATES
     for stage, epochs in enumerate((max(1, whole // 3), whole)):
+        if stage:
+            rates = sorted(rates, key=lambda rate: -max(tried[f"{rate:g}"].values()))[: (len(rates) + 1) // 2]
         for rate in rates:
             stack = [
                 row(first, options, f"{weight:g}", rate, {"transport": weight}, seeds=2, epochs=epochs)
@@ -184,9 +186,7 @@ def tune(data: FoldedDataset, run: Run) -> tuple[Chosen, dict[str, dict[str, flo
             ]
             trained = train_rows(first, stack, run, f"tune {stage} {rate:g}")
             tried[f"{rate:g}"] = dev_scores(first, trained)
-        best = sorted(rates, key=lambda rate: -max(tried[f"{rate:g}"].values()))
-        rates = best[: (len(rates) + 1) // 2]
-    finals = {f"{rate:g}" for rate in rates}
+    finals = [f"{rate:g}" for rate in rates]
     alone = max(finals, key=lambda rate: tried[rate]["0"])
     pairs = [(rate, weight) for rate in finals for weight in (f"{w:g}" for w in WEIGHTS)]
     aligned = max(pairs, key=lambda pair: tried[pair[0]][pair[1]])
