@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_memes import write_bert, write_memes
 from test_cmu_mosi_loader import _write, _write_npz, mmsa, multibench
@@ -43,6 +43,7 @@ RNG = np.random.default_rng(0)
 # ---- steps are kept by the rules of pooling --------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(data=st.data())
 def test_the_mean_over_kept_steps_is_the_pooled_vector(data):
     rng = np.random.default_rng(data.draw(st.integers(0, 10_000)))
