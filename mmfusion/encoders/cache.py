@@ -57,15 +57,17 @@ class StoredTokens:
 
     def read(self) -> Tensor:
         """(T, d). Raises InputError where the shard is gone, or shorter than it was."""
-        count = self.shape[0] * self.shape[1]
+        values = np.empty(self.shape, np.float16)
         try:
-            values = np.fromfile(self.path, np.float16, count, offset=self.start)
+            with open(self.path, "rb", buffering=0) as file:  # a third of the time of np.fromfile
+                file.seek(self.start)
+                count = file.readinto(values)
         except OSError as error:
             reason = error.strerror or str(error)
             raise InputError(f"{self.path}: cannot be read any more ({reason}); begin again") from error
-        if len(values) < count:
+        if count < values.nbytes:
             raise InputError(f"{self.path}: has been cut short since it was checked; begin again")
-        return torch.from_numpy(values).reshape(self.shape)
+        return torch.from_numpy(values)
 
 
 class FeatureCache:
