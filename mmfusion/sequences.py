@@ -40,12 +40,17 @@ class Sequences:
         return iter(self.parts)
 
     def __getitem__(self, rows: int | slice | Tensor) -> "Tensor | Sequences":
-        """One sequence (T_i, d) of a number; the chosen ones of a slice or of numbers (n,)."""
+        """One sequence (T_i, d) of a number; the chosen ones of a slice, of numbers (n,), or of booleans (N,)."""
         if isinstance(rows, int):
             return self.parts[rows]
         if isinstance(rows, slice):
             return Sequences(self.parts[rows])
-        return Sequences([self.parts[row] for row in torch.as_tensor(rows).tolist()])
+        rows = torch.as_tensor(rows)
+        if rows.dtype == torch.bool:
+            if rows.shape != self.lengths.shape:
+                raise IndexError(f"{len(self)} sequences, chosen by booleans {tuple(rows.shape)}")
+            rows = rows.nonzero().squeeze(1)
+        return self.parts[rows] if rows.ndim == 0 else Sequences([self.parts[row] for row in rows.tolist()])
 
     @property
     def shape(self) -> tuple[int, int, int]:
