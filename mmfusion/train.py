@@ -44,7 +44,7 @@ from mmfusion.files import write_atomically
 from mmfusion.metrics.conformal import Conformal, Intervals, LabelSets
 from mmfusion.models.fusion import FusionEnsemble, ModelConfig
 from mmfusion.models.missing import Missing, MissingPrediction
-from mmfusion.models.token_ensemble import TokenConfig
+from mmfusion.models.token_ensemble import TokenConfig, TokenEnsemble
 from mmfusion.robustness.certificates import Norm
 from mmfusion.runs.encode import RunEncoders
 from mmfusion.runs.folder import MARK_OF_COMPLETION, RunConfig, RunFolder, defaults_for
@@ -63,12 +63,13 @@ class Config:
     data: ArraysConfig = field(default_factory=ArraysConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    tokens: TokenConfig = field(default_factory=TokenConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def check(self) -> None:
         """Raise InputError naming the first flag whose value makes no sense."""
-        for section in (self.training, self.model, self.objective):
+        for section in (self.training, self.model, self.tokens, self.objective):
             section.check()
 
 
@@ -89,7 +90,7 @@ class MemesRun:
         """Those of `config` but for how arrays are cut. Raises InputError for an encoder that does not exist."""
         encoders = encoders or EncoderConfig()
         encoders.check()
-        return cls(data, config.training, config.model, TokenConfig(), config.objective, config.run, encoders)
+        return cls(data, config.training, config.model, config.tokens, config.objective, config.run, encoders)
 
 
 class Run:
@@ -98,7 +99,7 @@ class Run:
     def __init__(self, folder: Path | str, device: str = "cpu") -> None:
         """Read a run from its folder. Raises InputError where there is none that is whole, or its data have changed."""
         self.folder = Path(folder)
-        self.trained: TrainedRun = load_run(self.folder, device)
+        self.trained: TrainedRun = load_run(self.folder, device, with_tokens=True)
         self._conformal: Conformal | None = None
         self._encoders = RunEncoders(self.trained, device)
         self.results: dict[str, object] = json.loads((self.folder / MARK_OF_COMPLETION).read_text(encoding="utf-8"))
@@ -117,9 +118,17 @@ class Run:
         return tuple(dataset.target_names) if task == "multilabel" else dataset.class_names
 
     @property
-    def ensemble(self) -> FusionEnsemble:
-        """All members of jWAE-LMF."""
+    def ensemble(self) -> FusionEnsemble | TokenEnsemble:
+        """All members of jWAE-LMF, or of the model of tokens that the run is of."""
         return self.trained.ensembles[self.trained.main_row]
+
+    def _of_vectors(self, what: str) -> FusionEnsemble:
+        """The ensemble, where it takes vectors. Raises ValueError."""
+        if isinstance(self.ensemble, TokenEnsemble):
+            raise ValueError(
+                f"{what}: is of runs of vectors, this one takes tokens (python -m mmfusion.explain does too)"
+            )
+        return self.ensemble
 
     def encode(
         self, images: Sequence[Path | str] | None = None, texts: Sequence[str] | None = None
@@ -147,6 +156,7 @@ class Run:
         """Mean over members of probabilities, or of a regression's values, of raw features (N, d_m): (N,) or (N, O).
 
         Args:
+            features: of a run of tokens N sequences (T_i, d_m) of each modality, as a list of arrays or `Sequences`.
             missing: as for `predict_missing`, whose expected probabilities or values these then are; "error" refuses.
             coverage: for instance .9: sets of labels with abstention, or intervals, that hold the target with that
                 probability; `calibrate` says what that rests on.
@@ -155,7 +165,11 @@ class Run:
             raise ValueError(
                 "coverage is promised for whole examples, like those it was calibrated on: leave missing out"
             )
-        p = self.ensemble.predict(features, missing, self._train(missing)).double().mean(0).numpy()
+        if missing == "error":
+            p = self.ensemble.predict(features).double().mean(0).numpy()
+        else:
+            given = self._of_vectors(f"missing={missing!r}")
+            p = given.predict(features, missing, self._train(missing)).double().mean(0).numpy()
         if coverage is None:
             return p
         conformal = self._conformal or self._calibration()
@@ -176,7 +190,9 @@ class Run:
         Of classes the logit is integrated exactly; `prediction` is the expected probability, which is not that of the
         expected logit. See `mmfusion.models.missing`.
         """
-        return self.ensemble.predict_missing(features, missing, self._train(missing)).over_members()
+        return (
+            self._of_vectors("predict_missing").predict_missing(features, missing, self._train(missing)).over_members()
+        )
 
     def calibrate(self, features: Mapping[str, Tensor | np.ndarray], target: np.ndarray) -> "Run":
         """Take labelled examples that took no part in the run for what `predict(..., coverage=)` promises.
@@ -236,7 +252,7 @@ class Run:
         runner-up (`Account.pairs`); where their mean says otherwise, `Account.seeds_disagree` is True of that row.
         """
         members = self.trained.members(self.trained.main_row)
-        tensors = self.ensemble._tensors(features, caller="explain")
+        tensors = self._of_vectors("explain")._tensors(features, caller="explain")
         train = self.trained.datasets[0].splits["train"].features
         if self.trained.task == "multiclass":
             if output != 0:
@@ -247,7 +263,7 @@ class Run:
 
     def robustness(self, features: Mapping[str, Tensor | np.ndarray], norm: Norm = 2) -> dict[str, np.ndarray]:
         """Exact certified radii of each modality's latent, (S, N) each (`mmfusion.explain.account.latent_radii`)."""
-        tensors = self.ensemble._tensors(features, caller="robustness")
+        tensors = self._of_vectors("robustness")._tensors(features, caller="robustness")
         return latent_radii(self.trained.members(self.trained.main_row), tensors, self.trained.task, norm)
 
 
@@ -292,7 +308,7 @@ def fit(
         config = MemesRun.of(data, config, encoders)
         with processes.together():  # all know the folder before one begins it
             run = RunFolder.claim(config, data.run_name)
-        datasets = [load_memes(data, config.encoders, processes)]
+        datasets = [load_memes(data, config.encoders, processes, tokens=config.tokens.takes_tokens)]
         description = datasets[0].description | _terms_described(further_terms)
     else:
         name, given = "arrays", None
@@ -301,7 +317,7 @@ def fit(
             if any(isinstance(x, Sequences) for x in data.splits["train"].features.values()):
                 raise InputError("data: holds sequences; give their means (mmfusion.dataset.pooled of each split)")
             data, config = arrays_of(data), replace(config, data=ArraysConfig(task=data.task))
-        datasets = dataset_from_arrays(data, config.data, name)
+        datasets = dataset_from_arrays(data, config.data, name, tokens=config.tokens.takes_tokens)
         datasets = datasets if given is None else with_kept(datasets, beyond_arrays(given))
         with processes.together():
             run = RunFolder.claim(config, name)
@@ -329,7 +345,7 @@ def main(config: Config) -> None:
     processes = join_processes(str(device))
     with processes.together():
         run = RunFolder.claim(config, default_name(config))
-        datasets = load_arrays(config.data)
+        datasets = load_arrays(config.data, config.tokens.takes_tokens)
     carry_out(run, describe(datasets), datasets, config, torch.device(processes.device))
     leave_processes()
 

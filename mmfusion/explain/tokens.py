@@ -29,6 +29,7 @@ from mmfusion.runs.load import TrainedRun
 from mmfusion.sequences import Sequences, Tokens
 
 REFERENCE = 1000  # training examples whose mean token is what an example is compared with
+MOST_PAIRS = 40_000  # of which a linear programme takes seconds: more have no bounds
 SHOWN = 8  # pairs, or tokens of each modality, that are printed
 
 
@@ -172,6 +173,8 @@ class TokenExplainer:
 
     def _called(self, name: str, count: int, texts: Mapping[str, str]) -> list[str]:
         """Words of a text, cells of a square picture by row and column, else numbers."""
+        if count == 0:
+            return ["(nothing)"]  # counts as one token at 0
         if name in texts and self.run.encoders is not None:
             words = self.encoders.words(texts[name])
             if len(words) == count:
@@ -207,8 +210,9 @@ class TokenExplainer:
             pairs = pairs + plan * mean
             found |= {"pairs": pairs.numpy(), "plan": plan.numpy(), "residual": abs(pairs.sum() - raw).item()}
             scores = layer.pair_scores(latents)[0, :, :, self.output] * scale + mean
-            a, b = (mask[0].double() / mask.sum() for mask in masks)
-            if a.sum() > 0 and b.sum() > 0:
+            if all(mask.any() for mask in masks) and plan.numel() <= MOST_PAIRS:
+                # the plan's own masses: those of a diagonal one are not all tokens' alike
+                a, b = (plan.double().sum(k) / plan.double().sum() for k in (1, 0))
                 found["bounds"] = coupling_range(scores.double().numpy(), a.numpy(), b.numpy())
             found["worth"] = dict(zip(self.modalities, (pairs.sum(1).numpy(), pairs.sum(0).numpy()), strict=True))
         else:

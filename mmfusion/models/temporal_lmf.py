@@ -18,7 +18,9 @@ from typing import Literal, get_args
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy.optimize import linprog
+from scipy.sparse import eye_array, kron, vstack
 from torch import Tensor, nn
 
 from jwae_module import JWAE
@@ -27,7 +29,7 @@ from mmfusion.losses.optimal_transport import cosine_cost
 from mmfusion.losses.transport_plans import sinkhorn
 from mmfusion.models.decomposition import recentred_parts
 from mmfusion.models.heads import Rescale, Standardise
-from mmfusion.models.tokens import TokenOutput, draw_tokens, hide, step_times, uniform_mass
+from mmfusion.models.tokens import TokenOutput, draw_tokens, hide, step_times, uniform_mass, without_padding
 from mmfusion.sequences import Tokens
 
 Plan = Literal["transport", "diagonal", "banded", "uniform"]
@@ -42,12 +44,13 @@ class TemporalLMF(LowRankMultimodalFusion):
         input_dims, output_dim, rank, active_rank: as of `LowRankMultimodalFusion`.
         plan: which coupling of the hub's steps with another modality's.
             "transport": entropic optimal transport by the cosine distance of their vectors, without a gradient.
-            "diagonal": step i with step i, over the steps that both have.
+            "diagonal": step i with step i, over the steps that all modalities have; all with all where there is none.
             "banded": entropic transport by the lag of their times, each from 0 at the first to 1 at the last step.
             "uniform": all with all.
         band: standard deviation of the lag in a banded plan, as a share of the whole duration.
 
-    Raises ValueError for an unknown plan or a band that is not positive, and as `LowRankMultimodalFusion`.
+    Raises ValueError for an unknown plan, a band that is not positive, or transport between vectors of several widths,
+    and as `LowRankMultimodalFusion`.
     """
 
     def __init__(
@@ -65,6 +68,8 @@ class TemporalLMF(LowRankMultimodalFusion):
             raise ValueError(f"plan is one of {', '.join(get_args(Plan))}, not {plan!r}")
         if not band > 0:
             raise ValueError(f"band must be positive, got {band}")
+        if plan == "transport" and len(set(input_dims)) > 1:
+            raise ValueError(f"transport compares vectors by their angle: give them one width, not {list(input_dims)}")
         self.plan, self.band = plan, band
 
     def forward(self, latents: Sequence[Tensor], masks: Sequence[Tensor] | None = None) -> Tensor:
@@ -87,8 +92,7 @@ class TemporalLMF(LowRankMultimodalFusion):
 
     def plans(self, latents: Sequence[Tensor], masks: Sequence[Tensor] | None = None) -> list[Tensor]:
         """The coupling (..., T_1, T_m) of the first modality with each other one; of mass 1, without a gradient."""
-        latents, masks = self._filled(latents, masks)
-        return [self._coupling(latents[0], x, masks[0], mask) for x, mask in zip(latents[1:], masks[1:], strict=True)]
+        return self._couplings(*self._filled(latents, masks))
 
     def contributions(self, latents: Sequence[Tensor], masks: Sequence[Tensor] | None = None) -> Tensor:
         """What each pair of steps adds: P_ij LMF(x_i, y_j), (..., T_1, T_2, O); they sum to the output.
@@ -98,7 +102,7 @@ class TemporalLMF(LowRankMultimodalFusion):
         if len(self.input_dims) != 2:
             raise ValueError(f"pairs are of two modalities, this layer has {len(self.input_dims)}")
         latents, masks = self._filled(latents, masks)
-        plan = self._coupling(*latents, *masks)
+        (plan,) = self._couplings(latents, masks)
         return plan.unsqueeze(-1) * self.pair_scores(latents)
 
     def pair_scores(self, latents: Sequence[Tensor]) -> Tensor:
@@ -111,12 +115,10 @@ class TemporalLMF(LowRankMultimodalFusion):
     def step_gradient(self, latents: Sequence[Tensor], m: int, masks: Sequence[Tensor] | None = None) -> Tensor:
         """dy / dx_i of every step of modality m at this plan, (..., O, T_m, d_m), exact: y is affine in all of them."""
         mass, partners = self.met(latents, masks)
-        slope = self.modality_gradient(partners, m)  # (..., T_1, O, d_m)
+        slope = self.modality_gradient(partners, m) * mass[..., None, None]  # (..., T_1, O, d_m)
         if m == 0:
-            weighted = slope * mass[..., None, None]
-            return weighted.transpose(-3, -2)
-        plan = self.plans(latents, masks)[m - 1]
-        return torch.einsum("...ij,...iod->...ojd", plan, slope)
+            return slope.transpose(-3, -2)
+        return torch.einsum("...ij,...iod->...ojd", _given_the_row(self.plans(latents, masks)[m - 1]), slope)
 
     def met(self, latents: Sequence[Tensor], masks: Sequence[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
         """Mass (..., T_1) of the hub's steps, and the hub's vectors beside what each met, M of (..., T_1, d_m).
@@ -124,14 +126,11 @@ class TemporalLMF(LowRankMultimodalFusion):
         The layer's own exact decompositions of the latter, summed with these masses, are those of the output.
         """
         latents, masks = self._filled(latents, masks)
-        hub, mass = latents[0], uniform_mass(masks[0])
-        partners = [hub]
-        for x, mask in zip(latents[1:], masks[1:], strict=True):
-            plan = self._coupling(hub, x, masks[0], mask)
-            rows = plan.sum(-1, keepdim=True)
-            partners.append((plan / rows.clamp_min(1e-12)) @ x)
-            mass = rows.squeeze(-1)  # of transport it is that of the first up to the error of its iterations
-        return mass, partners
+        plans = self._couplings(latents, masks)
+        partners = [_given_the_row(plan) @ x for plan, x in zip(plans, latents[1:], strict=True)]  # (..., T_1, d_m)
+        # all plans have the same row sums, those of transport up to the error of its iterations
+        mass = plans[-1].sum(-1) if plans else uniform_mass(masks[0])
+        return mass, [latents[0], *partners]
 
     @staticmethod
     def _sum(values: Tensor, mass: Tensor) -> Tensor:
@@ -142,24 +141,25 @@ class TemporalLMF(LowRankMultimodalFusion):
         masks = [x.new_ones(x.shape[:-1]) for x in latents] if masks is None else list(masks)
         whole = []
         for k, (x, mask) in enumerate(zip(latents, masks, strict=True)):
-            whole.append(x * mask.unsqueeze(-1))
+            # where, not a product: what stands at padding may be infinite
+            whole.append(torch.where((mask != 0).unsqueeze(-1), x, 0))
+            mask = mask.to(x.dtype)
             empty = (mask.sum(-1, keepdim=True) == 0).to(mask)  # (..., 1)
             first = (torch.arange(mask.shape[-1], device=mask.device) == 0).to(mask)
             masks[k] = mask + empty * first
         return whole, masks
+
+    def _couplings(self, latents: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
+        """(..., T_1, T_m) of the first modality with each other one, of mass 1 and of the same row sums."""
+        if self.plan == "diagonal":
+            return _diagonal(masks)
+        return [self._coupling(latents[0], x, masks[0], mask) for x, mask in zip(latents[1:], masks[1:], strict=True)]
 
     def _coupling(self, x: Tensor, y: Tensor, x_mask: Tensor, y_mask: Tensor) -> Tensor:
         """(..., T_1, T_2) of mass 1."""
         a, b = uniform_mass(x_mask), uniform_mass(y_mask)
         if self.plan == "uniform":
             return a.unsqueeze(-1) * b.unsqueeze(-2)
-        if self.plan == "diagonal":
-            length = min(x.shape[-2], y.shape[-2])
-            eye = torch.eye(x.shape[-2], y.shape[-2], device=x.device, dtype=x.dtype)
-            both = x_mask[..., :length] * y_mask[..., :length]
-            joint = torch.zeros_like(x_mask)
-            joint = torch.cat([both, joint[..., length:]], -1)
-            return eye * uniform_mass(joint).unsqueeze(-1)
         if self.plan == "banded":
             lag = step_times(x_mask).unsqueeze(-1) - step_times(y_mask).unsqueeze(-2)
             cost = (lag / self.band).square() / 2
@@ -168,17 +168,40 @@ class TemporalLMF(LowRankMultimodalFusion):
         return sinkhorn(cost, a, b, epsilon=EPSILON, iterations=ITERATIONS, kernel="exponential").plan
 
 
+def _diagonal(masks: Sequence[Tensor]) -> list[Tensor]:
+    """Couplings (..., T_1, T_m) of steps i with i, the same mass on all that every mask has."""
+    length = min(mask.shape[-1] for mask in masks)
+    shared = masks[0][..., :length]
+    for mask in masks[1:]:
+        shared = shared * mask[..., :length]
+    diagonal = torch.diag_embed(uniform_mass(shared))  # (..., length, length)
+    nothing = (shared.sum(-1) == 0).to(shared)[..., None, None]
+    plans = []
+    for mask in masks[1:]:
+        rows, columns = masks[0].shape[-1] - length, mask.shape[-1] - length
+        independent = uniform_mass(masks[0]).unsqueeze(-1) * uniform_mass(mask).unsqueeze(-2)
+        plans.append(F.pad(diagonal, (0, columns, 0, rows)) + nothing * independent)
+    return plans
+
+
+def _given_the_row(plan: Tensor) -> Tensor:
+    """(..., n, m) -> the same with rows of sum 1, or 0 where a row has no mass."""
+    return plan / plan.sum(-1, keepdim=True).clamp_min(1e-12)
+
+
 def coupling_range(scores: np.ndarray, a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
     """Least and largest sum_ij P_ij scores_ij over all couplings P of masses a (n,) and b (m,), scores (n, m).
 
     Exact: the sum is linear in P, so these are two linear programmes. What a prediction could be, whatever the plan.
     """
+    if abs(a.sum() - b.sum()) > 1e-6:
+        raise ValueError(f"masses of sums {a.sum():g} and {b.sum():g} have no coupling")
     n, m = scores.shape
-    rows, columns = np.kron(np.eye(n), np.ones(m)), np.kron(np.ones(n), np.eye(m))
-    constraints = {"A_eq": np.vstack([rows, columns[:-1]]), "b_eq": np.concatenate([a, b[:-1]]), "method": "highs"}
+    rows, columns = kron(eye_array(n), np.ones((1, m))), kron(np.ones((1, n)), eye_array(m), format="csr")
+    constraints = {"A_eq": vstack([rows, columns[:-1]]), "b_eq": np.concatenate([a, b[:-1]]), "method": "highs"}
     least, largest = (linprog(sign * scores.ravel(), **constraints) for sign in (1, -1))
     if least.status or largest.status:
-        raise ValueError(f"masses of sums {a.sum():g} and {b.sum():g} have no coupling: {least.message}")
+        raise ValueError(f"no coupling found: {least.message} {largest.message}")
     return float(least.fun), float(-largest.fun)
 
 
@@ -223,7 +246,7 @@ class TemporalFusion(nn.Module):
         self, features: Mapping[str, Tokens], present: Mapping[str, Tensor] | None = None
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Latents (B, T_m, L) of every token and their masks (B, T_m), in the order of `modalities`."""
-        seen = hide(features, present)
+        seen = hide(without_padding(features), present)
         encoded = self.jwae.encode({name: self.standardise[name](seen[name].values) for name in self.modalities})
         return [encoded[name] for name in self.modalities], [seen[name].mask for name in self.modalities]
 
@@ -239,6 +262,7 @@ class TemporalFusion(nn.Module):
         `present` (B,) hides a modality where it is 0; `kept` (B, d_m) multiplies the standardised tokens that the
         encoders see. With `uniforms` (B, M), one token of each example comes back with its latent and reconstruction.
         """
+        features = without_padding(features)
         seen = hide(features, present)
         standardised = {name: self.standardise[name](features[name].values) for name in self.modalities}
         inputs = {name: x * kept[name].unsqueeze(-2) if kept else x for name, x in standardised.items()}

@@ -1,7 +1,7 @@
 """Ensembles of models that take sequences: the transformer of `wma`, and LMF over pairs of tokens (`temporal_lmf`)."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -58,6 +58,16 @@ class TokenConfig:
                 f"--transformer-heads {self.transformer_heads}: must divide --transformer-width "
                 f"{self.transformer_width}, for instance 8 of 128"
             )
+        for field in fields(self):
+            owner = "wma" if field.name.startswith("transformer") else "transport"
+            if field.name != "fusion" and self.fusion != owner and getattr(self, field.name) != field.default:
+                flag = field.name.replace("_", "-")
+                raise InputError(
+                    f"--{flag} {getattr(self, field.name)}: is of --fusion {owner}, and this is {self.fusion}; "
+                    "leave it out"
+                )
+        if self.band != TokenConfig.band and self.plan != "banded":
+            raise InputError(f"--band {self.band}: is of --plan banded, and this is {self.plan}; leave it out")
         if not 0 <= self.transformer_dropout <= 0.9:
             raise InputError(f"--transformer-dropout {self.transformer_dropout}: give a rate from 0 to 0.9")
 

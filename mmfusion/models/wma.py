@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmfusion.models.heads import Rescale, Standardise
-from mmfusion.models.tokens import TokenOutput, draw_tokens, hide, masked_mean
+from mmfusion.models.tokens import TokenOutput, draw_tokens, hide, masked_mean, without_padding
 from mmfusion.sequences import Tokens
 
 
@@ -40,8 +40,9 @@ class TransformerLayer(nn.Module):
             .permute(2, 0, 3, 1, 4)
         )
         # finite, so that a sequence of nothing but padding gives numbers: they are masked wherever they are used
-        bias = ((mask - 1) * 1e9)[:, None, None, :]
-        seen = F.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype))
+        lowest = torch.finfo(query.dtype).min / 2
+        bias = ((1 - mask) * lowest).to(query.dtype)[:, None, None, :]
+        seen = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
         added = self.project_out(seen.transpose(1, 2).reshape(batch, length, width))
         x = x + (added * kept[0] if kept else added)
         added = self.readout(F.gelu(self.hidden(self.before_hidden(x))))
@@ -106,6 +107,7 @@ class TokenTransformer(nn.Module):
         `present` (B,) hides a modality where it is 0; `kept` (B, d_m) multiplies the standardised tokens. With
         `uniforms` (B, self.uniforms) channels are dropped, and one token of the last layer of each example comes back.
         """
+        features = without_padding(features)
         seen = hide(features, present)
         parts, lengths = [], [seen[name].values.shape[-2] for name in self.modalities]
         for name, length in zip(self.modalities, lengths, strict=True):

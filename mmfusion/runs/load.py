@@ -135,11 +135,12 @@ def load_run(folder: Path, device: str = "cpu", with_tokens: bool = False) -> Tr
         config = config_from(ArraysConfig, settings, path)
         kept = folder / ARRAYS  # arrays that were given from Python
         if kept.exists():
-            datasets = dataset_from_arrays(read_arrays(kept)[0], config, str(begun["data"].get("name")))
+            name = str(begun["data"].get("name"))
+            datasets = dataset_from_arrays(read_arrays(kept)[0], config, name, tokens=tokens.takes_tokens)
             if "dataset" in begun["data"]:
                 datasets = with_kept(datasets, begun["data"]["dataset"])
         else:
-            datasets = load_arrays(config)
+            datasets = load_arrays(config, tokens.takes_tokens)
         data = fold_datasets(datasets)
         now = describe_arrays(datasets)
         trained_on_dev = False

@@ -85,9 +85,9 @@ def token_methods(every: tuple[str, ...], config: Sections) -> list[list[Method]
     """A model of tokens with and without the alignment of its tokens, and two of the mean tokens."""
     tokens, rank = tokens_of(config), config.model.rank
     name = "transformer" if tokens.fusion == "wma" else f"{tokens.plan}-LMF, rank {rank}"
-    first = [Method(f"{name}, aligned tokens", every, tokens.fusion, active_rank=rank)]
+    first = [Method(name, every, tokens.fusion, active_rank=rank, weights={"transport": 0.0})]
     if config.objective.transport_weight > 0:
-        first.append(Method(name, every, tokens.fusion, active_rank=rank, weights={"transport": 0.0}))
+        first.insert(0, Method(f"{name}, aligned tokens", every, tokens.fusion, active_rank=rank))
     pooled_lmf = Method(f"jWAE-LMF of mean tokens, rank {rank}", every, active_rank=rank)
     return [first, [pooled_lmf], [Method("concatenation of mean tokens + MLP", every, "concatenation")]]
 

@@ -120,15 +120,30 @@ def fit_methods(
         "prior": objectives.prior,
     }
     score = selection_score(first.task, scale, training.select_by == "log_loss", class_weights)
+    of_terms = objectives.token_weights if methods[0].takes_tokens else objectives.loss_weights
+    term_weights = of_terms(first.task, modalities)
+    if fusion == "wma":  # has no jWAE
+        term_weights = {n: w for n, w in term_weights.items() if n not in (*PRIOR_TERMS, "reconstruction")}
+    term_weights |= {name: weight for name, (weight, _) in (further_terms or {}).items()}
+    members = _members(methods, term_weights, training, len(data.folds))
+    directions = (DIRECTIONS, model.latent_dim) if set(term_weights) & set(DIRECTIONAL) else None
     if methods[0].takes_tokens:
         if further_terms:
             raise ValueError("further terms are of models of one vector a modality, not of tokens")
+        # what no member weighs is not computed: transport plans alone are a tenth of a transformer's step
+        weighed = {name for member in members for name, weight in member.loss_weights.items() if weight}
+        members = [
+            replace(member, loss_weights={n: w for n, w in member.loss_weights.items() if n in weighed})
+            for member in members
+        ]
+        transport = objectives.transport_term
         problem = Problem(
             build,
-            lambda model, batch: token_objective(model, batch, **terms, transport=objectives.transport_term),
+            lambda model, batch: token_objective(model, batch, **terms, transport=transport, wanted=weighed),
             partial(predict_tokens, task=first.task),
             score,
-            uniforms=fitted[0].uniforms,
+            directions,
+            fitted[0].uniforms,
         )
     else:
         further = {name: term for name, (_, term) in (further_terms or {}).items()}
@@ -138,7 +153,7 @@ def fit_methods(
             lambda model, batch: objective(model, batch, **terms, alignment=alignment, further=further),
             partial(predict, task=first.task),
             score,
-            (DIRECTIONS, model.latent_dim) if set(objectives.prior) & set(DIRECTIONAL) else None,
+            directions,
         )
     schedule = Schedule(
         epochs=training.epochs,
@@ -148,15 +163,9 @@ def fit_methods(
         patience=training.patience,
         keep=training.keep,
         compile=training.compile,
-        # a transformer's products are wide enough to fill a CPU member by member, and their padding stays small
+        # a transformer's products are wide enough to fill a CPU member by member, and its attention is fused there
         stacked=fusion != "wma" or torch.device(device).type != "cpu",
     )
-    of_terms = objectives.token_weights if methods[0].takes_tokens else objectives.loss_weights
-    term_weights = of_terms(first.task, modalities)
-    if fusion == "wma":  # has no jWAE
-        term_weights = {n: w for n, w in term_weights.items() if n not in (*PRIOR_TERMS, "reconstruction")}
-    term_weights |= {name: weight for name, (weight, _) in (further_terms or {}).items()}
-    members = _members(methods, term_weights, training, len(data.folds))
     trained = train(problem, members, data, schedule, device=device, checkpoint=checkpoint, on_epoch=on_epoch)
     if fusion == "lmf" and model.spectral_norm is None:
         give_prior(trained.models, members, data)

@@ -146,6 +146,8 @@ def token_terms(
     prior: Collection[Prior] = ("mmd",),
     transport: TransportTerm | None = None,
     phase: Tensor | None = None,
+    wanted: Collection[str] | None = None,
+    directions: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The named terms that a model of token sequences is trained on, as scalars of one batch.
 
@@ -157,17 +159,26 @@ def token_terms(
         output: with drawn tokens.
         target, target_scale, class_weights: as for `fit_loss`.
         transport, phase: the alignment, default as its class, and what it is called with.
+        wanted: terms beside the fit; default: all that the model has.
+        directions: (K, L), which some of the prior's penalties need.
     """
     terms = {FIT_TERM[task]: fit_loss(output, target, task, target_scale, class_weights)}
-    if len(output.latents) > 1:
+
+    def wants(name: str) -> bool:
+        return wanted is None or name in wanted
+
+    if len(output.latents) > 1 and wants("transport"):
         terms["transport"] = (transport or TransportTerm())(output.layers, phase)
+    if len(output.latents) > 1 and wants("token_mmd"):
         pairs = list(itertools.combinations(output.latents.values(), 2))
         terms["token_mmd"] = torch.stack([mmd_between(x, y) for x, y in pairs]).mean()
     if output.reconstructions:
         latents = torch.stack(list(output.latents.values()))  # (M, B, L)
-        for name in prior:
-            terms[name] = torch.vmap(PRIOR_TERMS[name])(latents).mean()
-        terms["reconstruction"] = reconstruction_error(output.standardised, output.reconstructions)
+        for name in filter(wants, prior):
+            term = partial(PRIOR_TERMS[name], directions=directions) if name in DIRECTIONAL else PRIOR_TERMS[name]
+            terms[name] = torch.vmap(term)(latents).mean()
+        if wants("reconstruction"):
+            terms["reconstruction"] = reconstruction_error(output.standardised, output.reconstructions)
     return terms
 
 
@@ -179,11 +190,14 @@ def token_objective(
     class_weights: Tensor | None = None,
     prior: Collection[Prior] = ("mmd",),
     transport: TransportTerm | None = None,
+    wanted: Collection[str] | None = None,
 ) -> dict[str, Tensor]:
     """`token_terms` of one model of sequences on one batch."""
     uniforms = batch.uniforms[0]
     output = model(batch.features, present=batch.present, kept=batch.kept, uniforms=uniforms)
-    return token_terms(output, batch.target, task, scale, class_weights, prior, transport, uniforms[:, 0])
+    directions = batch.directions[0] if batch.directions else None
+    shared = (task, scale, class_weights, prior, transport)
+    return token_terms(output, batch.target, *shared, uniforms[:, 0], wanted, directions)
 
 
 def predict_tokens(model: ModelCall, features: Mapping[str, Tokens], task: Task = "binary") -> Tensor:

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, stack_module_state, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 
 from mmfusion.dataset import Fold, Split
@@ -32,6 +33,7 @@ from mmfusion.training.checkpoint import read_checkpoint, write_checkpoint
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 WARM_UP = 0.1  # share of all steps over which a linear schedule rises
+POOLED_BATCHES = 4  # of sequences, that are sorted by length together
 Annealing = Literal["none", "cosine", "linear"]
 
 
@@ -107,6 +109,21 @@ def epoch_order(seed: int, epoch: int, examples: int) -> Tensor:
     return torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(examples))
 
 
+def alike_in_length(rows: Tensor, counts: Tensor, batch_size: int, epoch: int) -> Tensor:
+    """Rows (n,) such that batches hold examples of like length: padding, and attention to it, cost less.
+
+    Every few batches' examples are sorted by their `counts` (N,) of tokens, stably, and cut into batches anew; these
+    follow each other in an order of the epoch's own, the same for all seeds, so that members stacked are all at long
+    or all at short ones.
+    """
+    parts = []
+    for k, pool in enumerate(rows.split(POOLED_BATCHES * batch_size)):
+        batches = pool[counts[pool].argsort(stable=True)].split(batch_size)
+        order = np.random.default_rng([epoch, 5, k]).permutation(len(batches))
+        parts.extend(batches[i] for i in order)
+    return torch.cat(parts)
+
+
 def epoch_uniforms(seed: int, epoch: int, examples: int, modalities: int) -> Tensor:
     """Uniform numbers (examples, modalities) of `seed` and `epoch`: a modality of rate p is hidden where they are < p.
 
@@ -153,7 +170,7 @@ def vectorized_step(skeleton: nn.Module, objective: Objective, compile: bool = F
         return sum(weights[name] * value for name, value in terms.items()), terms
 
     one = grad_and_value(loss, has_aux=True)
-    all_members = vmap(one) if stacked else partial(_in_turn, one)
+    all_members = partial(_at_once if stacked else _in_turn, one)
 
     def step(parameters: dict, buffers: dict, batch: Batch, weights: dict) -> tuple[dict, dict[str, Tensor]]:
         gradients, (_, terms) = all_members(parameters, buffers, batch, weights)
@@ -162,8 +179,18 @@ def vectorized_step(skeleton: nn.Module, objective: Objective, compile: bool = F
     return torch.compile(step) if compile else step
 
 
+def _at_once(function: Callable, *stacks: object, in_dims: Sequence[int | None] | int = 0) -> object:
+    """`torch.func.vmap(function, in_dims)(*stacks)`."""
+    mapped = vmap(function, in_dims)
+    if tree_leaves(stacks[0])[0].device.type != "cpu":
+        return mapped(*stacks)
+    # the CPU's fused attention has no batching rule: vmap would warn, and call it for one member after the other
+    with sdpa_kernel(SDPBackend.MATH):
+        return mapped(*stacks)
+
+
 def _in_turn(function: Callable, *stacks: object, in_dims: Sequence[int | None] | None = None) -> object:
-    """What `torch.func.vmap(function, in_dims)(*stacks)` gives, one member after another."""
+    """What `_at_once` gives, one member after another."""
     dims = in_dims or (0,) * len(stacks)
     first = next(stack for stack, dim in zip(stacks, dims, strict=True) if dim == 0)
     size = len(tree_leaves(first)[0])
@@ -451,6 +478,7 @@ class _Feed:
         # sequences stay where they are, perhaps in a file: a batch of them goes to the device
         self.features = {n: x if isinstance(x, Sequences) else x.to(device) for n, x in data.features.items()}
         self.target = data.target.to(device)
+        self.counts = token_counts(data.features)
         # members of one seed and fold share their batches
         keys = sorted({(member.seed, member.fold) for member in members})
         self.orders = [(seed, folds[fold].train) for seed, fold in keys]
@@ -472,8 +500,10 @@ class _Feed:
     def batches(self, epoch: int) -> Iterator[Batch]:
         """Batches with features (S, B, d_m), target (S, B) and, if a modality is dropped, present (S, B)."""
         device, seen = self.target.device, self.steps * self.batch_size
-        orders = torch.stack([rows[epoch_order(seed, epoch, len(rows))[:seen]] for seed, rows in self.orders])
-        orders = orders[self.row].to(device)  # (S, n)
+        orders = [rows[epoch_order(seed, epoch, len(rows))[:seen]] for seed, rows in self.orders]
+        if self.counts is not None:
+            orders = [alike_in_length(rows, self.counts, self.batch_size, epoch) for rows in orders]
+        orders = torch.stack(orders)[self.row].to(device)  # (S, n)
         if self.rates:
             names = list(self.features)
             uniforms = torch.stack([epoch_uniforms(seed, epoch, seen, len(names)) for seed, _ in self.orders])
@@ -606,7 +636,7 @@ def _predict_members(
         return predict(lambda *args, **kw: functional_call(skeleton, (parameters, buffers), args, kw), features)
 
     in_dims = (0, 0, None)
-    many = vmap(one, in_dims) if stacked else partial(_in_turn, one, in_dims=in_dims)
+    many = partial(_at_once if stacked else _in_turn, one, in_dims=in_dims)
     return torch.cat([many(state.parameters, state.buffers, features).cpu() for features in parts], dim=1)
 
 
