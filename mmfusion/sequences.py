@@ -24,14 +24,15 @@ class Sequences:
     Equal parts (one picture under two captions) may be one tensor.
     """
 
-    def __init__(self, parts: Sequence[Tensor]) -> None:
-        """Raises ValueError where there is none, or one is not (T, d) with the others' d."""
+    def __init__(self, parts: Sequence[Tensor], width: int | None = None) -> None:
+        """`width` is d, default that of the parts. Raises ValueError where neither says it, or a part is not (T, d)."""
         self.parts = list(parts)
-        widths = {part.shape[-1] for part in self.parts}
+        widths = {part.shape[-1] for part in self.parts} | ({width} if width is not None else set())
         if len(widths) != 1 or any(part.ndim != 2 or not part.is_floating_point() for part in self.parts):
             found = sorted({f"{part.dtype} {tuple(part.shape)}" for part in self.parts})[:3]
             raise ValueError(f"sequences are floating-point tensors (T, d) of one width d; found {', '.join(found)}")
-        self.lengths = torch.tensor([len(part) for part in self.parts])
+        (self.width,) = widths
+        self.lengths = torch.tensor([len(part) for part in self.parts], dtype=torch.long)
 
     def __len__(self) -> int:
         return len(self.parts)
@@ -44,18 +45,18 @@ class Sequences:
         if isinstance(rows, int):
             return self.parts[rows]
         if isinstance(rows, slice):
-            return Sequences(self.parts[rows])
+            return Sequences(self.parts[rows], self.width)
         rows = torch.as_tensor(rows)
         if rows.dtype == torch.bool:
             if rows.shape != self.lengths.shape:
                 raise IndexError(f"{len(self)} sequences, chosen by booleans {tuple(rows.shape)}")
             rows = rows.nonzero().squeeze(1)
-        return self.parts[rows] if rows.ndim == 0 else Sequences([self.parts[row] for row in rows.tolist()])
+        return self.parts[rows] if rows.ndim == 0 else Sequences([self.parts[row] for row in rows.tolist()], self.width)
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(N, longest T, d), as of the padded whole."""
-        return len(self.parts), int(self.lengths.max()), self.parts[0].shape[-1]
+        return len(self.parts), int(self.lengths.max()) if self.parts else 0, self.width
 
     def padded(self, rows: Tensor | None = None, device: torch.device | str = "cpu") -> Tokens:
         """The sequences `rows` (..., B), default all, as float32 values (..., B, T, d) and mask (..., B, T).
@@ -75,12 +76,12 @@ class Sequences:
     def pooled(self) -> Tensor:
         """(N, d) float32: the mean over each sequence's tokens; 0 of an empty one."""
         means = [part.float().mean(0) if len(part) else part.new_zeros(part.shape[-1]).float() for part in self.parts]
-        return torch.stack(means)
+        return torch.stack(means) if means else torch.zeros(0, self.width)
 
 
 def from_padded(values: Tensor, mask: Tensor) -> Sequences:
     """(N, T, d) and mask (N, T) -> their tokens where the mask is not 0."""
-    return Sequences([row[kept] for row, kept in zip(values, mask.bool(), strict=True)])
+    return Sequences([row[kept] for row, kept in zip(values, mask.bool(), strict=True)], values.shape[-1])
 
 
 def token_counts(features: "Mapping[str, Tensor | Sequences]") -> Tensor | None:
@@ -113,5 +114,5 @@ def chunks(
 def concatenate(parts: Sequence[Tensor | Sequences]) -> Tensor | Sequences:
     """Examples of several splits after each other, of vectors (n, d) or of sequences."""
     if isinstance(parts[0], Sequences):
-        return Sequences([row for part in parts for row in part])
+        return Sequences([row for part in parts for row in part], parts[0].width)
     return torch.cat(list(parts))
