@@ -57,6 +57,12 @@ def test_random_plan_does_not_match_tokens():
     torch.testing.assert_close(plans[0].sum(-2), torch.full((8, 6), 1 / 6))
 
 
+def test_random_plan_changes_with_the_phase_alone():
+    x, y = tokens(8, 6), tokens(8, 6, seed=1)
+    found = [TransportTerm("random")([{"a": x, "b": y}], phase(8, seed)).item() for seed in (0, 0, 1)]
+    assert found[0] == found[1] != found[2]
+
+
 def test_scattered_numbers_are_uniform_and_without_a_pattern():
     noise = _scattered(phase(64), 20, 20)
     assert noise.min() >= 0 and noise.max() < 1
