@@ -51,6 +51,13 @@ def test_chosen_rows():
         x[torch.tensor([True, False])]
 
 
+def test_no_sequence_at_all_keeps_its_width():
+    none = sequences([2, 0])[torch.zeros(0, dtype=torch.long)]
+    assert len(none) == 0 and none.shape == (0, 0, 3) and none.pooled().shape == (0, 3)
+    assert none[0:0].shape == (0, 0, 3) and sequences([1])[[]].width == 3
+    assert concatenate([sequences([2]), none]).lengths.tolist() == [2]
+
+
 def test_half_precision_is_read_as_single():
     assert sequences([2, 1], dtype=torch.float16).padded().values.dtype == torch.float32
     assert sequences([2, 0], dtype=torch.float16).pooled().dtype == torch.float32

@@ -121,7 +121,7 @@ class TokenEnsemble(Ensemble):
         features = self._sequences(features)
         order = token_counts(features).argsort(stable=True)
         device = self.members[0].rescale.mean.device
-        outputs = []
+        outputs = [torch.zeros(len(self.members), 0, self.shape["output_dim"], device=device)]
         for part in chunks(features, order, device):
             outputs.append(torch.stack([member(part).prediction for member in self.members]))
         return torch.cat(outputs, 1)[:, order.argsort()]

@@ -58,16 +58,18 @@ def draw(
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # half a second of every command's start
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(20, 9.8), layout="constrained")
+    has_prior = ensemble.shape["fusion"] != "wma"
+    columns = 4 if has_prior or ranks is not None else 3  # the third holds ranks and prior
+    figure = Figure(figsize=(5 * columns, 9.8), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(2, 4)
+    axes = figure.subplots(2, columns)
     members = len(ensemble.members)
     _draw_losses(axes[0, 0], trained, members)
     _draw_selection(axes[0, 1], trained, members, dataset)
-    if ranks is None:
-        axes[0, 2].set_axis_off()
-    else:
+    if ranks is not None:
         _draw_ranks(axes[0, 2], ranks, dataset.selection)
+    elif has_prior:
+        axes[0, 2].set_axis_off()
     selected = ", selected upon" if shown.name == dataset.selection else ""
     where = f"{shown.name}, n = {len(shown.split)}{selected}"
     if shown.split.target is not None:
@@ -81,14 +83,11 @@ def draw(
     else:
         latents, what = _aggregate_latents(ensemble.members[0], selection), "latents"
         title = f"jWAE-LMF on {dataset.name}"
-    has_prior = ensemble.shape["fusion"] != "wma"
     first = f"{what} on {dataset.selection},\nfirst seed: two main axes"
-    _draw_plane(axes[0, 3], latents, main_axes(latents), first, has_prior)
-    _draw_plane(axes[1, 3], latents, random_plane(latents), "the same on a random plane", has_prior)
+    _draw_plane(axes[0, -1], latents, main_axes(latents), first, has_prior)
+    _draw_plane(axes[1, -1], latents, random_plane(latents), "the same on a random plane", has_prior)
     if has_prior:
         _draw_norms(axes[1, 2], latents, f"squared norms on {dataset.selection}, first seed")
-    else:
-        axes[1, 2].set_axis_off()
     of_folds = f", {folds} folds" if folds > 1 else ""
     rank = f", rank {ranks.weight.shape[1]}" if ranks else ""
     figure.suptitle(f"{title}: {counted(members // folds, 'seed')}{of_folds}{rank}", fontsize=14)

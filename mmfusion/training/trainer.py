@@ -656,7 +656,8 @@ def _identity(members: list[Member], schedule: Schedule, data: TrainingData, mod
     shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
     digest = hashlib.sha256(json.dumps([settings, [asdict(m) for m in members], shapes], sort_keys=True).encode())
     for split in (data.train, data.selection):
-        parts = (x if isinstance(x, Sequences) else [x] for x in (*split.features.values(), split.target))
+        # the lengths first: tokens cut at other places are other sequences
+        parts = ([x.lengths, *x] if isinstance(x, Sequences) else [x] for x in (*split.features.values(), split.target))
         for tensor in itertools.chain.from_iterable(parts):
             digest.update(tensor.contiguous().numpy().tobytes())
     for rows in itertools.chain.from_iterable(fold[:2] for fold in data.folds):
