@@ -100,7 +100,7 @@ def toy(tmp_path, monkeypatch):
 
     def use(**shape) -> TrainedRun:
         made = small_run(**shape)
-        monkeypatch.setattr("mmfusion.explain.__main__.load_run", lambda folder, device: made)
+        monkeypatch.setattr("mmfusion.explain.__main__.load_run", lambda folder, device, **options: made)
         return made
 
     return use
@@ -285,7 +285,7 @@ def test_notes_of_the_data_stand_above_the_summary_and_on_the_page(toy, capsys):
 
 def test_summary_warns_of_a_split_that_was_trained_on(toy, capsys, monkeypatch):
     loaded = replace(toy(task="binary", outputs=1), trained_on_dev=True)
-    monkeypatch.setattr("mmfusion.explain.__main__.load_run", lambda folder, device: loaded)
+    monkeypatch.setattr("mmfusion.explain.__main__.load_run", lambda folder, device, **options: loaded)
     for split in ("dev", "train"):
         assert run(["runs/toy", "--summary", "--split", split]) == 0
         assert capsys.readouterr().out.startswith(f"note: {split} is trained on: its scores are optimistic")
@@ -297,7 +297,7 @@ def test_one_seed_has_no_spread_and_is_never_plural(toy, capsys, monkeypatch):
     for row, ensemble in loaded.ensembles.items():
         ensembles[row].members = list(ensemble.members)[:1]
     loaded = replace(loaded, ensembles=ensembles, seeds=[0])
-    monkeypatch.setattr("mmfusion.explain.__main__.load_run", lambda folder, device: loaded)
+    monkeypatch.setattr("mmfusion.explain.__main__.load_run", lambda folder, device, **options: loaded)
     assert run(["runs/toy", "--ids", "0-dev-3", "--summary"]) == 0
     words = capsys.readouterr().out + Page(Path("explanations/toy-ids.html")).text
     assert "1 seed" in words and "1 seeds" not in words and "seed(s)" not in words
