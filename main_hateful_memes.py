@@ -16,7 +16,7 @@ from mmfusion.distributed import end_process, join_processes, leave_processes
 from mmfusion.encoders.frozen import EncoderConfig
 from mmfusion.errors import InputError
 from mmfusion.models.fusion import ModelConfig
-from mmfusion.models.token_ensemble import TokenConfig
+from mmfusion.models.token_ensemble import TokenConfig, check_compiler_use
 from mmfusion.runs.folder import RunConfig, RunFolder, defaults_for
 from mmfusion.runs.run import carry_out
 from mmfusion.training.recipe import ObjectiveConfig, TrainingConfig
@@ -44,6 +44,7 @@ class Config:
         """Raise InputError naming the first flag whose value makes no sense."""
         for section in (self.training, self.model, self.tokens, self.objective, self.encoders):
             section.check()
+        check_compiler_use(self.tokens, self.training.compile)
 
 
 def locate(data: MemesConfig) -> MemesConfig:

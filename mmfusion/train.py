@@ -44,7 +44,7 @@ from mmfusion.files import write_atomically
 from mmfusion.metrics.conformal import Conformal, Intervals, LabelSets
 from mmfusion.models.fusion import FusionEnsemble, ModelConfig
 from mmfusion.models.missing import Missing, MissingPrediction
-from mmfusion.models.token_ensemble import TokenConfig, TokenEnsemble
+from mmfusion.models.token_ensemble import TokenConfig, TokenEnsemble, check_compiler_use
 from mmfusion.robustness.certificates import Norm
 from mmfusion.runs.encode import RunEncoders
 from mmfusion.runs.folder import MARK_OF_COMPLETION, RunConfig, RunFolder, defaults_for
@@ -71,6 +71,7 @@ class Config:
         """Raise InputError naming the first flag whose value makes no sense."""
         for section in (self.training, self.model, self.tokens, self.objective):
             section.check()
+        check_compiler_use(self.tokens, self.training.compile)
 
 
 @dataclass(frozen=True)

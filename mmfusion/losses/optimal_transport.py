@@ -110,6 +110,7 @@ def transport_loss(
     beta: float = 0.5,
     epsilon: float = 0.05,
     iterations: int = 50,
+    kernel: Kernel = "log",
     noise: Tensor | None = None,
 ) -> Tensor:
     """<C, P> of each problem, the plan P taken as given: word-region alignment (Chen et al., UNITER, 2020).
@@ -121,7 +122,7 @@ def transport_loss(
         method: where P comes from. "ipot" (beta), "sinkhorn" (epsilon, log kernel), or as a control "random": the
             Sinkhorn plan of `noise` in place of C, which has the right masses and knows nothing of the tokens.
         debiased: less half of the same of x with itself and of y with itself.
-        beta, epsilon, iterations: as `ipot` and `sinkhorn`.
+        beta, epsilon, iterations, kernel: as `ipot` and `sinkhorn`; the exponential kernel is for the cosine cost.
         noise: uniform numbers in [0, 1), (..., n, m), of the random plan alone.
 
     Returns:
@@ -143,7 +144,9 @@ def transport_loss(
         if method == "ipot":
             plan = ipot(c, a, b, beta=beta, iterations=iterations)
         else:
-            plan = sinkhorn(c if noise is None else noise, a, b, epsilon=epsilon, iterations=iterations).plan
+            plan = sinkhorn(
+                c if noise is None else noise, a, b, epsilon=epsilon, iterations=iterations, kernel=kernel
+            ).plan
         return _linear(c, plan)
 
     if debiased:

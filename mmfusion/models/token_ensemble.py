@@ -72,6 +72,12 @@ class TokenConfig:
             raise InputError(f"--transformer-dropout {self.transformer_dropout}: give a rate from 0 to 0.9")
 
 
+def check_compiler_use(tokens: TokenConfig, compiled: bool) -> None:
+    """Raise InputError where a model of tokens is to be compiled: batches have as many shapes as lengths."""
+    if tokens.takes_tokens and compiled:
+        raise InputError(f"--compile: is of models of vectors; leave it out with --fusion {tokens.fusion}")
+
+
 class TokenEnsemble(Ensemble):
     """Independently trained members of one shape; takes raw sequences, gives what every member says.
 
