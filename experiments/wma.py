@@ -331,16 +331,13 @@ def draw(figure: Figure, data: FoldedDataset, scores: Mapping[str, Mapping[str, 
     labels = list(scores)
     for k, (kind, color) in enumerate(zip(CLAIMED, ("#1f6fb4", "#d9741a", "#5a9e4b"), strict=True)):
         means = [scores[label][kind].mean(1) for label in labels]
-        place = np.arange(len(labels)) + 0.25 * (k - 1)
-        axes[2].barh(
-            place, [m.mean() for m in means], 0.22, xerr=[m.std(ddof=1) for m in means], color=color, label=kind
-        )
+        place, spread = np.arange(len(labels)) + 0.2 * (k - 1), [m.std(ddof=1) for m in means]
+        axes[2].errorbar([m.mean() for m in means], place, xerr=spread, fmt="o", color=color, label=kind)
     axes[2].set_yticks(range(len(labels)), labels, fontsize=8)
     axes[2].invert_yaxis()
-    lowest = min(scores[label][kind].mean() for label in labels for kind in CLAIMED)
-    axes[2].set_xlim(left=lowest - 0.05)
-    axes[2].legend(frameon=False, fontsize=8)
-    axes[2].set(title="mean over conditions (bar: std over seeds)")
+    axes[2].locator_params(axis="x", nbins=4)
+    axes[2].legend(fontsize=8)
+    axes[2].set(title="by row (line: std over seeds)")
     figure.suptitle(f"{data.name}: does aligning tokens make fusion more robust?")
 
 
