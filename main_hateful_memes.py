@@ -35,10 +35,10 @@ class Config:
     data: MemesConfig = field(default_factory=MemesConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
-    tokens: TokenConfig = field(default_factory=TokenConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     run: RunConfig = field(default_factory=RunConfig)
     encoders: EncoderConfig = field(default_factory=EncoderConfig)
+    tokens: TokenConfig = field(default_factory=TokenConfig)
 
     def check(self) -> None:
         """Raise InputError naming the first flag whose value makes no sense."""

@@ -63,9 +63,9 @@ class Config:
     data: ArraysConfig = field(default_factory=ArraysConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
-    tokens: TokenConfig = field(default_factory=TokenConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    tokens: TokenConfig = field(default_factory=TokenConfig)
 
     def check(self) -> None:
         """Raise InputError naming the first flag whose value makes no sense."""

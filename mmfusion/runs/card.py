@@ -50,8 +50,9 @@ def write_card(
         "a joint Wasserstein autoencoder with low-rank multimodal fusion",
     )
     size = f"rank {shape['rank']}, latents of width {shape['latent_dim']}" if "rank" in shape else ""
-    module = "fusion"
+    module, title = "fusion", "jWAE-LMF"
     if isinstance(ensemble, TokenEnsemble):
+        title = main
         takes, kind, module = "raw tokens, N lists of (T_i, d) each", "TokenEnsemble", "token_ensemble"
         if shape["fusion"] == "wma":
             head = "a fusion transformer whose modalities' tokens a Wasserstein distance aligns"
@@ -63,7 +64,7 @@ def write_card(
         folder / CARD,
         f"""---
 {_yaml(header)}---
-# {main or "jWAE-LMF"} on {dataset.name}
+# {title} on {dataset.name}
 
 {seeds[:1].upper()}{seeds[1:]}{of_folds} of {head}.
 
