@@ -31,11 +31,9 @@ from mmfusion.errors import InputError
 from mmfusion.metrics.format import mean_std
 from mmfusion.metrics.statistics import Difference, combine
 from mmfusion.metrics.tasks import probabilities, task_scores
-from mmfusion.models.decomposition import variance_share
-from mmfusion.models.temporal_lmf import TemporalFusion
 from mmfusion.models.token_ensemble import TokenConfig
-from mmfusion.models.tokens import masked_mean
-from mmfusion.sequences import Sequences, chunks
+from mmfusion.runs.tokens import part_shares
+from mmfusion.sequences import Sequences
 from mmfusion.training.fit import Method
 from mmfusion.training.recipe import ObjectiveConfig, TrainingConfig
 
@@ -152,7 +150,8 @@ def _trained(data: FoldedDataset, run: Run, coupling: str, title: str) -> _Found
     shares = []
     for k, member in enumerate(ensemble.members):
         test = study.folds[k % len(study.folds)].test
-        shares.append(_interaction(member, {name: x[test] for name, x in study.pool.features.items()}))
+        features = {name: x[test] for name, x in study.pool.features.items()}
+        shares.append(part_shares(member, features, study.task)[" x ".join(member.modalities)])
     return _Found(predictions, _scores(data, predictions), shares)
 
 
@@ -163,23 +162,6 @@ def _scores(data: FoldedDataset, predictions: np.ndarray) -> dict[str, np.ndarra
         values = probabilities(values if data.has_columns else values[..., None], data.task)
     found = task_scores(values.numpy(), targets(data), data.task, SHOWN[data.task], data.label_range, resamples=0)
     return {name: np.array(found[name].members) for name in SHOWN[data.task]}
-
-
-@torch.inference_mode()
-def _interaction(member: TemporalFusion, features: Mapping[str, Sequences]) -> float:
-    """cov(what both modalities say together, output) / var(output), about the mean latents of these examples."""
-    sums, count, parts = [0.0, 0.0], 0, []
-    everything = torch.arange(len(next(iter(features.values()))))
-    for part in chunks(features, everything):
-        latents, masks = member.latents(part)
-        sums = [s + masked_mean(z, mask).sum(0) for s, z, mask in zip(sums, latents, masks, strict=True)]
-        count += len(latents[0])
-    means = [s / count for s in sums]
-    for part in chunks(features, everything):
-        parts.append(member.fusion.parts(*member.latents(part), means))
-    whole = torch.cat([sum(one.values()) for one in parts])
-    together = torch.cat([one[(0, 1)] for one in parts])
-    return float(variance_share(together.squeeze(-1), whole.squeeze(-1)))
 
 
 def planted_steps(data: FoldedDataset, seed: int = 0) -> FoldedDataset:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from experiments.experiment import Run
 from mmfusion.data.folds import FoldedDataset
-from mmfusion.dataset import Split, pooled
+from mmfusion.dataset import Split, pooled, take
 from mmfusion.metrics.scores import example_scores
 from mmfusion.models.fusion import FusionEnsemble, ModelConfig
 from mmfusion.models.token_ensemble import TokenConfig, TokenEnsemble
@@ -86,7 +86,7 @@ def _predicted(
 ) -> np.ndarray:
     outputs = []
     for number, fold in enumerate(data.folds):
-        split = part_of(data.pool, getattr(fold, part))
+        split = take(data.pool, getattr(fold, part))
         split = split if change is None else change(split, draw)
         members = ensemble.part(number, len(data.folds))
         found = _logits(members, split, data.task)
@@ -109,17 +109,6 @@ def _logits(ensemble: TokenEnsemble | FusionEnsemble, split: Split, task: str) -
     for member in ensemble.members:
         outputs.append(member(features, reconstruct=False, present=there, joint=task == "multiclass").prediction)
     return torch.stack(outputs)
-
-
-def part_of(pool: Split, rows: Tensor) -> Split:
-    """The examples `rows` (n,) of a pool, without their metadata."""
-    return replace(
-        pool,
-        features={name: x[rows] for name, x in pool.features.items()},
-        target=pool.target[rows],
-        ids=[pool.ids[row] for row in rows.tolist()],
-        metadata={},
-    )
 
 
 def scores_on_test(data: FoldedDataset, predictions: np.ndarray) -> np.ndarray:

@@ -18,7 +18,7 @@ from mmfusion.models.temporal_lmf import TemporalFusion
 from mmfusion.models.token_ensemble import TokenEnsemble
 from mmfusion.models.tokens import TokenOutput, draw_tokens, masked_mean
 from mmfusion.runs.missing import SCORES
-from mmfusion.sequences import chunks, token_counts
+from mmfusion.sequences import Sequences, chunks, token_counts
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,6 @@ def measure_tokens(member: torch.nn.Module, split: Split, task: Task) -> Measure
     moments = {name: [0.0, 0.0, 0.0] for name in modalities}  # tokens, sum, sum of squares
     pairs = list(itertools.combinations(modalities, 2))
     costs, spreads = {pair: [] for pair in pairs}, {pair: [] for pair in pairs}
-    parts: dict[tuple[int, ...], list[Tensor]] = {}
-    means = _mean_latents(member, split) if isinstance(member, TemporalFusion) else None
     for features in chunks(split.features, order):
         output: TokenOutput = member(features)
         outputs[None].append(output.prediction)
@@ -107,10 +105,6 @@ def measure_tokens(member: torch.nn.Module, split: Split, task: Task) -> Measure
             both = x_mask.any(-1) & y_mask.any(-1)
             costs[pair].append((plan * cost).sum((-2, -1))[both])
             spreads[pair].append(effective_tokens(plan)[both])
-        if means is not None:
-            latents, masks = member.latents(features)
-            for subset, value in member.fusion.parts(latents, masks, means).items():
-                parts.setdefault(subset, []).append(value)
     back = order.argsort()
     named = {" - ".join(pair): pair for pair in pairs}
     return Measured(
@@ -118,18 +112,31 @@ def measure_tokens(member: torch.nn.Module, split: Split, task: Task) -> Measure
         {name: _relative_variance(*moments[name]) for name in modalities},
         {name: torch.cat(costs[pair]).mean().item() for name, pair in named.items()},
         {name: torch.cat(spreads[pair]).mean().item() for name, pair in named.items()},
-        _part_shares({subset: torch.cat(rows) for subset, rows in parts.items()}, modalities, task),
+        part_shares(member, split.features, task) if isinstance(member, TemporalFusion) else {},
     )
 
 
-def _mean_latents(member: TemporalFusion, split: Split) -> list[Tensor]:
-    """(L,) per modality: the mean over examples of their mean latents."""
-    sums, count = [0.0] * len(member.modalities), 0
-    for features in chunks(split.features, torch.arange(len(split))):
-        latents, masks = member.latents(features)
-        sums = [s + masked_mean(z, mask).sum(0) for s, z, mask in zip(sums, latents, masks, strict=True)]
-        count += len(latents[0])
-    return [s / count for s in sums]
+@torch.inference_mode()
+def part_shares(member: TemporalFusion, features: Mapping[str, Sequences], task: Task) -> dict[str, float]:
+    """cov(part, output) / var(output) of what each subset of modalities says, about the examples' mean latents.
+
+    They sum to 1. Class logits are taken relative to their mean over classes.
+    """
+    rows = torch.arange(len(features[member.modalities[0]]))
+    sums = [0.0] * len(member.modalities)
+    for part in chunks(features, rows):
+        sums = [s + masked_mean(z, mask).sum(0) for s, z, mask in zip(sums, *member.latents(part), strict=True)]
+    means = [s / len(rows) for s in sums]
+    found = [member.fusion.parts(*member.latents(part), means) for part in chunks(features, rows)]
+    parts = {subset: torch.cat([one[subset] for one in found]) for subset in found[0]}
+    if task == "multiclass":
+        parts = {subset: part - part.mean(-1, keepdim=True) for subset, part in parts.items()}
+    whole = sum(parts.values()).squeeze(-1)
+    return {
+        " x ".join(member.modalities[m] for m in subset): variance_share(part.squeeze(-1), whole)
+        for subset, part in parts.items()
+        if subset
+    }
 
 
 @torch.inference_mode()
@@ -152,21 +159,6 @@ def token_cloud(member: torch.nn.Module, split: Split) -> dict[str, np.ndarray]:
 def _relative_variance(count: int, total: Tensor, squares: Tensor) -> float:
     mean_square = squares / max(count, 1)
     return float(((mean_square - (total / max(count, 1)).square()).mean() / mean_square.mean().clamp_min(1e-12)).item())
-
-
-def _part_shares(parts: Mapping[tuple[int, ...], Tensor], modalities: list[str], task: Task) -> dict[str, float]:
-    """cov(part, output) / var(output) of each subset of modalities, in words; they sum to 1."""
-    if not parts:
-        return {}
-    whole = sum(parts.values())
-    if task == "multiclass":
-        whole = whole - whole.mean(-1, keepdim=True)
-    shares = {}
-    for subset, part in parts.items():
-        if subset:
-            part = part - part.mean(-1, keepdim=True) if task == "multiclass" else part
-            shares[" x ".join(modalities[m] for m in subset)] = variance_share(part.squeeze(-1), whole.squeeze(-1))
-    return shares
 
 
 def print_tokens(report: TokenReport, task: Task) -> None:
