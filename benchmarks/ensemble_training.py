@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 from mmfusion.models.fusion import FusionModel
+from mmfusion.training.feed import Batch, Member
 from mmfusion.training.objective import objective
-from mmfusion.training.trainer import Batch, Member, Schedule, _State, build_members, vectorized_step
+from mmfusion.training.trainer import Schedule, _State, build_members, vectorized_step
 
 WIDTHS = {"text": 100, "audio": 73, "video": 100}
 LATENT, RANK, BATCH = 32, 4, 64

@@ -41,9 +41,10 @@ from mmfusion.encoders.images import decode_rgb, preprocess
 from mmfusion.files import write_json
 from mmfusion.models.fusion import FusionModel
 from mmfusion.runs.load import load_run
+from mmfusion.training.feed import Batch, Member
 from mmfusion.training.objective import objective, predict
 from mmfusion.training.recipe import ObjectiveConfig
-from mmfusion.training.trainer import Batch, Member, Problem, Schedule, Trained, TrainingData, build_members, train
+from mmfusion.training.trainer import Problem, Schedule, Trained, TrainingData, build_members, train
 
 ROOT = Path(__file__).parent.parent
 AGREEMENT = 1e-4  # of float32 on two devices: largest difference over the largest value

@@ -29,9 +29,10 @@ from mmfusion.encoders.frozen import EncoderConfig
 from mmfusion.losses.contrastive import margin_ranking
 from mmfusion.metrics.format import mean_std
 from mmfusion.models.fusion import FusionModel
+from mmfusion.training.feed import Batch, Member
 from mmfusion.training.objective import objective, predict
 from mmfusion.training.recipe import ObjectiveConfig, TrainingConfig
-from mmfusion.training.trainer import Batch, Member, Problem, Schedule, TrainingData, train
+from mmfusion.training.trainer import Problem, Schedule, TrainingData, train
 
 DEFAULT = {
     "bce": 1.0,

@@ -13,9 +13,10 @@ from functools import partial
 import torch
 
 from mmfusion.models.fusion import FusionModel
+from mmfusion.training.feed import Batch, Member
 from mmfusion.training.objective import objective
 from mmfusion.training.recipe import ObjectiveConfig
-from mmfusion.training.trainer import Batch, Member, build_members, vectorized_step
+from mmfusion.training.trainer import build_members, vectorized_step
 
 DIMS = {"image": 2048, "text": 768}
 VARIANTS = {

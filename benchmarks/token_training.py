@@ -24,11 +24,12 @@ from mmfusion.models.fusion import ModelConfig
 from mmfusion.models.token_ensemble import TokenConfig
 from mmfusion.models.wma import TokenTransformer
 from mmfusion.sequences import Sequences, Tokens
-from mmfusion.training import trainer
+from mmfusion.training import feed
+from mmfusion.training.feed import Batch, Member
 from mmfusion.training.fit import Method, fit_methods
 from mmfusion.training.objective import token_objective
 from mmfusion.training.recipe import ObjectiveConfig, TrainingConfig
-from mmfusion.training.trainer import Batch, Member, Schedule, _State, build_members, vectorized_step
+from mmfusion.training.trainer import Schedule, _State, build_members, vectorized_step
 
 WIDTHS, LENGTHS, BATCH = {"context": 384, "utterance": 384}, {"context": 60, "utterance": 20}, 64
 EXAMPLES, SEEDS = 441, 5
@@ -155,7 +156,7 @@ def print_steps(members: int, rounds: int) -> None:
 
 def print_epochs(rounds: int) -> None:
     """Seconds of an epoch, aligned and not, with batches of like length and as they come."""
-    dataset, pooled = mustard_like(), trainer.POOLED_BATCHES
+    dataset, pooled = mustard_like(), feed.POOLED_BATCHES
     settings = {
         "plain transformer": (0.0, "ipot"),
         "aligned, ipot": (0.1, "ipot"),
@@ -165,10 +166,10 @@ def print_epochs(rounds: int) -> None:
     rows["aligned, ipot, any lengths"] = (0.1, "ipot", 1)
     times = {name: [] for name in rows}
     for _ in range(rounds):
-        for name, (weight, method, trainer.POOLED_BATCHES) in rows.items():
+        for name, (weight, method, feed.POOLED_BATCHES) in rows.items():
             objectives = replace(ObjectiveConfig(), transport_weight=weight, transport_method=method)
             times[name].append(epoch_seconds(dataset, objectives))
-    trainer.POOLED_BATCHES = pooled
+    feed.POOLED_BATCHES = pooled
     plain = np.array(times["plain transformer"])
     print(f"\nan epoch of {EXAMPLES} examples, {SEEDS} seeds")
     print(f"{'':26} {'wall s':>9} {'CPU s':>9} {'CPU time over plain':>34}")

@@ -8,6 +8,7 @@ from torch import Tensor
 
 CHUNK_EXAMPLES = 256  # read at a time outside of training: bounds the memory of S members' hidden layers
 CHUNK_TOKENS = 4096  # of all modalities, the same
+HELD_BYTES = 2**29  # of one modality's stored sequences, that training holds in memory in place of reading them anew
 
 
 class Tokens(NamedTuple):
@@ -67,6 +68,14 @@ class Sequences:
     def shape(self) -> tuple[int, int, int]:
         """(N, longest T, d), as of the padded whole."""
         return len(self.parts), max(self.lengths.tolist(), default=0), self.width
+
+    def held(self) -> "Sequences":
+        """The same, read into memory once and for all where it takes at most `HELD_BYTES`; else these themselves."""
+        stored = {id(part): part for part in self.parts if not isinstance(part, Tensor)}  # equal parts may be one
+        if sum(part.shape[0] * part.shape[1] * part.dtype.itemsize for part in stored.values()) > HELD_BYTES:
+            return self
+        read = {key: part.read() for key, part in stored.items()}
+        return Sequences([read.get(id(part), part) for part in self.parts], self.width)
 
     def padded(self, rows: Tensor | None = None, device: torch.device | str = "cpu") -> Tokens:
         """The sequences `rows` (..., B), default all, as float32 values (..., B, T, d) and mask (..., B, T).

@@ -40,7 +40,8 @@ from mmfusion.dataset import Split
 from mmfusion.encoders.cache import FeatureCache
 from mmfusion.encoders.images import FORMATS, ImageBatches, Preprocessing, digest_images
 from mmfusion.errors import InputError
-from mmfusion.training.trainer import Member, Problem, Schedule, TrainingData, train
+from mmfusion.training.feed import Member
+from mmfusion.training.trainer import Problem, Schedule, TrainingData, train
 
 SECONDS, MEGABYTES = 2.0, 1000  # of one case; the second is counted above what the process has before the first
 TOKENS = [b"\x00", b"\xff" * 4, b"\xff\xff\xff\x7f", b"\x00" * 8, b"NaN", b"1e999", b"9" * 5000, b"-1", b"\x1b[2J"]

@@ -4,7 +4,7 @@ import torch
 
 from mmfusion.dataset import Fold, Split
 from mmfusion.models.fusion import FusionModel
-from mmfusion.training.trainer import Member, _Feed
+from mmfusion.training.feed import Feed, Member
 
 
 def test_features_are_dropped_at_their_rate_alike_for_members_of_a_seed_and_never_where_the_rate_is_0():
@@ -12,7 +12,7 @@ def test_features_are_dropped_at_their_rate_alike_for_members_of_a_seed_and_neve
     rates = (0.0, 0.25, 0.25, 0.75)
     members = [Member(seed, {}, feature_dropout=rate) for seed, rate in zip((0, 0, 0, 1), rates, strict=True)]
     fold = Fold(torch.arange(64), torch.arange(64))
-    feed = _Feed(split, members, [fold], 32, torch.device("cpu"))
+    feed = Feed(split, members, [fold], 32, torch.device("cpu"))
     first, second = (torch.cat([batch.kept["a"], batch.kept["b"]], -1) for batch in feed.batches(0))
     assert first.shape == (4, 32, 50) and not torch.equal(first, second)
     assert (first[0] == 1).all() and torch.equal(first[1], first[2])
@@ -22,7 +22,7 @@ def test_features_are_dropped_at_their_rate_alike_for_members_of_a_seed_and_neve
     again = next(iter(feed.batches(0))).kept
     assert torch.equal(torch.cat([again["a"], again["b"]], -1), first)
     assert (
-        next(iter(_Feed(split, members[:1], [Fold(torch.arange(64), torch.arange(64))], 32, "cpu").batches(0))).kept
+        next(iter(Feed(split, members[:1], [Fold(torch.arange(64), torch.arange(64))], 32, "cpu").batches(0))).kept
         == {}
     )
 

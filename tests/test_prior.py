@@ -10,9 +10,9 @@ from mmfusion.data.arrays import ArraysConfig
 from mmfusion.metrics.prior import NUMBERS, carried_dimension, check_prior
 from mmfusion.models.fusion import ModelConfig
 from mmfusion.train import Config, fit
+from mmfusion.training.feed import step_directions
 from mmfusion.training.fit import Method, _members
 from mmfusion.training.recipe import ObjectiveConfig, TrainingConfig
-from mmfusion.training.trainer import step_directions
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mmfusion.models.heads import Standardise
 from mmfusion.sequences import CHUNK_TOKENS, Sequences, chunks, concatenate, from_padded, token_counts
-from mmfusion.training.trainer import POOLED_BATCHES, alike_in_length, epoch_order
+from mmfusion.training.feed import POOLED_BATCHES, alike_in_length, epoch_order
 
 some_lengths = st.lists(st.integers(0, 7), min_size=1, max_size=9)
 

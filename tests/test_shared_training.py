@@ -22,7 +22,8 @@ from torch import nn
 from mmfusion.cli import run_command
 from mmfusion.dataset import Split
 from mmfusion.distributed import end_process, join_processes, leave_processes
-from mmfusion.training.trainer import Member, Problem, Schedule, TrainingData, train
+from mmfusion.training.feed import Member
+from mmfusion.training.trainer import Problem, Schedule, TrainingData, train
 from dataclasses import dataclass
 from pathlib import Path
 

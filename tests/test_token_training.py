@@ -18,10 +18,11 @@ from mmfusion.models.token_ensemble import TokenConfig, TokenEnsemble
 from mmfusion.models.wma import TokenTransformer
 from mmfusion.sequences import Sequences
 from mmfusion.training import fit
+from mmfusion.training.feed import Feed, Member
 from mmfusion.training.fit import Method, fit_methods
 from mmfusion.training.objective import predict_tokens, token_objective
 from mmfusion.training.recipe import ObjectiveConfig, TrainingConfig
-from mmfusion.training.trainer import Fold, Member, Problem, Schedule, TrainingData, _Feed, train
+from mmfusion.training.trainer import Fold, Problem, Schedule, TrainingData, train
 
 DIMS = {"image": 4, "text": 6}
 BOTH = ("image", "text")
@@ -210,7 +211,7 @@ def test_folds_are_trained_apart(fusion):
 def test_every_batch_holds_other_examples_and_members_of_a_seed_share_them():
     data = split(50, 0)
     members = [Member(0, {}), Member(1, {}), Member(0, {}, dropout={"text": 0.5}, feature_dropout=0.5)]
-    feed = _Feed(data, members, [Fold(torch.arange(50), torch.arange(50))], 16, torch.device("cpu"), None, 3)
+    feed = Feed(data, members, [Fold(torch.arange(50), torch.arange(50))], 16, torch.device("cpu"), None, 3)
     target_sums, masks = [], []
     for batch in feed.batches(0):
         assert batch.features["text"].values.shape[:2] == (3, 16)

@@ -16,18 +16,15 @@ from torch import nn
 from mmfusion.dataset import Split, take
 from mmfusion.errors import InputError, NonFiniteLoss
 from mmfusion.models.fusion import FusionModel
+from mmfusion.training.feed import Batch, Feed, Member, epoch_order
 from mmfusion.training.objective import objective, predict
 from mmfusion.training.trainer import (
-    Batch,
     Fold,
-    Member,
     Problem,
     Schedule,
     TrainingData,
-    _Feed,
     _learning_rate,
     build_members,
-    epoch_order,
     train,
     vectorized_step,
 )
@@ -340,12 +337,12 @@ def test_fold_of_the_other_half_does_not_see_these_examples():
 def test_dropout_hides_each_modality_at_its_rate_and_what_is_hidden_stays_hidden_at_higher_rates():
     members = [Member(0, WEIGHTS, dropout={"text": rate}) for rate in (0.0, 0.3, 0.6, 1.0)]
     fold = Fold(torch.arange(100), torch.arange(60))
-    feed = _Feed(DATA, members, [fold], 10, torch.device("cpu"))
+    feed = Feed(DATA, members, [fold], 10, torch.device("cpu"))
     present = torch.cat([b.present["text"] for epoch in range(20) for b in feed.batches(epoch)], dim=1)  # (4, 2000)
     assert list(next(feed.batches(0)).present) == ["text"]  # nobody drops images
     torch.testing.assert_close(present.mean(1), torch.tensor([1.0, 0.7, 0.4, 0.0]), atol=0.03, rtol=0)
     assert (present[1:] <= present[:-1]).all()
-    without = _Feed(DATA, [Member(0, WEIGHTS)], [fold], 10, torch.device("cpu"))
+    without = Feed(DATA, [Member(0, WEIGHTS)], [fold], 10, torch.device("cpu"))
     assert next(without.batches(0)).present == {}
 
 

@@ -20,8 +20,9 @@ from torch import Tensor
 from lmf_module import LowRankMultimodalFusion
 from mmfusion.dataset import Fold, Split
 from mmfusion.models.identifiability import match, similarity
-from mmfusion.training.trainer import Batch, Member, Schedule, TrainingData, train
+from mmfusion.training.feed import Batch, Member
 from mmfusion.training.trainer import Problem as TrainingProblem
+from mmfusion.training.trainer import Schedule, TrainingData, train
 
 STRENGTHS = (3.0, 2.0, 1.0)
 WIDTH = 8

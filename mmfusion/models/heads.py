@@ -34,7 +34,7 @@ class Standardise(nn.Module):
         self.std.copy_(torch.where(constant, torch.ones_like(std), std))
 
     def forward(self, x: Tensor) -> Tensor:
-        return (x - self.mean) / self.std
+        return (x - self.mean).div_(self.std)  # in place: of token sequences a copy more is felt
 
 
 def _moments_of(x: Sequences) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,7 @@ from mmfusion.losses.optimal_transport import cosine_cost
 from mmfusion.losses.transport_plans import sinkhorn
 from mmfusion.models.decomposition import recentred_parts
 from mmfusion.models.heads import Rescale, Standardise
-from mmfusion.models.tokens import TokenOutput, draw_tokens, hide, step_times, uniform_mass, without_padding
+from mmfusion.models.tokens import TokenOutput, draw_tokens, hide, step_times, uniform_mass
 from mmfusion.sequences import Tokens
 
 Plan = Literal["transport", "diagonal", "banded", "uniform"]
@@ -246,7 +246,7 @@ class TemporalFusion(nn.Module):
         self, features: Mapping[str, Tokens], present: Mapping[str, Tensor] | None = None
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Latents (B, T_m, L) of every token and their masks (B, T_m), in the order of `modalities`."""
-        seen = hide(without_padding(features), present)
+        seen = hide(features, present)
         encoded = self.jwae.encode({name: self.standardise[name](seen[name].values) for name in self.modalities})
         return [encoded[name] for name in self.modalities], [seen[name].mask for name in self.modalities]
 
@@ -257,12 +257,11 @@ class TemporalFusion(nn.Module):
         kept: Mapping[str, Tensor] | None = None,
         uniforms: Tensor | None = None,
     ) -> TokenOutput:
-        """Prediction (B, O) of raw tokens (B, T_m, d_m).
+        """Prediction (B, O) of raw tokens (B, T_m, d_m); what finite numbers stand at padding never matters.
 
         `present` (B,) hides a modality where it is 0; `kept` (B, d_m) multiplies the standardised tokens that the
         encoders see. With `uniforms` (B, M), one token of each example comes back with its latent and reconstruction.
         """
-        features = without_padding(features)
         seen = hide(features, present)
         standardised = {name: self.standardise[name](features[name].values) for name in self.modalities}
         inputs = {name: x * kept[name].unsqueeze(-2) if kept else x for name, x in standardised.items()}

@@ -20,11 +20,6 @@ class TokenOutput(NamedTuple):
     covariance: Tensor | None = None  # of the prediction: these models are certain of their latents
 
 
-def without_padding(tokens: Mapping[str, Tokens]) -> dict[str, Tokens]:
-    """The tokens with 0 at padding, whatever stood there."""
-    return {name: Tokens(torch.where((x.mask != 0).unsqueeze(-1), x.values, 0), x.mask) for name, x in tokens.items()}
-
-
 def hide(tokens: Mapping[str, Tokens], present: Mapping[str, Tensor] | None) -> dict[str, Tokens]:
     """The tokens without those of modalities that are not `present` (B,) in an example."""
     present = present or {}

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmfusion.models.heads import Rescale, Standardise
-from mmfusion.models.tokens import TokenOutput, draw_tokens, hide, masked_mean, without_padding
+from mmfusion.models.tokens import TokenOutput, draw_tokens, hide, masked_mean
 from mmfusion.sequences import Tokens
 
 
@@ -102,12 +102,11 @@ class TokenTransformer(nn.Module):
         kept: Mapping[str, Tensor] | None = None,
         uniforms: Tensor | None = None,
     ) -> TokenOutput:
-        """Prediction (B, O) of raw tokens (B, T_m, d_m).
+        """Prediction (B, O) of raw tokens (B, T_m, d_m); what finite numbers stand at padding never matters.
 
         `present` (B,) hides a modality where it is 0; `kept` (B, d_m) multiplies the standardised tokens. With
         `uniforms` (B, self.uniforms) channels are dropped, and one token of the last layer of each example comes back.
         """
-        features = without_padding(features)
         seen = hide(features, present)
         parts, lengths = [], [seen[name].values.shape[-2] for name in self.modalities]
         for name, length in zip(self.modalities, lengths, strict=True):

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from mmfusion.dataset import Dataset
 from mmfusion.models.fusion import FusionModel, ModelConfig
+from mmfusion.training.feed import Batch
 from mmfusion.training.fit import Method
 from mmfusion.training.objective import Term
 from mmfusion.training.recipe import ObjectiveConfig, TrainingConfig
-from mmfusion.training.trainer import Batch
 
 TRIED = 8  # examples that a further term is called on
 

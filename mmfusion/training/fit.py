@@ -19,6 +19,7 @@ from mmfusion.metrics.tasks import balanced_weights, selection_score
 from mmfusion.models.fusion import Fusion, FusionEnsemble, FusionModel, ModelConfig
 from mmfusion.models.token_ensemble import MODELS, TokenConfig, TokenEnsemble, TokenFusion
 from mmfusion.models.whitening import whiten_latents
+from mmfusion.training.feed import Member
 from mmfusion.training.objective import (
     DIRECTIONAL,
     DIRECTIONS,
@@ -30,7 +31,7 @@ from mmfusion.training.objective import (
     token_objective,
 )
 from mmfusion.training.recipe import ObjectiveConfig, TrainingConfig
-from mmfusion.training.trainer import Member, Problem, Schedule, Trained, TrainingData, train
+from mmfusion.training.trainer import Problem, Schedule, Trained, TrainingData, train
 
 
 @dataclass(frozen=True)

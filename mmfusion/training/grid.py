@@ -19,9 +19,10 @@ from mmfusion.metrics.scores import example_losses, example_scores
 from mmfusion.metrics.tasks import selection_score
 from mmfusion.models.fusion import FusionEnsemble, FusionModel
 from mmfusion.sequences import CHUNK_EXAMPLES, chunks
+from mmfusion.training.feed import Member
 from mmfusion.training.objective import objective, predict
 from mmfusion.training.recipe import ObjectiveConfig, Recipe
-from mmfusion.training.trainer import Member, Problem, Schedule, TrainingData, train
+from mmfusion.training.trainer import Problem, Schedule, TrainingData, train
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from mmfusion.losses.token_alignment import TransportTerm, mmd_between
 from mmfusion.models.fusion import FusionOutput
 from mmfusion.models.tokens import TokenOutput
 from mmfusion.sequences import Tokens
-from mmfusion.training.trainer import Batch, ModelCall
+from mmfusion.training.feed import Batch
+from mmfusion.training.trainer import ModelCall
 
 Alignment = Literal["margin", "info_nce"]
 Prior = Literal["mmd", "bures", "sliced", "characteristic"]
