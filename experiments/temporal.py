@@ -17,16 +17,16 @@ steps of a_t b_t, which the means of the sequences say nothing of.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 
 from experiments.experiment import Experiment, Options, Outcome, Run, contrasts_on_test, main
+from experiments.planted_tokens import PLANTED, planted_steps
 from experiments.token_rows import Row, Trained, predictions_on_test, scores_on_test, shuffled_study, train_rows
 from mmfusion.data.folds import FoldedDataset, targets
-from mmfusion.dataset import Fold, Split
 from mmfusion.errors import InputError
 from mmfusion.metrics.format import mean_std
 from mmfusion.metrics.statistics import Difference, combine
@@ -40,7 +40,6 @@ from mmfusion.training.recipe import ObjectiveConfig, TrainingConfig
 RANK = 4
 TIMED = ("diagonal", "banded", "transport")
 COUPLINGS = (*TIMED, "uniform", "shuffled")
-PLANTED = 400  # examples trained on, of the positive control
 SHOWN = {"binary": ("accuracy", "auroc"), "multiclass": ("accuracy",), "multilabel": ("map",), "regression": ("mae",)}
 
 
@@ -162,24 +161,6 @@ def _scores(data: FoldedDataset, predictions: np.ndarray) -> dict[str, np.ndarra
         values = probabilities(values if data.has_columns else values[..., None], data.task)
     found = task_scores(values.numpy(), targets(data), data.task, SHOWN[data.task], data.label_range, resamples=0)
     return {name: np.array(found[name].members) for name in SHOWN[data.task]}
-
-
-def planted_steps(data: FoldedDataset, seed: int = 0) -> FoldedDataset:
-    """Two classes by the sign of the mean over 8 steps of a_t b_t, a_t and b_t in 8 noisy channels each."""
-    generator = torch.Generator().manual_seed(seed)
-    count, steps = 2 * PLANTED, 8
-    a, b = torch.randn(2, count, steps, generator=generator)
-    target = ((a * b).mean(1) > 0).float()
-    directions = torch.randn(2, 8, generator=generator)
-    features = {
-        name: Sequences(list(x[..., None] * direction + 0.3 * torch.randn(count, steps, 8, generator=generator)))
-        for name, x, direction in zip(data.input_dims, (a, b), directions, strict=True)
-    }
-    order = torch.arange(count)
-    fold = Fold(order[:PLANTED], order[:PLANTED], order[PLANTED:])
-    pool = Split(features, target, [str(k) for k in range(count)])
-    plain = {"notes": [], "provenance": {}, "label_range": None, "class_names": ("below 0", "above 0")}
-    return replace(data, name="planted steps", task="binary", pool=pool, folds=[fold], **plain)
 
 
 def table(data: FoldedDataset, found: Mapping[str, _Found]) -> str:

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import temporal, wma
+from experiments import planted_tokens, temporal, wma
 from experiments.experiment import Run
+from experiments.planted_tokens import planted_steps
 from experiments.token_rows import (
     foreign_tokens,
     gaussian_noise,
@@ -46,7 +47,7 @@ def run_of(options, folder) -> Run:
 
 
 def test_steps_that_must_meet_in_time_are_found_and_means_say_nothing_of_them(tmp_path):
-    planted = temporal.planted_steps(study())
+    planted = planted_steps(study())
     outcome = temporal.measure(planted, run_of(temporal.TemporalOptions(seeds=3), tmp_path))
     by_name = {contrast.name: contrast for contrast in outcome.contrasts}
     assert outcome.verdict == "supported"
@@ -55,7 +56,7 @@ def test_steps_that_must_meet_in_time_are_found_and_means_say_nothing_of_them(tm
 
 
 def test_where_means_say_everything_no_coupling_is_better_and_the_verdict_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(temporal, "PLANTED", 64)  # its own test stands above
+    monkeypatch.setattr(planted_tokens, "PLANTED", 64)  # its own test stands above
     outcome = temporal.measure(study(320, size=5.0), run_of(temporal.TemporalOptions(seeds=2, epochs=40), tmp_path))
     assert outcome.verdict != "supported"
     uniform, diagonal = (np.mean(outcome.numbers[name]["scores"]["accuracy"]) for name in ("uniform", "diagonal"))
@@ -117,6 +118,14 @@ def test_every_row_is_trained_scored_and_counted(tmp_path):
     deciding = [contrast for contrast in outcome.contrasts if contrast.decides]
     assert [contrast.effect for contrast in deciding] == [0.009, 0.025, 0.021]
     assert set(outcome.numbers["tokens"][wma.ALONE]) == {"variance", "distance", "effective"}
+    assert outcome.verdict == "too few data", "one epoch shows nothing on the planted copies either"
+
+
+def test_modality_dropout_gains_on_planted_copies_where_a_modality_is_missing(tmp_path):
+    options = wma.WMAOptions(seeds=3)
+    planted = wma.control(study(), run_of(options, tmp_path), wma.Chosen(1e-3, 1e-3, 0.2))
+    assert planted[wma.ALONE]["clean"].mean() > 0.8
+    assert (planted[wma.DROPPED]["missing"] - planted[wma.ALONE]["missing"]).mean() > wma.SCORE_EFFECT
 
 
 def test_tuning_takes_the_best_rate_and_weight_by_dev_scores_alone(tmp_path, monkeypatch):
@@ -130,7 +139,7 @@ def test_tuning_takes_the_best_rate_and_weight_by_dev_scores_alone(tmp_path, mon
 
     def scores(data, trained):
         (rate,) = set(trained.values())
-        return {label: best[rate].get(label, 0.1) for label in trained}
+        return {label: [best[rate].get(label, 0.1)] for label in trained}
 
     monkeypatch.setattr(wma, "train_rows", train)
     monkeypatch.setattr(wma, "dev_scores", scores)

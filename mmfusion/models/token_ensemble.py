@@ -43,6 +43,12 @@ class TokenConfig:
     """of --fusion wma: attention heads of a layer, a divisor of the width"""
     transformer_dropout: float = 0.1
     """of --fusion wma: rate at which channels of what a layer adds are dropped in training"""
+    transformer_annealing: Literal["none", "cosine", "linear"] = "linear"
+    """of --fusion wma: the transformer's, in place of --annealing"""
+    transformer_weight_decay: float = 0.01
+    """of --fusion wma: the transformer's, in place of --weight-decay"""
+    transformer_modality_dropout: float = 0.0
+    """of --fusion wma: the transformer's, in place of --modality-dropout"""
 
     @property
     def takes_tokens(self) -> bool:
@@ -52,7 +58,9 @@ class TokenConfig:
     def check(self) -> None:
         """Raise InputError naming the first flag out of range."""
         widths = {"transformer_width": (1, MOST_WIDTH), "transformer_layers": (1, MOST_LAYERS)}
-        check_numbers(self, widths | {"transformer_heads": (1, MOST_WIDTH), "band": (1e-3, 1e3)})
+        widths |= {"transformer_heads": (1, MOST_WIDTH)}
+        rates = {"transformer_dropout": (0, 0.9), "transformer_modality_dropout": (0, 0.9)}
+        check_numbers(self, widths | rates | {"transformer_weight_decay": (0, 1e9), "band": (1e-3, 1e3)})
         if self.transformer_width % self.transformer_heads:
             raise InputError(
                 f"--transformer-heads {self.transformer_heads}: must divide --transformer-width "
@@ -68,8 +76,6 @@ class TokenConfig:
                 )
         if self.band != TokenConfig.band and self.plan != "banded":
             raise InputError(f"--band {self.band}: is of --plan banded, and this is {self.plan}; leave it out")
-        if not 0 <= self.transformer_dropout <= 0.9:
-            raise InputError(f"--transformer-dropout {self.transformer_dropout}: give a rate from 0 to 0.9")
 
 
 def check_compiler_use(tokens: TokenConfig, compiled: bool) -> None:
