@@ -32,7 +32,7 @@ from mmfusion.errors import InputError
 
 IMAGE_SIZES = (32, MOST_PIXELS)  # pixels; ResNet-50 halves its input five times
 # the poolers of these are no part of any feature, and many checkpoints lack their weights
-POOLER_OPTIONAL = {"bert", "roberta", "xlm-roberta", "camembert", "mpnet", "vit", "deit"}
+POOLER_OPTIONAL = {"bert", "roberta", "xlm-roberta", "camembert", "mpnet", "vit", "deit", "vilt"}
 
 
 Compute = Literal["float32", "bfloat16 autocast"]
