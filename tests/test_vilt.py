@@ -303,7 +303,9 @@ def test_bad_flags_are_one_line(vilt, memes, capsys, tmp_path, monkeypatch, chan
     assert not (tmp_path / "runs").exists()
 
 
-def test_vilt_gives_no_vector_of_one_modality(vilt, memes, capsys, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["image", "text"])
+def test_vilt_gives_no_vector_of_one_modality(vilt, memes, capsys, tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)
-    encoders = {"image-encoder": vilt, "text-encoder": vilt, "image-size": None}
-    assert "--image-encoder" in refused(capsys, flags(memes, **encoders, cache_dir=tmp_path / "cache"))
+    write_bert(memes / "bert")
+    message = refused(capsys, flags(memes, **{f"{kind}-encoder": vilt}, cache_dir=tmp_path / "cache"))
+    assert f"--{kind}-encoder" in message and "it is for --fusion wma" in message

@@ -10,10 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmfusion.encoders.frozen import ImageEncoder, TextEncoder, autocast
+from mmfusion.encoders.frozen import VILT, ImageEncoder, TextEncoder, autocast
 from mmfusion.encoders.weights import EncoderSource
-
-VILT = "vilt"  # model_type
 
 
 class ImageTokenEncoder(ImageEncoder):
