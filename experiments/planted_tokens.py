@@ -40,7 +40,7 @@ def planted_copies(data: FoldedDataset, seed: int = 0) -> FoldedDataset:
     shuffled = u.gather(1, order[..., None].expand(-1, -1, hidden))
     features = {
         name: Sequences(list(x @ to_channels + noise * torch.randn(count, steps, width, generator=generator)))
-        for name, x, to_channels, noise in zip(data.input_dims, (u, shuffled), maps, (0.05, 1.0), strict=False)
+        for name, x, to_channels, noise in zip(data.input_dims, (u, shuffled), maps, (0.05, 2.0), strict=False)
     }
     return _study(data, "planted copies", features, target)
 

@@ -32,7 +32,9 @@ from mmfusion.errors import InputError
 
 IMAGE_SIZES = (32, MOST_PIXELS)  # pixels; ResNet-50 halves its input five times
 # the poolers of these are no part of any feature, and many checkpoints lack their weights
-POOLER_OPTIONAL = {"bert", "roberta", "xlm-roberta", "camembert", "mpnet", "vit", "deit"}
+POOLER_OPTIONAL = {"bert", "roberta", "xlm-roberta", "camembert", "mpnet", "vit", "deit", "vilt"}
+VILT = "vilt"  # model_type; its layers see a picture and its text together
+NO_VECTOR = "ViLT gives embeddings of tokens and no vector; it is for --fusion wma"
 
 
 Compute = Literal["float32", "bfloat16 autocast"]
@@ -234,6 +236,8 @@ def _image_features(model: nn.Module, x: Tensor) -> Tensor:
         return output if isinstance(output, Tensor) else output.pooler_output
     if not hasattr(model, "config"):
         return model(x)
+    if model.config.model_type == VILT:
+        raise ValueError(NO_VECTOR)
     output = model(pixel_values=x)
     pooled = getattr(output, "pooler_output", None)
     if pooled is None:
@@ -248,6 +252,8 @@ def _text_features(model: nn.Module, ids: Tensor, mask: Tensor, pooling: str) ->
     if hasattr(model, "get_text_features"):
         output = model.get_text_features(input_ids=ids, attention_mask=mask)
         return output if isinstance(output, Tensor) else output.pooler_output
+    if model.config.model_type == VILT:
+        raise ValueError(NO_VECTOR)
     hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state  # (b, t, d)
     if pooling == "cls":
         return hidden[:, 0]

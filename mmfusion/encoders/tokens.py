@@ -2,14 +2,15 @@
 
 Which: ResNet-50, the 7 x 7 cells before its pool, row by row (2048). A Hugging Face image model: its last layer's
 patches or cells, without its class and register tokens. A timm model: the same. A text model: its last layer's tokens
-without the special ones ([CLS], [SEP], padding); a text without any other keeps the first.
+without the special ones ([CLS], [SEP], padding); a text without any other keeps the first. ViLT, whose layers see a
+picture and its text together: the embeddings that they begin with, places added and kinds not, of patches or of words.
 """
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmfusion.encoders.frozen import ImageEncoder, TextEncoder, autocast
+from mmfusion.encoders.frozen import VILT, ImageEncoder, TextEncoder, autocast
 from mmfusion.encoders.weights import EncoderSource
 
 
@@ -39,7 +40,10 @@ class TextTokenEncoder(TextEncoder):
         ids, mask = self.padded(tokens)
         model = getattr(self.model, "text_model", self.model)  # CLIP's
         with autocast(self.device, self.compute):
-            hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state  # (b, t, d)
+            if model.config.model_type == VILT:
+                hidden = model.embeddings.text_embeddings(input_ids=ids)  # (b, t, d)
+            else:
+                hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state  # (b, t, d)
         special = torch.tensor(sorted(set(self.tokenizer.all_special_ids)))
         hidden, found = hidden.half().cpu(), []
         for row, row_ids in zip(hidden, tokens, strict=True):
@@ -53,6 +57,9 @@ def _image_tokens(model: nn.Module, x: Tensor) -> Tensor:
     """(b, T, d), by the rule at the top of this file. Raises ValueError where there are no tokens to be had."""
     if not hasattr(model, "config"):  # torchvision's ResNet-50 without its pool: (b, 2048 * cells)
         return model(x).unflatten(1, (2048, -1)).transpose(1, 2)
+    if model.config.model_type == VILT:
+        own = model.embeddings
+        return own.patch_embeddings(x).flatten(2).transpose(1, 2) + own.position_embeddings[:, 1:]  # [CLS] comes first
     tower = getattr(model, "vision_model", model)  # CLIP's
     output = tower(pixel_values=x).last_hidden_state
     if output.ndim == 4:  # (b, d, h, w)

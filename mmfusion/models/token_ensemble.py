@@ -16,12 +16,12 @@ from mmfusion.models.ensemble import Ensemble
 from mmfusion.models.fusion import MOST_WIDTH, FusionEnsemble
 from mmfusion.models.pretrained import CONFIG, WEIGHTS, check_shape, find_pretrained, load_weights, read_config
 from mmfusion.models.temporal_lmf import Plan, TemporalFusion
-from mmfusion.models.wma import TokenTransformer
+from mmfusion.models.vilt import check_vilt
+from mmfusion.models.wma import MOST_LAYERS, TokenTransformer
 from mmfusion.sequences import Sequences, chunks, token_counts
 
 TokenFusion = Literal["wma", "transport"]
 MODELS: dict[TokenFusion, type[nn.Module]] = {"wma": TokenTransformer, "transport": TemporalFusion}
-MOST_LAYERS = 64
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,9 @@ class TokenConfig:
     """of --fusion wma: attention heads of a layer, a divisor of the width"""
     transformer_dropout: float = 0.1
     """of --fusion wma: rate at which channels of what a layer adds are dropped in training"""
+    transformer_weights: str | None = None
+    """of --fusion wma: folder of a ViLT (config.json, model.safetensors), whose width, layers and heads the transformer
+    then has, and whose weights its layers start from"""
     transformer_annealing: Literal["none", "cosine", "linear"] = "linear"
     """of --fusion wma: the transformer's, in place of --annealing"""
     transformer_weight_decay: float = 0.01
@@ -57,8 +60,8 @@ class TokenConfig:
 
     def check(self) -> None:
         """Raise InputError naming the first flag out of range."""
-        widths = {"transformer_width": (1, MOST_WIDTH), "transformer_layers": (1, MOST_LAYERS)}
-        widths |= {"transformer_heads": (1, MOST_WIDTH)}
+        widths = {name: (1, MOST_WIDTH) for name in ("transformer_width", "transformer_layers", "transformer_heads")}
+        widths["transformer_layers"] = (1, MOST_LAYERS)
         rates = {"transformer_dropout": (0, 0.9), "transformer_modality_dropout": (0, 0.9)}
         check_numbers(self, widths | rates | {"transformer_weight_decay": (0, 1e9), "band": (1e-3, 1e3)})
         if self.transformer_width % self.transformer_heads:
@@ -76,6 +79,12 @@ class TokenConfig:
                 )
         if self.band != TokenConfig.band and self.plan != "banded":
             raise InputError(f"--band {self.band}: is of --plan banded, and this is {self.plan}; leave it out")
+        if self.transformer_weights is not None:
+            for name in widths:
+                if getattr(self, name) != getattr(TokenConfig, name):
+                    flag = f"--{name.replace('_', '-')} {getattr(self, name)}"
+                    raise InputError(f"{flag}: --transformer-weights brings its own; leave one of the two out")
+            check_vilt(self.transformer_weights)
 
 
 def check_compiler_use(tokens: TokenConfig, compiled: bool) -> None:
@@ -185,6 +194,13 @@ def _model_arguments(config: Mapping[str, object], path: Path) -> dict[str, obje
         if not good:
             raise InputError(f"{path}: {name} is {str(value)[:40]!r}, which it cannot be; train the run anew")
         found[name] = value
+    if config["fusion"] == "wma":  # what only a transformer that started from given weights has
+        epsilon, embedded = config.get("epsilon", 1e-5), config.get("embedded_inputs", [])
+        if type(epsilon) not in (int, float) or not 0 < epsilon < 1:
+            raise InputError(f"{path}: epsilon is {str(epsilon)[:40]!r}, which it cannot be; train the run anew")
+        if not isinstance(embedded, list) or not all(isinstance(name, str) for name in embedded):
+            raise InputError(f"{path}: embedded_inputs is {str(embedded)[:40]!r}, no list of names; train the run anew")
+        found |= {"epsilon": epsilon, "embedded_inputs": embedded}
     return found
 
 

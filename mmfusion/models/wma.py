@@ -1,12 +1,13 @@
 """Late fusion of token sequences by a transformer, whose modalities a Wasserstein distance aligns (Zhi et al., 2025).
 
 The tokens of all modalities are projected to one width, told apart by an embedding of their modality and of their
-place, and attend to each other in a few layers from a random start; the mean of the tokens that come out is read out.
+place, and attend to each other in a few layers, from a random start or one of given weights (`mmfusion.models.vilt`);
+the mean of the tokens that come out is read out.
 What the alignment sees are the tokens after each layer (`TokenOutput.layers`); it has no parameters of its own
 (`mmfusion.training.objective`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -16,19 +17,28 @@ from mmfusion.models.heads import Rescale, Standardise
 from mmfusion.models.tokens import TokenOutput, draw_tokens, hide, masked_mean
 from mmfusion.sequences import Tokens
 
+MOST_LAYERS = 64
+
 
 class TransformerLayer(nn.Module):
-    """Self-attention and a feed-forward part of twice the width, each behind a layer norm and beside a shortcut."""
+    """Self-attention and a feed-forward part, each behind a layer norm and beside a shortcut.
 
-    def __init__(self, width: int, heads: int) -> None:
+    Args:
+        width: W of the tokens, a multiple of `heads`.
+        hidden_dim: width of the feed-forward part; default: 2 W.
+        epsilon: of the layer norms.
+    """
+
+    def __init__(self, width: int, heads: int, hidden_dim: int | None = None, epsilon: float = 1e-5) -> None:
         super().__init__()
+        hidden_dim = hidden_dim or 2 * width
         self.heads = heads
-        self.before_attention = nn.LayerNorm(width)
+        self.before_attention = nn.LayerNorm(width, epsilon)
         self.project_in = nn.Linear(width, 3 * width)
         self.project_out = nn.Linear(width, width)
-        self.before_hidden = nn.LayerNorm(width)
-        self.hidden = nn.Linear(width, 2 * width)
-        self.readout = nn.Linear(2 * width, width)
+        self.before_hidden = nn.LayerNorm(width, epsilon)
+        self.hidden = nn.Linear(width, hidden_dim)
+        self.readout = nn.Linear(hidden_dim, width)
 
     def forward(self, x: Tensor, mask: Tensor, kept: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Tokens (B, T, W) and mask (B, T) -> (B, T, W); `kept`, two of (B, 1, W), multiplies what is added."""
@@ -60,8 +70,11 @@ class TokenTransformer(nn.Module):
         places: length of the table of positions; later tokens share the last of them.
         dropout: share of the channels of what a layer adds that are set to 0 in training, in all tokens of an example
             alike (Gal & Ghahramani, 2016).
+        hidden_dim, epsilon: of the layers, as `TransformerLayer`.
+        embedded_inputs: modalities whose tokens are embeddings of this transformer already; once projected they enter
+            without a layer norm.
 
-    Raises ValueError for a width that the heads do not divide.
+    Raises ValueError for a width that the heads do not divide, or that an embedded input does not have.
     """
 
     def __init__(
@@ -73,20 +86,26 @@ class TokenTransformer(nn.Module):
         output_dim: int = 1,
         places: int = 128,
         dropout: float = 0.1,
+        hidden_dim: int | None = None,
+        epsilon: float = 1e-5,
+        embedded_inputs: Collection[str] = (),
     ) -> None:
         super().__init__()
         if width % heads:
             raise ValueError(f"width {width} is no multiple of heads {heads}")
         input_dims = dict(sorted(input_dims.items()))
-        self.modalities = tuple(input_dims)
+        other = [name for name in embedded_inputs if input_dims.get(name) != width]
+        if other:
+            raise ValueError(f"embedded input {other[0]!r} is {input_dims.get(other[0], 0)} wide, not {width}")
+        self.modalities, self.embedded_inputs = tuple(input_dims), tuple(embedded_inputs)
         self.width, self.dropout = width, dropout
         self.standardise = nn.ModuleDict({name: Standardise(dim) for name, dim in input_dims.items()})
         self.project = nn.ModuleDict({name: nn.Linear(dim, width) for name, dim in input_dims.items()})
         self.places = nn.ParameterDict({name: nn.Parameter(torch.randn(places, width) * 0.02) for name in input_dims})
         self.kinds = nn.ParameterDict({name: nn.Parameter(torch.randn(width) * 0.02) for name in input_dims})
         self.embedded = nn.LayerNorm(width)
-        self.layers = nn.ModuleList(TransformerLayer(width, heads) for _ in range(layers))
-        self.norm = nn.LayerNorm(width)
+        self.layers = nn.ModuleList(TransformerLayer(width, heads, hidden_dim, epsilon) for _ in range(layers))
+        self.norm = nn.LayerNorm(width, epsilon)
         self.readout = nn.Linear(width, output_dim)
         self.rescale = Rescale(output_dim)
 
@@ -114,7 +133,8 @@ class TokenTransformer(nn.Module):
             x = self.project[name](x * kept[name].unsqueeze(-2) if kept else x)
             table = self.places[name]
             place = torch.arange(length, device=x.device).clamp_max(len(table) - 1)
-            parts.append(self.embedded(x) + table[place] + self.kinds[name])
+            x = x if name in self.embedded_inputs else self.embedded(x)
+            parts.append(x + table[place] + self.kinds[name])
         x, mask = torch.cat(parts, -2), torch.cat([seen[name].mask for name in self.modalities], -1)
         outputs = []
         for layer, dropped in zip(self.layers, self._dropped(uniforms), strict=True):

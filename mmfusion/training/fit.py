@@ -18,6 +18,7 @@ from mmfusion.dataset import Dataset, Fold, Split, pooled
 from mmfusion.metrics.tasks import balanced_weights, selection_score
 from mmfusion.models.fusion import Fusion, FusionEnsemble, FusionModel, ModelConfig
 from mmfusion.models.token_ensemble import MODELS, TokenConfig, TokenEnsemble, TokenFusion
+from mmfusion.models.vilt import TransformerStart, own_embeddings, read_vilt
 from mmfusion.models.whitening import whiten_latents
 from mmfusion.training.feed import Member
 from mmfusion.training.objective import (
@@ -111,6 +112,8 @@ def fit_methods(
         built = family.build(member.settings["active_rank"])
         built.standardise.load_state_dict(fitted[member.fold].standardise.state_dict())
         built.rescale.load_state_dict(fitted[member.fold].rescale.state_dict())
+        if family.start is not None:
+            family.start.fill(built)
         return built
 
     scale = target_scale(target) if first.task == "regression" else None
@@ -206,6 +209,8 @@ class Family:
     ensemble: type[FusionEnsemble] | type[TokenEnsemble]
     shape: dict[str, object]
     """arguments of the ensemble's constructor, `members` and `task` apart"""
+    start: TransformerStart | None = None
+    """initial layers of every member, where they are not drawn"""
 
     def build(self, active_rank: int | None = None) -> nn.Module:
         """One member, its weights drawn from torch's generator."""
@@ -235,7 +240,12 @@ def family_of(
             "places": longest,
             "dropout": tokens.transformer_dropout,
         }
-        return Family(TokenEnsemble, shape)
+        if tokens.transformer_weights is None:
+            return Family(TokenEnsemble, shape)
+        start = read_vilt(tokens.transformer_weights)
+        shape |= start.shape
+        shape["embedded_inputs"] = own_embeddings(dataset.provenance, shape["input_dims"], shape["width"])
+        return Family(TokenEnsemble, shape, start)
     rank = model.rank if method.has_rank else 1
     shape |= {"latent_dim": model.latent_dim, "hidden_dim": model.hidden_dim, "rank": rank}
     if method.fusion == "transport":
