@@ -68,15 +68,36 @@ def fitted(fusion: str, data: Dataset | list[Dataset] | None = None, methods: li
     objectives = more.pop("objectives", ObjectiveConfig())
     options = {name: more.pop(name) for name in ("checkpoint", "on_epoch") if name in more}
     modalities = tuple((data[0] if isinstance(data, list) else data or dataset()).input_dims)
+    training, tokens = replace(TRAINING, **more), TOKENS[fusion]
+    if fusion == "wma":  # one set of tests for both models: a transformer's own settings are those of the training
+        names = ("annealing", "weight_decay", "modality_dropout")
+        tokens = replace(tokens, **{f"transformer_{name}": getattr(training, name) for name in names})
     return fit_methods(
         data or dataset(),
         methods or [Method("it", modalities, fusion)],
         MODEL,
         objectives,
-        replace(TRAINING, **more),
-        tokens=TOKENS[fusion],
+        training,
+        tokens=tokens,
         **options,
     )
+
+
+def test_transformer_is_trained_by_its_own_settings_and_lmf_over_pairs_by_the_common_ones():
+    method, common = Method("it", tuple(dataset().input_dims)), replace(TRAINING, seeds=1)
+    others = replace(common, annealing="linear", weight_decay=100.0, modality_dropout=0.5)
+
+    def found(fusion, training, **own):
+        tokens = replace(TOKENS[fusion], **own)
+        (ensemble,), _ = fit_methods(
+            dataset(), [replace(method, fusion=fusion)], MODEL, ObjectiveConfig(), training, tokens=tokens
+        )
+        return weights_of(ensemble)
+
+    assert torch.equal(found("wma", common), found("wma", others))
+    assert not torch.equal(found("transport", common), found("transport", others))
+    for name, value in {"annealing": "none", "weight_decay": 100.0, "modality_dropout": 0.5}.items():
+        assert not torch.equal(found("wma", common), found("wma", common, **{f"transformer_{name}": value})), name
 
 
 # ---- members
