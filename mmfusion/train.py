@@ -279,7 +279,8 @@ def fit(
 
     Args:
         data: arrays under the keys of docs/your_data.md; a dataset with splits of its own (of its metadata the run
-            keeps id, group and transcript); or where memes lie, `MemesConfig()` being the drawn demo.
+            keeps id, group and transcript; of its sequences no token that is all zero, as of arrays); or where memes
+            lie, `MemesConfig()` being the drawn demo.
         config: with `data` saying how arrays are cut; default: all defaults.
         stacks: methods to train, those of one shape together; default: jWAE-LMF and its baselines.
         further_terms: {name: (weight, term)} added to the objective.
@@ -315,8 +316,13 @@ def fit(
         name, given = "arrays", None
         if isinstance(data, Dataset):
             name, given = data.name, data
-            if any(isinstance(x, Sequences) for x in data.splits["train"].features.values()):
-                raise InputError("data: holds sequences; give their means (mmfusion.dataset.pooled of each split)")
+            if not config.tokens.takes_tokens and any(
+                isinstance(x, Sequences) for x in data.splits["train"].features.values()
+            ):
+                remedy = (
+                    "fuse them (TokenConfig('wma') or ('transport')), or give their means (mmfusion.dataset.pooled)"
+                )
+                raise InputError(f"data: holds sequences; {remedy}")
             data, config = arrays_of(data), replace(config, data=ArraysConfig(task=data.task))
         datasets = dataset_from_arrays(data, config.data, name, tokens=config.tokens.takes_tokens)
         datasets = datasets if given is None else with_kept(datasets, beyond_arrays(given))

@@ -1,5 +1,6 @@
 """--tokens: sequences of every data set that has some, by the rules that its vectors are pooled by."""
 
+import json
 import os
 import pickle
 from dataclasses import replace
@@ -21,7 +22,7 @@ from experiments.experiment import Options, execute
 from experiments.recipe_search import Config as SearchConfig
 from experiments.recipe_search import main as search
 from mmfusion.data.array_values import feature_sequences
-from mmfusion.data.arrays import ArraysConfig, dataset_from_arrays
+from mmfusion.data.arrays import ArraysConfig, arrays_of, dataset_from_arrays
 from mmfusion.data.cmu_mosi import load_cmu_mosi
 from mmfusion.data.folds import fold_datasets, only
 from mmfusion.data.pom import load_pom
@@ -32,7 +33,9 @@ from mmfusion.dataset import Dataset, Split, pooled, take
 from mmfusion.encoders.cache import StoredTokens
 from mmfusion.errors import InputError
 from mmfusion.models.fusion import ModelConfig
+from mmfusion.models.token_ensemble import TokenConfig
 from mmfusion.sequences import Sequences, concatenate
+from mmfusion.train import Config as TrainConfig
 from mmfusion.train import fit
 from mmfusion.training.fit import Method, fit_methods
 from mmfusion.training.recipe import ObjectiveConfig, TrainingConfig
@@ -292,10 +295,35 @@ def test_studies_of_vectors_refuse_the_flag(tmp_path):
         search(SearchConfig(dataset="pom", data=path, tokens=True))
 
 
+def _of_sequences() -> Dataset:
+    def split(part: str, count: int) -> Split:
+        lengths = [1 + (3 * i) % 4 for i in range(count)]
+        features = {"a": _sequences([0, *lengths])[1:], "b": _sequences([0, *(5 - n for n in lengths)])[1:]}
+        return Split(features, torch.arange(float(count)) % 2, [f"{part}{i}" for i in range(count)])
+
+    return Dataset("d", "binary", {"train": split("t", 16), "dev": split("d", 8)}, "dev")
+
+
 def test_a_run_of_vectors_refuses_sequences():
-    split = Split({"a": _sequences([1] * 8), "b": _sequences([1] * 8)}, torch.arange(8.0) % 2, list("abcdefgh"))
-    with pytest.raises(InputError, match="data: holds sequences; give their means"):
-        fit(Dataset("d", "binary", {"train": split, "dev": split}, "dev"))
+    with pytest.raises(InputError, match=r"data: holds sequences; fuse them .* or give their means"):
+        fit(_of_sequences())
+
+
+@pytest.mark.parametrize("fusion", ["wma", "transport"])
+def test_a_dataset_of_sequences_is_trained_on_as_it_is(fusion, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = _of_sequences()
+    (found,) = dataset_from_arrays(arrays_of(data), ArraysConfig(task="binary"), tokens=True)
+    for name, x in data.splits["train"].features.items():
+        for before, after in zip(x, found.splits["train"].features[name], strict=True):
+            assert torch.equal(before, after)
+    training = replace(TrainConfig().training, epochs=1, seeds=2)
+    run = fit(data, TrainConfig(training=training, tokens=TokenConfig(fusion)))
+    assert run.predict(data.splits["dev"].features).shape == (8,)
+    prior = json.loads((run.folder / "results.json").read_text()).get("prior", [])
+    modalities = [(one["modality"], one["split"]) for one in prior]
+    expected = [(m, part) for m in ("a", "b") for part in ("train", "dev")] if fusion == "transport" else []
+    assert modalities == expected, "one token of each example is held against the prior, where there is one"
 
 
 # ---- own arrays ------------------------------------------------------------------------------------------------------

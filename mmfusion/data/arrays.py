@@ -125,7 +125,7 @@ def arrays_of(dataset: Dataset) -> dict[str, np.ndarray]:
     """
     arrays: dict[str, np.ndarray] = {}
     for name, split in dataset.splits.items():
-        arrays |= {f"{modality}_{name}": x.numpy() for modality, x in split.features.items()}
+        arrays |= {f"{modality}_{name}": _plain(x) for modality, x in split.features.items()}
         arrays[f"id_{name}"] = np.array(split.ids)
         arrays |= {f"{c}_{name}": np.array(split.metadata[c]) for c in STRING_COLUMNS if c in split.metadata}
         if split.target is not None:
@@ -135,6 +135,14 @@ def arrays_of(dataset: Dataset) -> dict[str, np.ndarray]:
             arrays[f"target_{name}"] = target
     names = dataset.class_names if dataset.task in ("binary", "multiclass") else dataset.target_names
     return arrays | ({NAMES_KEY: np.array(names)} if len(names) else {})
+
+
+def _plain(x: Tensor | Sequences) -> np.ndarray:
+    """(N, d), or of sequences (N, T, d) with NaN at padding."""
+    if isinstance(x, Tensor):
+        return x.numpy()
+    values, mask = x.padded()
+    return values.masked_fill(mask.unsqueeze(-1) == 0, np.nan).numpy()
 
 
 def beyond_arrays(dataset: Dataset) -> dict[str, object]:

@@ -249,8 +249,7 @@ PANELS = {
 def _aggregate_latents(member: FusionModel, split: Split) -> dict[str, np.ndarray]:
     """(N, L) per modality: the mean latent and one draw of its noise for every example."""
     found = {}
-    for name in member.modalities:
-        z, variances = latents_of_split(member, split, name)
+    for name, (z, variances) in latents_of_split(member, split).items():
         noise = np.random.default_rng(0).standard_normal(z.shape)
         found[name] = z if variances is None else z + np.sqrt(variances) * noise
     return found

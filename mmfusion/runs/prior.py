@@ -10,6 +10,9 @@ from mmfusion.dataset import Dataset, Split
 from mmfusion.metrics.format import counted, mean_std
 from mmfusion.metrics.prior import NUMBERS, PriorCheck, check_prior
 from mmfusion.models.fusion import FusionEnsemble, FusionModel
+from mmfusion.models.temporal_lmf import TemporalFusion
+from mmfusion.models.token_ensemble import TokenEnsemble
+from mmfusion.runs.tokens import token_cloud
 
 
 @dataclass(frozen=True)
@@ -31,24 +34,33 @@ class PriorReport:
     """(S,), as `mmfusion.metrics.prior.PriorCheck`"""
 
 
-def prior_report(datasets: Sequence[Dataset], ensemble: FusionEnsemble) -> list[dict[str, object]]:
-    """Every modality on every split of 2 examples or more, entries of `PriorReport`; of several folds on the first."""
+def prior_report(datasets: Sequence[Dataset], ensemble: FusionEnsemble | TokenEnsemble) -> list[dict[str, object]]:
+    """Every modality on every split of 2 examples or more, entries of `PriorReport`; of several folds on the first.
+
+    Of LMF over pairs of tokens it is one token of each example that must follow the prior, as in training.
+    """
     members, found = ensemble.part(0, len(datasets)).members, []
+    parts = {part: split for part, split in datasets[0].splits.items() if len(split) > 1}
+    latents = {part: [latents_of_split(member, split) for member in members] for part, split in parts.items()}
     for name in ensemble.shape["input_dims"]:
-        for part, split in datasets[0].splits.items():
-            if len(split) < 2:
-                continue
-            checks = [check_prior(*latents_of_split(member, split, name)) for member in members]
-            found.append(asdict(_joined(name, part, len(split), checks)))
+        for part, of_members in latents.items():
+            checks = [check_prior(*one[name]) for one in of_members]
+            found.append(asdict(_joined(name, part, len(parts[part]), checks)))
     return found
 
 
 @torch.inference_mode()
-def latents_of_split(member: FusionModel, split: Split, name: str) -> tuple[np.ndarray, np.ndarray | None]:
-    """Mean latents (n, L) of one modality, and the variances (L,) of their noise or None."""
-    x = {other: split.features[other] for other in member.modalities}
-    means, variances = member.jwae.posterior({other: member.standardise[other](x[other]) for other in x})
-    return means[name].double().numpy(), variances[name].double().numpy() if variances else None
+def latents_of_split(
+    member: FusionModel | TemporalFusion, split: Split
+) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
+    """Of each modality mean latents (n, L), and the variances (L,) of their noise or None."""
+    if isinstance(member, TemporalFusion):
+        return {name: (z.astype(np.float64), None) for name, z in token_cloud(member, split).items()}
+    x = {name: split.features[name] for name in member.modalities}
+    means, variances = member.jwae.posterior({name: member.standardise[name](x[name]) for name in x})
+    return {
+        name: (z.double().numpy(), variances[name].double().numpy() if variances else None) for name, z in means.items()
+    }
 
 
 def print_prior(reports: Sequence[dict[str, object]]) -> None:

@@ -176,7 +176,7 @@ def report_and_save(folder: Path, datasets: Sequence[Dataset], outcome: Outcome)
         ranks = report.rank_report(of_first_fold, dataset.splits[dataset.selection].features, dataset.task)
         report.print_ranks(ranks, dataset.selection, dataset.task)
         results["ranks"] = ranks
-    if main.shape["fusion"] == "lmf":
+    if main.shape["fusion"] in ("lmf", "transport"):
         results["prior"] = prior_report(datasets, main)
         print_prior(results["prior"])
     save_ensembles(folder, outcome.ensembles)
