@@ -47,6 +47,7 @@ def over_orders(similarities: list[float], positive: list[int], cutoffs: tuple[i
         ([0.9, 0.8, 0.8, 0.8, 0.8, 0.1], [2]),
         ([0.1, 0.2, 0.3, 0.4, 0.5, 0.6], [0, 3]),
         ([0.5, 0.5, 0.5], [0, 1, 2]),
+        ([0.9, 0.5, 0.5, 0.2], [1, 2]),
     ],
 )
 def test_ties_score_the_mean_over_every_order_among_equals(similarities, positive):
