@@ -139,14 +139,13 @@ def nearest_rows(x: np.ndarray, k: int, generator: np.random.Generator) -> np.nd
         raise ValueError(f"{n} rows have no k = {k} neighbours each: k is from 1 to {n - 1}")
     x = x - x.mean(0)
     square = np.square(x).sum(1)
-    unit = square.mean() * TIE if square.any() else 1.0
+    tie = TIE * (square.mean() if square.any() else 1.0)
     nearest = np.empty((n, k), np.int64)
     step = max(1, CHUNK // n)
     for start in range(0, n, step):
         rows = np.arange(start, min(start + step, n))
         distances = square[rows, None] + square - 2 * x[rows] @ x.T  # (C, N), squared
-        distances = np.rint(distances / unit)  # what rounding parts is equal
-        distances += generator.random(distances.shape) / 2  # and drawn
+        distances += tie * generator.random(distances.shape)  # the order of what rounding alone parts
         distances[rows - start, rows] = np.inf
         nearest[rows] = np.argpartition(distances, k - 1, axis=1)[:, :k]
     return nearest
