@@ -275,6 +275,19 @@ def test_curvature_sees_no_rotation_scale_shift_or_repeated_point():
         assert found.dimension == expected.dimension and found.share == pytest.approx(expected.share, rel=1e-6)
 
 
+def test_far_from_the_origin_digits_are_kept():
+    x, y = related()
+    for measure in (unbiased_cka, foscttm):
+        assert measure(x + 1e7, y + 1e7) == pytest.approx(measure(x, y), rel=1e-6), measure
+    for same in (x + 1e7, x * 1e-200, x * 1e200):
+        assert local_curvature(same).share == pytest.approx(local_curvature(x).share, rel=1e-6)
+    # in a narrow cone the nearest by cosine are those by distance across it
+    found = [NearestNeighbors(n_neighbors=10).fit(z).kneighbors(return_distance=False) for z in (x, y)]
+    expected = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(*found, strict=True)])
+    cones = [np.c_[np.full(60, 1e7), z] for z in (x, y)]
+    assert mutual_knn_overlap(*cones) == pytest.approx(expected)
+
+
 def test_planes_have_no_more_than_half_the_neighbours_dimensions():
     found = local_curvature(normal(300, 60))
     assert found.intrinsic_dimension > 15 and found.dimension == 10 and found.share > 0.1
@@ -316,6 +329,11 @@ def test_alignment_lies_outside_its_null_and_the_null_where_it_should(measured):
         assert m.value > m.null_high if name in better_above else m.value < m.null_low, name
     for name, chance in (("CKA", 0), ("FOSCTTM", 0.5), ("mutual kNN", 10 / 149)):
         assert found[name].null_low < chance < found[name].null_high, name
+
+
+def test_a_null_is_of_the_draws_alone():
+    found = geometry._measure("permuted rows", np.r_[1000.0, np.arange(41)])
+    assert found == (1000, "permuted rows", 20, 1, 39)
 
 
 def test_of_one_distribution_gap_and_mmd_lie_in_their_null():
