@@ -34,12 +34,12 @@ class JWAE(nn.Module):
     Args:
         input_dims: width d_m of each modality, by name; this order is the order of every returned dict.
         latent_dim: shared latent width L.
-        hidden_dim: width of the one hidden layer of each encoder and decoder.
+        hidden_dim: width of the one hidden layer of each encoder and decoder; 0: there is none, they are affine.
         noise: an encoder's latent is N(mu(x), diag s^2) with s 0 ("none": it is deterministic) or learned for each
             "dimension". Decoders see the mean.
 
     Raises:
-        ValueError: no modality, a width below 1, or an unknown noise.
+        ValueError: no modality, another width below 1, or an unknown noise.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class JWAE(nn.Module):
         self.latent_dim = latent_dim
         self.hidden_dim = hidden_dim
         self.noise = noise
-        if not self.input_dims or min(latent_dim, hidden_dim, *self.input_dims.values()) < 1:
+        if not self.input_dims or min(latent_dim, hidden_dim + 1, *self.input_dims.values()) < 1:
             sizes = f"{self.input_dims}, latent_dim {latent_dim}, hidden_dim {hidden_dim}"
             raise ValueError(f"at least one modality and widths of at least 1 are needed, got {sizes}")
         if noise not in get_args(Noise):
@@ -303,7 +303,9 @@ def _normal_quantiles(count: int, like: Tensor) -> Tensor:
     return (torch.erfinv(2 * shares - 1) * 2**0.5).to(like.dtype)
 
 
-def _mlp(d_in: int, d_hidden: int, d_out: int) -> nn.Sequential:
+def _mlp(d_in: int, d_hidden: int, d_out: int) -> nn.Module:
+    if not d_hidden:
+        return nn.Linear(d_in, d_out)
     return nn.Sequential(nn.Linear(d_in, d_hidden), nn.GELU(), nn.Linear(d_hidden, d_out))
 
 
