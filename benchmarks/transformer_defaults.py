@@ -1,4 +1,4 @@
-"""Schedule, weight decay and modality dropout of a transformer, compared on dev: what TokenConfig's are chosen by.
+"""Schedule, weight decay and modality dropout of a transformer, compared on dev: what its defaults are chosen by.
 
     python -m benchmarks.transformer_defaults
     python -m benchmarks.transformer_defaults --dataset mmmo --data mmmo_sequences.npz
@@ -40,10 +40,10 @@ def main(config: Config) -> None:
     print(f"{data.name}: {data.score_name} on dev, n = {len(first.folds[0].dev)}, {config.seeds} seeds")
     for annealing, decay, dropout in itertools.product(ANNEALINGS, DECAYS, DROPOUTS):
         setting = row(first, config, ALONE, config.learning_rate, {"transport": 0.0}, dropout=dropout)
-        tokens = replace(setting.tokens, transformer_annealing=annealing, transformer_weight_decay=decay)
+        training = replace(setting.training, annealing=annealing, weight_decay=decay)
         with tempfile.TemporaryDirectory() as folder:
             run = Run(config, Path(folder), pick_device(config.device))
-            trained = train_rows(first, [replace(setting, tokens=tokens)], run, "transformer")
+            trained = train_rows(first, [replace(setting, training=training)], run, "transformer")
         label = f"annealing {annealing}, decay {decay:g}, modality dropout {dropout:g}"
         print(f"{label:55} {mean_std(dev_scores(first, trained)[ALONE])}", flush=True)
 

@@ -187,6 +187,8 @@ def row(
         epochs=epochs or options.epochs or 20,
         patience=5,
         learning_rate=rate,
+        annealing="linear",
+        weight_decay=0.01,
     )
     return Row(method, tokens, ObjectiveConfig(transport_method=plan), training)
 

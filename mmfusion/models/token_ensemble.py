@@ -46,12 +46,8 @@ class TokenConfig:
     transformer_weights: str | None = None
     """of --fusion wma: folder of a ViLT (config.json, model.safetensors), whose width, layers and heads the transformer
     then has, and whose weights its layers start from"""
-    transformer_annealing: Literal["none", "cosine", "linear"] = "linear"
-    """of --fusion wma: the transformer's, in place of --annealing"""
-    transformer_weight_decay: float = 0.01
-    """of --fusion wma: the transformer's, in place of --weight-decay"""
     transformer_modality_dropout: float = 0.0
-    """of --fusion wma: the transformer's, in place of --modality-dropout"""
+    """of --fusion wma: the transformer's, in place of --modality-dropout, which keeps it from learning"""
 
     @property
     def takes_tokens(self) -> bool:
@@ -63,7 +59,7 @@ class TokenConfig:
         widths = {name: (1, MOST_WIDTH) for name in ("transformer_width", "transformer_layers", "transformer_heads")}
         widths["transformer_layers"] = (1, MOST_LAYERS)
         rates = {"transformer_dropout": (0, 0.9), "transformer_modality_dropout": (0, 0.9)}
-        check_numbers(self, widths | rates | {"transformer_weight_decay": (0, 1e9), "band": (1e-3, 1e3)})
+        check_numbers(self, widths | rates | {"band": (1e-3, 1e3)})
         if self.transformer_width % self.transformer_heads:
             raise InputError(
                 f"--transformer-heads {self.transformer_heads}: must divide --transformer-width "

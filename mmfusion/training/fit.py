@@ -103,8 +103,8 @@ def fit_methods(
         datasets = [datasets] if isinstance(datasets, Dataset) else list(datasets)
     first = datasets if isinstance(datasets, FoldedDataset) else datasets[0]
     data, target = _training_data(datasets, methods[0])
-    if fusion == "wma":
-        training = of_transformer(training, tokens or TokenConfig())
+    if fusion == "wma":  # benchmarks.transformer_defaults: what helps the jWAE models keeps it from learning
+        training = replace(training, modality_dropout=(tokens or TokenConfig()).transformer_modality_dropout)
     family = family_of(methods[0], data.train, first, model, tokens)
     fitted = [_fitted(family, data, fold, first.task) for fold in data.folds]
 
@@ -181,17 +181,6 @@ def fit_methods(
         for i in range(len(methods))
     ]
     return ensembles, trained
-
-
-def of_transformer(training: TrainingConfig, tokens: TokenConfig) -> TrainingConfig:
-    """The same with a transformer's own schedule, decay and modality dropout (chosen by
-    `benchmarks.transformer_defaults`: those of the jWAE models keep it from learning)."""
-    return replace(
-        training,
-        annealing=tokens.transformer_annealing,
-        weight_decay=tokens.transformer_weight_decay,
-        modality_dropout=tokens.transformer_modality_dropout,
-    )
 
 
 def give_prior(models: Sequence[FusionModel], members: Sequence[Member], data: TrainingData) -> None:
