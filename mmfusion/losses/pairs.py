@@ -1,4 +1,4 @@
-"""Latents of M modalities as one tensor, and the pairs of modalities that a loss compares: all of them, or with a hub."""
+"""Latents of M modalities as one tensor, and the pairs of modalities that a loss compares: all, or those with a hub."""
 
 from collections.abc import Iterable, Mapping
 from itertools import combinations
