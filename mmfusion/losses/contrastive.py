@@ -75,8 +75,9 @@ def gram_volume_contrast(
         V(i, j) = sqrt(det G + epsilon),   G the Gram matrix of row i of the anchor and row j of all others
 
     Row i of the anchor must pick the others' tuple i among B by logits -V / temperature, and the tuple the row. For two
-    modalities V is the sine of their angle: opposite vectors count as aligned. V sees whether the M vectors are
-    linearly dependent, so a tuple in which two of three agree has volume 0 whatever the third is.
+    modalities V is the sine of their angle: opposite vectors count as aligned. For three or more V is 0 for every
+    linear dependence: once two of the others agree, mixed tuples have no volume either. Exact alignment of all is thus
+    not the minimum but log B, with a gradient of 0.
 
     Args:
         latents: (B, L) by modality; row i of every modality belongs to example i.
