@@ -17,6 +17,7 @@ from mmfusion.data.folds import FoldedDataset, fold_datasets
 from mmfusion.data.memes import MemesConfig, MemesSource, find_source, load_memes
 from mmfusion.data.mmmo import load_mmmo
 from mmfusion.data.mustard import load_mustard
+from mmfusion.data.pairs import load_pairs
 from mmfusion.data.pom import load_pom
 from mmfusion.dataset import Dataset
 from mmfusion.distributed import Processes
@@ -94,6 +95,13 @@ def _arrays(options: "DataOptions", device: str) -> list[Dataset]:
     return load_arrays(ArraysConfig(**shared), options.tokens)
 
 
+def _pairs(options: "DataOptions", device: str) -> list[Dataset]:
+    if isinstance(options.folds, Path):
+        raise InputError(f"--folds {options.folds}: with --dataset pairs, give a number of random cuts")
+    share = 0.5 if options.hold_out is None else options.hold_out
+    return load_pairs(options.data, options.modalities, options.folds or 1, share, options.split_seed)
+
+
 CORPORA: dict[str, Corpus] = {
     "demo": Corpus(_memes, ("tokens",), {"text": "transcript"}),
     "cmu_mosi": Corpus(_cmu_mosi, ("task", "folds", "split_seed", "text_encoder", "tokens"), {"text": "transcript"}),
@@ -108,6 +116,7 @@ CORPORA: dict[str, Corpus] = {
         _memes, ("img_dir", "image_encoder", "text_encoder", "features", "tokens"), {"text": "transcript"}
     ),
     "arrays": Corpus(_arrays, ("folds", "task", "target", "modalities", "ignore", "hold_out", "split_seed", "tokens")),
+    "pairs": Corpus(_pairs, ("folds", "modalities", "hold_out", "split_seed")),
 }
 DatasetName = Literal[*CORPORA]
 

@@ -75,6 +75,19 @@ class AlignmentModel(nn.Module):
         temperature = self.log_temperature.exp().clamp_min(LEAST_TEMPERATURE)
         return AlignmentOutput(_without_hidden(latents, present or {}), standardised, decoded, temperature)
 
+    @torch.no_grad()
+    def start_at_identity(self) -> None:
+        """Let encoders and decoders be the identity: latents are the standardised features, for a space that is shared.
+
+        Raises ValueError unless they are affine and every modality is as wide as the latents.
+        """
+        affine = [*self.jwae.encoders.values(), *self.jwae.decoders.values()]
+        if any(not isinstance(one, nn.Linear) or one.in_features != one.out_features for one in affine):
+            raise ValueError(f"the identity has affine encoders of one width: {self.jwae.input_dims}")
+        for one in affine:
+            nn.init.eye_(one.weight)
+            nn.init.zeros_(one.bias)
+
     def encode(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Latents (N, L) of those modalities (N, d_m) that are given."""
         return {

@@ -1,0 +1,169 @@
+"""Align M modalities without labels: all weightings of the losses and all seeds trained at once.
+
+ensembles = align(data, [Weighting("contrast", {"info_nce": 1.0})], AlignmentTraining(seeds=5))
+ensembles["contrast"].encode(data.pool.features)  # {modality: (S, N, L)}, S seeds x folds
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from jwae_module import mmd_penalty, reconstruction_error
+from mmfusion.data.folds import FoldedDataset
+from mmfusion.dataset import Fold
+from mmfusion.losses.alignment import ALIGNMENTS
+from mmfusion.metrics.retrieval import cross_retrieval
+from mmfusion.models.alignment import AlignmentEnsemble, AlignmentModel
+from mmfusion.training.feed import Batch, Member
+from mmfusion.training.trainer import ModelCall, Problem, Schedule, TrainingData, train
+
+TEMPERED = ("info_nce", "gram", "multilinear")  # take the temperature that is learned
+OWN_TERMS = ("prior", "reconstruction")
+SHAPE = ("latent_dim", "hidden_dim", "spectral_norm")  # of the model
+
+
+@dataclass(frozen=True)
+class Weighting:
+    """One row: which losses align, and how."""
+
+    label: str
+    weights: Mapping[str, float]
+    """of `mmfusion.losses.alignment.ALIGNMENTS`, and of "prior" (MMD to N(0, I)) and "reconstruction"; others are 0"""
+    masking: float = 0.0
+    """rate at which each modality of each example is hidden in training"""
+
+
+@dataclass(frozen=True)
+class AlignmentTraining:
+    """The space, and how all members are trained."""
+
+    latent_dim: int = 32
+    hidden_dim: int = 128
+    """of the encoders; 0: they are affine"""
+    spectral_norm: float | None = None
+    identity: bool = False
+    """start where latents are the standardised features, of modalities whose features share a space already"""
+    seeds: int = 5
+    epochs: int = 60
+    batch_size: int = 128
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.1
+    feature_dropout: float = 0.0
+    keep: str = "best"
+    """the epoch of the best mean average precision on dev, or the last, at a rate that falls along a cosine"""
+    patience: int = 15
+    options: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    """{loss: its arguments}, where they are not its defaults"""
+
+
+def alignment_terms(
+    model: ModelCall, batch: Batch, wanted: Collection[str], options: Mapping[str, Mapping[str, object]]
+) -> dict[str, Tensor]:
+    """The wanted terms of one model on one batch, scalars."""
+    output = model(batch.features, present=batch.present, kept=batch.kept)
+    terms = {}
+    for name in wanted:
+        if name == "prior":
+            terms[name] = torch.vmap(mmd_penalty)(torch.stack(list(output.latents.values()))).mean()
+        elif name == "reconstruction":
+            terms[name] = reconstruction_error(output.standardised, output.reconstructions)
+        else:
+            learned = {"temperature": output.temperature} if name in TEMPERED else {}
+            terms[name] = ALIGNMENTS[name](output.latents, **learned, **options.get(name, {}))
+    return terms
+
+
+def align(
+    data: FoldedDataset,
+    weightings: Sequence[Weighting],
+    training: AlignmentTraining | None = None,
+    *,
+    modalities: Sequence[str] | None = None,
+    device: str | torch.device = "cpu",
+    checkpoint: Path | None = None,
+    on_epoch: Callable[[dict], None] | None = None,
+) -> dict[str, AlignmentEnsemble]:
+    """Train every weighting with every seed on every fold at once; {label: its members, seed-major, then fold}.
+
+    Args:
+        data: vectors (N, d_m) of two modalities or more; targets are not looked at.
+        weightings: the rows; what no row weighs is not computed.
+        modalities: those that are aligned; default: all.
+        checkpoint, on_epoch: as `mmfusion.training.trainer.train`.
+
+    Raises ValueError for an unknown loss or a single modality; NonFiniteLoss and InputError as `train`.
+    """
+    training = training or AlignmentTraining()
+    features = {name: data.pool.features[name] for name in sorted(modalities or data.pool.features)}
+    dims = {name: x.shape[-1] for name, x in features.items()}
+    wanted = sorted({name for one in weightings for name, weight in one.weights.items() if weight})
+    if unknown := set(wanted) - set(ALIGNMENTS) - set(OWN_TERMS):
+        raise ValueError(f"no loss {min(unknown)!r}; known are {', '.join([*ALIGNMENTS, *OWN_TERMS])}")
+    if len(dims) < 2:
+        raise ValueError(f"two modalities or more are aligned, not {', '.join(dims)} alone")
+    shape = {"input_dims": dims, **{name: getattr(training, name) for name in SHAPE}}
+    fitted = [_standardised(shape, features, fold) for fold in data.folds]
+
+    def build(member: Member) -> nn.Module:
+        model = AlignmentModel(**shape)
+        model.standardise.load_state_dict(fitted[member.fold].standardise.state_dict())
+        if training.identity:
+            model.start_at_identity()
+        return model
+
+    members = [
+        Member(
+            seed,
+            {name: float(one.weights.get(name, 0.0)) for name in wanted},
+            training.weight_decay,
+            {"weighting": one.label},
+            {name: one.masking for name in dims if one.masking},
+            fold,
+            training.feature_dropout,
+        )
+        for one in weightings
+        for seed in range(training.seeds)
+        for fold in range(len(data.folds))
+    ]
+    problem = Problem(
+        build,
+        lambda model, batch: alignment_terms(model, batch, wanted, training.options),
+        lambda model, features: torch.stack(list(model(features).latents.values()), 1),  # (N, M, L)
+        lambda latents, _: mean_precision(latents),
+    )
+    schedule = Schedule(
+        epochs=training.epochs,
+        batch_size=training.batch_size,
+        learning_rate=training.learning_rate,
+        annealing="none" if training.keep == "best" else "cosine",
+        patience=training.patience,
+        keep=training.keep,
+    )
+    pool = replace(data.pool, features=features, target=torch.zeros(len(data.pool)))
+    parts = TrainingData(pool, pool, data.folds)
+    trained = train(problem, members, parts, schedule, device=device, checkpoint=checkpoint, on_epoch=on_epoch)
+    count = training.seeds * len(data.folds)
+    return {
+        one.label: AlignmentEnsemble.from_members(trained.models[i * count : (i + 1) * count], **shape)
+        for i, one in enumerate(weightings)
+    }
+
+
+def _standardised(shape: Mapping[str, object], features: Mapping[str, Tensor], fold: Fold) -> AlignmentModel:
+    """A model whose standardisation is that of the fold's training part."""
+    model = AlignmentModel(**shape)
+    for name, x in features.items():
+        model.standardise[name].fit(x[fold.train])
+    return model
+
+
+def mean_precision(latents: np.ndarray) -> float:
+    """Mean average precision over all ordered pairs of modalities, of latents (N, M, L); 0 of a collapsed one."""
+    if not latents.any(-1).all():  # a zero vector has no direction
+        return 0.0
+    by_name = {str(m): latents[:, m] for m in range(latents.shape[1])}
+    return float(np.mean([scores.mean_average_precision for scores in cross_retrieval(by_name).values()]))
