@@ -4,9 +4,9 @@
     python -m benchmarks.alignment_losses --joint     low-rank joint covariance against its hub form
     python -m benchmarks.alignment_losses --formula   Tr(S_V log S_T), which is no divergence, beside Stein's
 
-Milliseconds from latents to their gradients (float32), median of rounds, with the smallest and largest of the rounds in
-brackets at M = 6; the ratio time(M = 6) / time(M = 2) is 5 for what costs one unit per pair with a hub, 15 for all
-pairs, 3 for one unit per modality.
+Milliseconds from latents to their gradients (float32), the smallest of the rounds (other jobs only add to a time), each
+of which takes M = 2 to 6 in turn; in brackets all rounds at M = 6. The ratio time(M = 6) / time(M = 2) would be 15 at
+one unit for each pair of modalities, 5 for each pair with a hub, 3 for each modality; a fixed cost lowers it.
 
 --joint draws latents of M = 4 modalities that are linear in k shared factors plus noise, and compares the value on all
 modalities at once with the mean over the pairs (hub, modality), first where every modality holds all factors, then
@@ -51,13 +51,11 @@ def draw(modalities: int, members: int, batch: int, width: int) -> dict[str, Ten
     return {name: shared + torch.randn(shared.shape, generator=generator) for name in NAMES[:modalities]}
 
 
-def milliseconds(loss: Loss, latents: dict[str, Tensor], rounds: int) -> list[float]:
-    slope, times = vmap(grad(loss)), []
-    for _ in range(rounds + 1):
-        start = time.perf_counter()
-        slope(latents)
-        times.append(1000 * (time.perf_counter() - start))
-    return times[1:]  # the first warms up
+def milliseconds(loss: Loss, latents: dict[str, Tensor]) -> float:
+    slope = vmap(grad(loss))
+    start = time.perf_counter()
+    slope(latents)
+    return 1000 * (time.perf_counter() - start)
 
 
 def compare(options: argparse.Namespace) -> None:
@@ -65,13 +63,13 @@ def compare(options: argparse.Namespace) -> None:
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.rounds} rounds, ms")
     print(f"{options.members} members, B {options.batch}, L {options.width}, float32")
     print(f"{'loss':18}" + "".join(f"{f'M = {m}':>9}" for m in counts) + f"{'':20}{'M 6 / M 2':>10}")
+    drawn = [draw(m, options.members, options.batch, options.width) for m in counts]
     for name, loss in sides().items():
-        times = [
-            milliseconds(loss, draw(m, options.members, options.batch, options.width), options.rounds) for m in counts
-        ]
-        medians = [statistics.median(t) for t in times]
-        spread = f"[{min(times[-1]):.1f}, {max(times[-1]):.1f}]"
-        print(f"{name:18}" + "".join(f"{t:9.1f}" for t in medians) + f"{spread:>20}{medians[-1] / medians[0]:10.1f}")
+        rounds = [[milliseconds(loss, latents) for latents in drawn] for _ in range(options.rounds + 1)]
+        times = list(zip(*rounds[1:], strict=True))  # the first warms up
+        least = [min(t) for t in times]
+        spread = f"[{least[-1]:.1f}, {max(times[-1]):.1f}]"
+        print(f"{name:18}" + "".join(f"{t:9.1f}" for t in least) + f"{spread:>20}{least[-1] / least[0]:10.1f}")
 
 
 def joint_against_hub(rank: int = 4, noise: float = 0.3, count: int = 20) -> None:

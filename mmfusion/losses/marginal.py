@@ -48,7 +48,7 @@ def batch_transport(
     z = stacked(latents)
     scale = z.new_ones(())
     if cost == "squared_distance":
-        z = z - z.mean((0, 1))  # shifts no distance, saves rounding
+        z = z - z.detach().mean((0, 1))  # changes no distance, saves rounding
         scale = 2 * z.detach().square().sum(-1).mean().clamp_min(1e-12)  # of two independent rows
         z = z * scale.rsqrt()
     x, y = paired(z, latents, hub)  # (P, B, L)
