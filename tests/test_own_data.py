@@ -159,7 +159,7 @@ def test_texts_as_objects_are_kept_so_that_they_are_read_again():
         (TrainingConfig, {"epochs": 2.5}, "--epochs 2.5: give a whole number"),
         (TrainingConfig, {"learning_rate": "fast"}, "--learning-rate 'fast': give a number"),
         (TrainingConfig, {"compile": "no"}, "--compile 'no': give True or False"),
-        (ObjectiveConfig, {"alignment": "infonce"}, "--alignment 'infonce': give margin or info_nce"),
+        (ObjectiveConfig, {"alignment": "infonce"}, "--alignment 'infonce': give margin or info_nce or transport"),
         (ObjectiveConfig, {"mmd_weight": "1"}, "--mmd-weight '1': give a number"),
         (ModelConfig, {"rank": "4"}, "--rank '4': give a whole number"),
     ],

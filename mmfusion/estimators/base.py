@@ -46,7 +46,7 @@ class FusionEstimator(BaseEstimator):
         batch_size: examples per step; "auto": as many as leave 16 steps to an epoch, from 8 to 64.
         learning_rate, weight_decay, modality_dropout, feature_dropout, annealing: of the training (`TrainingConfig`).
         keep: "last" epoch, or "best" one on the validation examples, which are then cut from those given.
-        mmd_weight, reconstruction_weight, alignment_weight: of the objective (`ObjectiveConfig`).
+        mmd_weight, reconstruction_weight, alignment_weight, alignment: of the objective (`ObjectiveConfig`).
         validation_fraction: with keep="best", share of the examples that epochs are selected on; 0, or too few
             examples for it: the training examples themselves select.
         random_state: int, RandomState or None; seeds of members, initial values, batches and the validation examples.
@@ -74,6 +74,7 @@ class FusionEstimator(BaseEstimator):
         mmd_weight: float = ObjectiveConfig.mmd_weight,
         reconstruction_weight: float = ObjectiveConfig.reconstruction_weight,
         alignment_weight: float = ObjectiveConfig.alignment_weight,
+        alignment: str = ObjectiveConfig.alignment,
         validation_fraction: float = VALIDATION_FRACTION,
         random_state: int | np.random.RandomState | None = None,
         device: str = "auto",
@@ -96,6 +97,7 @@ class FusionEstimator(BaseEstimator):
         self.mmd_weight = mmd_weight
         self.reconstruction_weight = reconstruction_weight
         self.alignment_weight = alignment_weight
+        self.alignment = alignment
         self.validation_fraction = validation_fraction
         self.random_state = random_state
         self.device = device
@@ -171,6 +173,7 @@ class FusionEstimator(BaseEstimator):
             mmd_weight=self.mmd_weight,
             reconstruction_weight=self.reconstruction_weight,
             alignment_weight=self.alignment_weight,
+            alignment=self.alignment,
         )
         try:
             for section in (training, model, objective):

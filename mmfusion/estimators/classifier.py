@@ -47,6 +47,7 @@ class FusionClassifier(ClassifierMixin, FusionEstimator):
         mmd_weight: float = ObjectiveConfig.mmd_weight,
         reconstruction_weight: float = ObjectiveConfig.reconstruction_weight,
         alignment_weight: float = ObjectiveConfig.alignment_weight,
+        alignment: str = ObjectiveConfig.alignment,
         validation_fraction: float = VALIDATION_FRACTION,
         random_state: int | np.random.RandomState | None = None,
         device: str = "auto",

@@ -17,7 +17,7 @@ from jwae_module import (
     sliced_wasserstein_penalty,
 )
 from mmfusion.dataset import Task
-from mmfusion.losses.contrastive import info_nce, margin_ranking
+from mmfusion.losses.alignment import ALIGNMENTS
 from mmfusion.losses.expected import expected_absolute_error, moderated_logits
 from mmfusion.losses.token_alignment import TransportTerm, mmd_between
 from mmfusion.models.fusion import FusionOutput
@@ -26,7 +26,7 @@ from mmfusion.sequences import Tokens
 from mmfusion.training.feed import Batch
 from mmfusion.training.trainer import ModelCall
 
-Alignment = Literal["margin", "info_nce"]
+Alignment = Literal[*ALIGNMENTS]
 Prior = Literal["mmd", "bures", "sliced", "characteristic"]
 PRIOR_TERMS: dict[Prior, Callable[..., Tensor]] = {
     "mmd": mmd_penalty,
@@ -113,8 +113,7 @@ def loss_terms(
         terms[name] = distances(latents, variances).mean()
     terms["reconstruction"] = reconstruction_error(output.standardised, output.reconstructions)
     if len(output.latents) > 1:
-        align = info_nce if alignment == "info_nce" else margin_ranking
-        terms["alignment"] = align(output.latents)
+        terms["alignment"] = ALIGNMENTS[alignment](output.latents)
     return terms
 
 

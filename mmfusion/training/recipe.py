@@ -34,7 +34,7 @@ class ObjectiveConfig:
     alignment_weight: float = 0.1
     """weight of the alignment of one example's latents"""
     alignment: Alignment = "margin"
-    """which alignment: the margin ranking loss of the jWAE paper, or symmetric InfoNCE"""
+    """which alignment: the margin ranking loss of the jWAE paper, symmetric InfoNCE, or another of docs/alignment.md"""
     transport_weight: float = 0.1
     """of models of tokens: weight of the Wasserstein distance between the tokens of two modalities"""
     transport_method: Literal["ipot", "sinkhorn", "random"] = "ipot"
