@@ -9,7 +9,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from mmfusion.data import synthetic_truth
-from mmfusion.data.registry import DataOptions, check_flags, load_datasets
+from mmfusion.data.registry import DataOptions, check_flags, load_datasets, synthetic_config
 from mmfusion.data.synthetic import SyntheticConfig, draw_factors, features_of, rotations, scores_of, synthetic
 from mmfusion.data.synthetic_published import (
     accuracy_from_share,
@@ -392,6 +392,9 @@ def test_flags_set_the_dials_and_the_note_says_the_best_accuracy():
     assert (len(dataset.splits["train"]), len(dataset.splits["dev"]), len(dataset.splits["test"])) == (40, 10, 40)
     assert dataset.provenance["dials"]["shared"] == 0.9 and dataset.provenance["dials"]["seed"] == 3
     assert "0.8976" in dataset.notes[0]  # 1/2 + arcsin(sqrt .9) / pi
+    own = {"shared": 0.1, "unique": 0.2, "synergy": 0.4, "alignment": 0.5, "noise": 0.6}
+    flags = DataOptions("synthetic", **{f"synthetic_{name}": value for name, value in own.items()})
+    assert synthetic_config(flags) == SyntheticConfig(shared=0.1, unique=0.2, synergy=0.4, alignment=0.5, gaussian=0.6)
 
 
 @pytest.mark.parametrize(

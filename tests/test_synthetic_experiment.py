@@ -48,22 +48,34 @@ def test_columns_move_the_whole_of_the_shares_to_one_kind_of_factor():
     assert all(len(c.data.folds[0].train) == 80 for c in columns.values())
 
 
-def test_the_additive_row_is_the_sign_of_the_sum_of_the_single_logits(tmp_path, monkeypatch):
-    column = next(c for c in experiment.columns(SMALL) if c.name == "mix")
-    run, seen = run_in(tmp_path), {}
-    original = run.grid
+@pytest.mark.parametrize("name", ["mix", "XOR"])
+def test_the_additive_row_is_right_where_the_sum_of_the_single_logits_is(tmp_path, monkeypatch, name):
+    column = next(c for c in experiment.columns(SMALL) if c.name == name)
+    run, seen, rng = run_in(tmp_path), {}, np.random.default_rng(0)
 
-    def grid(data, settings, title, **shape):
-        found = original(data, settings, title, **shape)
-        seen[title] = found.predictions()
-        return found
+    class Grid:
+        """Of logits that are drawn, not trained."""
 
-    monkeypatch.setattr(run, "grid", grid)
+        def __init__(self, data, settings, title, **shape):
+            outputs = (data.output_dim,) if data.has_columns else ()
+            self.logits = rng.normal(size=(len(settings), len(run.seeds), len(targets(data)), *outputs))
+            seen[title] = (self.logits, list(data.input_dims), shape)
+
+        def predictions(self) -> np.ndarray:
+            return self.logits
+
+    monkeypatch.setattr(run, "grid", Grid)
     scores = experiment.scores_on(column, run)
-    summed = seen["mix first alone"][0] + seen["mix second alone"][0]
-    np.testing.assert_array_equal(scores[ADDITIVE], (summed >= 0) == (targets(column.data) == 1))
-    assert scores[MAIN].shape == (2, 80) and not np.array_equal(scores[MAIN], scores[LOWEST])
-    assert list(scores) == [MAIN, LOWEST, CONCATENATION, ADDITIVE, *ALONE]
+    first, second = (seen[f"{name} {row}"] for row in ALONE)
+    assert [first[1], second[1]] == [[modality] for modality in column.data.input_dims]
+    summed = first[0][0] + second[0][0]
+    guess = summed.argmax(-1) if name == "XOR" else summed >= 0
+    np.testing.assert_array_equal(scores[ADDITIVE], guess == targets(column.data))
+    main, lowest = seen[f"{name} LMF"][0]
+    for row, logits in ((MAIN, main), (LOWEST, lowest), (ALONE[1], second[0][0])):
+        guess = logits.argmax(-1) if name == "XOR" else logits >= 0
+        np.testing.assert_array_equal(scores[row], guess == targets(column.data))
+    assert seen[f"{name} concatenation"][2] == {"fusion": "concatenation"}
 
 
 @pytest.mark.parametrize(
