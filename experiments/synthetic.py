@@ -205,7 +205,7 @@ def draw(figure: Figure, there: Sequence[Column], found: dict[str, dict[str, np.
             seeds = found[column.name][row].mean(1)
             x = np.full(len(seeds), place - 0.3 + 0.6 * k / (len(rows) - 1))
             axis.plot(x, seeds, "o", color=f"C{k}", alpha=0.6, markersize=5, label=row if place == 0 else None)
-    axis.set_xticks(range(len(there)), [column.name for column in there])
+    axis.set_xticks(range(len(there)), [column.name for column in there], rotation=15)
     axis.set(ylabel="accuracy on the test examples", title="which method recovers what (dots: seeds)")
     axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
 
