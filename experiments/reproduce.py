@@ -36,7 +36,10 @@ EXPERIMENTS = (
     "uncertainty",
     "temporal",
     "wma",
+    "synthetic",
 )
+# these draw their own data, once, whatever data sets are found
+OF_ITS_OWN = ("synthetic",)
 # these need sequences of tokens or steps, which these data sets have
 OF_TOKENS = ("temporal", "wma")
 WITH_TOKENS = ("demo", "mustard", "pom", "mmmo", "hateful_memes")
@@ -157,7 +160,7 @@ def check_outputs(config: Config) -> None:
 
 
 def find_jobs(config: Config) -> Iterator[Job]:
-    """Every experiment on the demo and on every data set found, data set by data set."""
+    """Every experiment on the demo and on every data set found, data set by data set; last, what draws its own."""
     known = {*EXPERIMENTS, *FILES, "demo"}
     if unknown := set(config.only) - known:
         raise InputError(f"--only {' '.join(sorted(unknown))}: choose from {' '.join(sorted(known))}")
@@ -178,10 +181,13 @@ def find_jobs(config: Config) -> Iterator[Job]:
         raise InputError(f"--only {' '.join(sorted(missing))}: not found; name the folder of its file with --data-root")
     experiments = [e for e in EXPERIMENTS if not set(config.only) & set(EXPERIMENTS) or e in config.only]
     for dataset in datasets:
-        fitting = [e for e in experiments if e not in OF_TOKENS or dataset in WITH_TOKENS]
+        here = [e for e in experiments if e not in OF_ITS_OWN]
+        fitting = [e for e in here if e not in OF_TOKENS or dataset in WITH_TOKENS]
         jobs = [Job(experiment, dataset, found[dataset]) for experiment in fitting]
         measured = [job for job in jobs if job.experiment in OF_A_RUN]
         yield from ([measured[0].models] if measured else []) + jobs
+    if not set(config.only) & {*FILES, "demo"}:
+        yield from (Job(experiment, experiment, None) for experiment in experiments if experiment in OF_ITS_OWN)
 
 
 def flags(job: Job, config: Config) -> list[str]:

@@ -330,7 +330,12 @@ def finished_in_small(experiment: str, dataset: str, code: str = "abc", **change
 
 def test_results_of_five_datasets_fit_into_180_lines_and_say_their_code():
     datasets = ("demo", "cmu_mosi", "mustard", "pom", "hateful_memes")
-    all_of_them = [finished_in_small(name, dataset) for name in reproduce.EXPERIMENTS for dataset in datasets]
+    all_of_them = [
+        finished_in_small(name, dataset)
+        for name in reproduce.EXPERIMENTS
+        for dataset in ((name,) if name in reproduce.OF_ITS_OWN else datasets)
+        if name not in reproduce.OF_TOKENS or dataset in reproduce.WITH_TOKENS
+    ]
     text = results_pages.summary(all_of_them, "docs/results")
     assert text.splitlines()[0] == "# Results of code abc" and len(text.splitlines()) <= 180
     assert text.count("![") == len(reproduce.EXPERIMENTS)
@@ -429,5 +434,17 @@ def test_folder_without_data_is_named(tmp_path):
 
 def test_without_a_data_root_the_demo_alone_is_run():
     jobs = list(reproduce.find_jobs(reproduce.Config()))
-    assert {job.dataset for job in jobs} == {"demo"} and jobs[0].experiment == reproduce.MODELS
+    assert jobs[0].experiment == reproduce.MODELS
     assert [job.experiment for job in jobs[1:]] == list(reproduce.EXPERIMENTS)
+    own = set(reproduce.OF_ITS_OWN)
+    assert {job.dataset for job in jobs} == {"demo"} | own
+    assert {job.experiment for job in jobs if job.dataset != "demo"} == own
+
+
+@pytest.mark.parametrize(
+    ("only", "datasets"), [(("demo",), {"demo"}), (("synthetic",), {"synthetic"}), (("rank_ablation",), {"demo"})]
+)
+def test_an_experiment_that_draws_its_own_data_is_run_once_and_not_where_data_sets_are_chosen(only, datasets):
+    jobs = list(reproduce.find_jobs(reproduce.Config(only=only)))
+    assert {job.dataset for job in jobs} == datasets
+    assert len(jobs) == (1 if "demo" not in only else len(reproduce.EXPERIMENTS))

@@ -19,10 +19,12 @@ from mmfusion.data.mmmo import load_mmmo
 from mmfusion.data.mustard import load_mustard
 from mmfusion.data.pairs import load_pairs
 from mmfusion.data.pom import load_pom
+from mmfusion.data.synthetic import SyntheticConfig, synthetic
+from mmfusion.data.synthetic_truth import truth
 from mmfusion.dataset import Dataset
 from mmfusion.distributed import Processes
 from mmfusion.encoders.frozen import EncoderConfig
-from mmfusion.errors import InputError
+from mmfusion.errors import InputError, check_numbers
 from mmfusion.sequences import Sequences
 
 
@@ -102,6 +104,40 @@ def _pairs(options: "DataOptions", device: str) -> list[Dataset]:
     return load_pairs(options.data, options.modalities, options.folds or 1, share, options.split_seed)
 
 
+def synthetic_config(options: "DataOptions") -> SyntheticConfig:
+    """The dials that the flags set; raises InputError naming the flag."""
+    flags = dict.fromkeys(SYNTHETIC_FLAGS, (0.0, 1.0)) | {"synthetic_noise": (0.0, 1e3)}
+    check_numbers(options, flags | {"synthetic_examples": (20, 10_000_000), "split_seed": (0, 2**31 - 1)})
+    return SyntheticConfig(
+        shared=options.synthetic_shared,
+        unique=options.synthetic_unique,
+        synergy=options.synthetic_synergy,
+        alignment=options.synthetic_alignment,
+        gaussian=options.synthetic_noise,
+        train=options.synthetic_examples,
+        dev=options.synthetic_examples // 4,
+        test=options.synthetic_examples,
+        seed=options.split_seed,
+    )
+
+
+def _synthetic(options: "DataOptions", device: str) -> list[Dataset]:
+    config = synthetic_config(options)
+    dataset, known = synthetic(config), truth(config)
+    note = (
+        f"no accuracy can be above {known.bayes.value:.4f} but by chance, without products {known.additive.value:.4f}"
+    )
+    return [replace(dataset, notes=[note])]
+
+
+SYNTHETIC_FLAGS = (
+    "synthetic_shared",
+    "synthetic_unique",
+    "synthetic_synergy",
+    "synthetic_alignment",
+    "synthetic_noise",
+    "synthetic_examples",
+)
 CORPORA: dict[str, Corpus] = {
     "demo": Corpus(_memes, ("tokens",), {"text": "transcript"}),
     "cmu_mosi": Corpus(_cmu_mosi, ("task", "folds", "split_seed", "text_encoder", "tokens"), {"text": "transcript"}),
@@ -117,7 +153,9 @@ CORPORA: dict[str, Corpus] = {
     ),
     "arrays": Corpus(_arrays, ("folds", "task", "target", "modalities", "ignore", "hold_out", "split_seed", "tokens")),
     "pairs": Corpus(_pairs, ("folds", "modalities", "hold_out", "split_seed")),
+    "synthetic": Corpus(_synthetic, (*SYNTHETIC_FLAGS, "split_seed")),
 }
+DRAWN = ("demo", "synthetic")  # they read no file
 DatasetName = Literal[*CORPORA]
 
 
@@ -126,7 +164,8 @@ class DataOptions:
     """Flags that every experiment has in common and that say what it works on."""
 
     dataset: DatasetName = "demo"
-    """demo draws its own memes; cmu_mosi also reads CMU-MOSEI and UR-FUNNY in the same layouts"""
+    """demo draws its own memes, synthetic vectors whose best accuracy is known; cmu_mosi also reads CMU-MOSEI and
+    UR-FUNNY in the same layouts"""
     data: Path | None = None
     """the data set's file: .npz or .pkl (cmu_mosi), sarcasm_data.json (mustard), .npz (pom, mmmo), train.jsonl (memes);
     own arrays: .npz, a folder of .npy files, or .safetensors"""
@@ -154,7 +193,19 @@ class DataOptions:
     hold_out: float | None = None
     """arrays without splits: share of the examples that is held out for test"""
     split_seed: int = ArraysConfig.split_seed
-    """arrays, cmu_mosi: seed of the draws that cut test, folds and dev"""
+    """arrays, cmu_mosi: seed of the draws that cut test, folds and dev; synthetic: of the whole draw"""
+    synthetic_shared: float = SyntheticConfig.shared
+    """synthetic: share of the label's variance that both modalities carry; the shares sum to at most 1"""
+    synthetic_unique: float = SyntheticConfig.unique
+    """synthetic: share that one of the modalities carries, half of it each"""
+    synthetic_synergy: float = SyntheticConfig.synergy
+    """synthetic: share of a product of two factors, one in each modality"""
+    synthetic_alignment: float = SyntheticConfig.alignment
+    """synthetic: correlation of the modalities' copies of what they share"""
+    synthetic_noise: float = SyntheticConfig.gaussian
+    """synthetic: standard deviation of Gaussian noise on the features, whose own is 1"""
+    synthetic_examples: int = SyntheticConfig.train
+    """synthetic: examples trained on, and as many tested on"""
     img_dir: Path | None = None
     """memes: folder of the images"""
     image_encoder: str | None = EncoderConfig.image_encoder
@@ -175,12 +226,14 @@ def load_folded(options: DataOptions, device: str = "cpu") -> FoldedDataset:
 
 def load_datasets(options: DataOptions, device: str = "cpu") -> list[Dataset]:
     """The data set that the flags name, one dataset per fold. Raises InputError naming the flag or the file."""
-    if options.dataset != "demo" and options.data is None:
+    if options.dataset not in DRAWN and options.data is None:
         raise InputError(f"--data: --dataset {options.dataset} needs the path of its file")
     if options.tokens:
         _check_use("tokens", options.dataset)
-    if options.dataset == "demo" and options.data is not None:
-        raise InputError(f"--data {options.data}: say which data set it is with --dataset; the demo draws its own")
+    if options.dataset in DRAWN and options.data is not None:
+        raise InputError(
+            f"--data {options.data}: say which data set it is with --dataset; {options.dataset} draws its own"
+        )
     datasets = CORPORA[options.dataset].load(options, device)
     for dataset in datasets:
         _check_finite(dataset, options)
