@@ -17,7 +17,7 @@ from mmfusion.models.temporal_lmf import TemporalFusion
 from mmfusion.models.token_ensemble import TokenConfig, TokenEnsemble
 from mmfusion.models.wma import TokenTransformer
 from mmfusion.sequences import Sequences
-from mmfusion.training import fit
+from mmfusion.training import fit, trainer
 from mmfusion.training.feed import Feed, Member
 from mmfusion.training.fit import Method, fit_methods
 from mmfusion.training.objective import predict_tokens, token_objective
@@ -252,6 +252,26 @@ def test_every_batch_holds_other_examples_and_members_of_a_seed_share_them():
 def test_rate_of_hiding_changes_what_is_learned(fusion):
     found = [weights_of(fitted(fusion, modality_dropout=rate, seeds=1)[0][0]) for rate in (0.0, 0.9)]
     assert not torch.allclose(found[0], found[1]) and all(w.isfinite().all() for w in found)
+
+
+def test_members_that_have_stopped_cost_nothing_and_change_nothing(monkeypatch):
+    options = {"epochs": 8, "patience": 1, "seeds": 4, "learning_rate": 1e-2, "keep": "best"}
+    counts, original = [], trainer._in_turn
+
+    def counting(*args, only=None, **more):
+        counts.append(None if only is None else len(only))
+        return original(*args, only=only, **more)
+
+    monkeypatch.setattr(trainer, "_in_turn", counting)
+    (found,), trained = fitted("wma", **options)
+    passed_over = [count for count in counts if count is not None and count < 4]
+    assert passed_over, "some seed stops before the others"
+    monkeypatch.setattr(trainer._State, "training_on", lambda self, *_: list(range(len(self.best_epoch))))
+    (expected,), whole = fitted("wma", **options)
+    assert torch.equal(weights_of(found), weights_of(expected))
+    assert trained.best_epoch == whole.best_epoch and trained.best_score == whole.best_score
+    for record, best in zip(np.transpose([r["score"] for r in trained.history]), whole.best_epoch, strict=True):
+        np.testing.assert_array_equal(record[best + 2 :], record[best + 1 : best + 2].repeat(len(record) - best - 2))
 
 
 # ---- tasks

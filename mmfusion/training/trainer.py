@@ -12,7 +12,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -87,8 +87,9 @@ def build_members(build: Callable[[Member], nn.Module], members: list[Member]) -
 def vectorized_step(skeleton: nn.Module, objective: Objective, compile: bool = False, stacked: bool = True) -> Callable:
     """Map the objective's gradient over S members, in one call of each operation or, not `stacked`, member by member.
 
-    Returns step(parameters (S, ...), buffers (S, ...), batch (S, B, ...), weights {term: (S,)}) ->
-    (gradients (S, ...), terms {term: (S,)}).
+    Returns step(parameters (S, ...), buffers (S, ...), batch (S, B, ...), weights {term: (S,)}, only=None) ->
+    (gradients (S, ...), terms {term: (S,)}). Where they are mapped member by member, those that are not in `only` are
+    passed over, and get 0.
     """
 
     def loss(parameters: dict, buffers: dict, batch: Batch, weights: dict) -> tuple[Tensor, dict[str, Tensor]]:
@@ -96,9 +97,11 @@ def vectorized_step(skeleton: nn.Module, objective: Objective, compile: bool = F
         return sum(weights[name] * value for name, value in terms.items()), terms
 
     one = grad_and_value(loss, has_aux=True)
-    all_members = partial(_at_once if stacked else _in_turn, one)
 
-    def step(parameters: dict, buffers: dict, batch: Batch, weights: dict) -> tuple[dict, dict[str, Tensor]]:
+    def step(
+        parameters: dict, buffers: dict, batch: Batch, weights: dict, only: Collection[int] | None = None
+    ) -> tuple[dict, dict[str, Tensor]]:
+        all_members = partial(_at_once, one) if stacked else partial(_in_turn, one, only=only)
         gradients, (_, terms) = all_members(parameters, buffers, batch, weights)
         return gradients, terms
 
@@ -115,16 +118,23 @@ def _at_once(function: Callable, *stacks: object, in_dims: Sequence[int | None] 
         return mapped(*stacks)
 
 
-def _in_turn(function: Callable, *stacks: object, in_dims: Sequence[int | None] | None = None) -> object:
-    """What `_at_once` gives, one member after another."""
+def _in_turn(
+    function: Callable,
+    *stacks: object,
+    in_dims: Sequence[int | None] | None = None,
+    only: Collection[int] | None = None,
+) -> object:
+    """What `_at_once` gives, one member after another; of members that are not in `only`, 0."""
     dims = in_dims or (0,) * len(stacks)
     first = next(stack for stack, dim in zip(stacks, dims, strict=True) if dim == 0)
     size = len(tree_leaves(first)[0])
-    results = []
-    for s in range(size):
+    chosen = range(size) if only is None else sorted(only)
+    results = {}
+    for s in chosen:
         own = [x if dim is None else tree_map(lambda leaf: leaf[s], x) for x, dim in zip(stacks, dims, strict=True)]  # noqa: B023
-        results.append(function(*own))
-    return tree_map(lambda *leaves: torch.stack(leaves), *results)
+        results[s] = function(*own)
+    nothing = tree_map(torch.zeros_like, next(iter(results.values()))) if len(results) < size else None
+    return tree_map(lambda *leaves: torch.stack(leaves), *(results.get(s, nothing) for s in range(size)))
 
 
 class _State:
@@ -164,6 +174,13 @@ class _State:
                     parameter.mul_(keep)
                 parameter.grad = gradients[name]
         self.optimizer.step()
+
+    def training_on(self, epoch: int, schedule: Schedule) -> list[int]:
+        """Members that this epoch can still change: those that have not run out of patience."""
+        if schedule.keep == "last":
+            return list(range(len(self.best_epoch)))
+        found = [s for s, best in enumerate(self.best_epoch) if epoch - best <= schedule.patience]
+        return found or [0]  # a process whose members have all stopped waits for those of others
 
     def select(self, epoch: int, scores: list[float], schedule: Schedule) -> bool:
         """Keep the parameters of members that have improved; True when every member has run out of patience."""
@@ -358,8 +375,12 @@ class _Training:
         state = self.state
         if epoch == len(state.history):
             self.is_ahead = True
-            losses = _train_epoch(epoch, state, self.step, self.feed, self.members, self.schedule)
-            scores = self.selection.scores(self.skeleton, state, epoch)
+            # one after the other, members that have stopped cost nothing: their last numbers stand
+            only = None if self.schedule.stacked else state.training_on(epoch, self.schedule)
+            losses = _train_epoch(epoch, state, self.step, self.feed, self.members, self.schedule, only)
+            scores = self.selection.scores(self.skeleton, state, epoch, only)
+            if only is not None and state.history:
+                losses, scores = _carried_on(state.history[-1], losses, scores, only)
             state.history.append({"epoch": epoch, "loss": losses, "score": scores})
             state.out_of_patience.append(state.select(epoch, scores, self.schedule))
         return state.history[epoch], state.out_of_patience[epoch]
@@ -411,12 +432,13 @@ class _Selection:
         self.place[self.needed] = np.arange(len(self.needed))
         self.features, self.device, self.predict = split.features, device, problem.predict
 
-    def scores(self, skeleton: nn.Module, state: _State, epoch: int) -> list[float]:
+    def scores(
+        self, skeleton: nn.Module, state: _State, epoch: int, only: Collection[int] | None = None
+    ) -> list[float]:
         """One score per member. Raises NonFiniteLoss: the epoch's last step may spoil what no loss has seen yet."""
         parts = chunks(self.features, self.needed, self.device)
-        predictions = _predict_members(
-            skeleton, state, self.predict, parts, self.stacked
-        ).numpy()  # (S, n) or (S, n, O)
+        # (S, n) or (S, n, O)
+        predictions = _predict_members(skeleton, state, self.predict, parts, self.stacked, only).numpy()
         scores = []
         for s, (member, rows) in enumerate(zip(self.members, self.rows, strict=True)):
             prediction = predictions[s, self.place[rows]]
@@ -429,8 +451,25 @@ class _Selection:
         return scores
 
 
+def _carried_on(
+    before: dict, losses: dict[str, list], scores: list[float], only: Collection[int]
+) -> tuple[dict[str, list], list[float]]:
+    """Losses {term: [S]} and scores [S], those of members that are not in `only` from the record `before`."""
+
+    def mixed(now: list, then: list) -> list:
+        return [now[s] if s in only else then[s] for s in range(len(now))]
+
+    return {name: mixed(of, before["loss"][name]) for name, of in losses.items()}, mixed(scores, before["score"])
+
+
 def _train_epoch(
-    epoch: int, state: _State, step: Callable, feed: Feed, members: list[Member], schedule: Schedule
+    epoch: int,
+    state: _State,
+    step: Callable,
+    feed: Feed,
+    members: list[Member],
+    schedule: Schedule,
+    only: Collection[int] | None = None,
 ) -> dict[str, list]:
     """One pass over the data; the mean of each loss term, {term: [S]}."""
     device = feed.target.device
@@ -438,7 +477,8 @@ def _train_epoch(
     weights = {n: torch.tensor([float(m.loss_weights[n]) for m in members], device=device) for n in names}
     history = []
     for k, batch in enumerate(feed.batches(epoch)):
-        gradients, terms = step(state.parameters, state.buffers, batch, weights)
+        further = {} if only is None else {"only": only}
+        gradients, terms = step(state.parameters, state.buffers, batch, weights, **further)
         state.apply(gradients, _learning_rate(schedule, epoch * feed.steps + k, schedule.epochs * feed.steps))
         history.append(torch.stack([terms[name] for name in names]).detach())
     values = torch.stack(history).cpu()  # (steps, terms, S); one transfer an epoch, so that a GPU is never waited for
@@ -463,7 +503,12 @@ def _learning_rate(schedule: Schedule, step: int, steps: int) -> float:
 
 @torch.no_grad()
 def _predict_members(
-    skeleton: nn.Module, state: _State, predict: Predict, parts: Iterable[dict], stacked: bool
+    skeleton: nn.Module,
+    state: _State,
+    predict: Predict,
+    parts: Iterable[dict],
+    stacked: bool,
+    only: Collection[int] | None = None,
 ) -> Tensor:
     """Predictions (S, N) or (S, N, O) of all members, on the CPU."""
 
@@ -471,7 +516,7 @@ def _predict_members(
         return predict(lambda *args, **kw: functional_call(skeleton, (parameters, buffers), args, kw), features)
 
     in_dims = (0, 0, None)
-    many = partial(_at_once if stacked else _in_turn, one, in_dims=in_dims)
+    many = partial(_at_once, one, in_dims=in_dims) if stacked else partial(_in_turn, one, in_dims=in_dims, only=only)
     return torch.cat([many(state.parameters, state.buffers, features).cpu() for features in parts], dim=1)
 
 
