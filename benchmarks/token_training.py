@@ -183,11 +183,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--members", type=int, default=16, help="members at once")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--epochs-alone", action="store_true", help="leave out the comparison of single steps")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     print(f"torch {torch.__version__}, {platform.machine()}, {options.threads} threads, {options.rounds} rounds, CPU")
-    print_steps(options.members, options.rounds)
+    if not options.epochs_alone:
+        print_steps(options.members, options.rounds)
     print_epochs(options.rounds)
 
 
