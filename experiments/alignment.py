@@ -32,7 +32,8 @@ from sklearn.metrics import v_measure_score
 
 from experiments.experiment import Experiment, Options, Outcome, Run, contrasts_on_test, main
 from mmfusion.data.folds import FoldedDataset
-from mmfusion.errors import InputError
+from mmfusion.dataset import Fold
+from mmfusion.errors import InputError, check_numbers
 from mmfusion.metrics.format import mean_std
 from mmfusion.metrics.geometry import centroid_gap, foscttm, unbiased_cka
 from mmfusion.metrics.retrieval import cross_retrieval
@@ -63,6 +64,14 @@ class AlignmentOptions(Options):
     """choose weights on dev; else 1"""
 
 
+def check(data: FoldedDataset, options: AlignmentOptions) -> None:
+    """Raise InputError for this experiment's flags out of range, and for data that cannot start at the identity."""
+    check_numbers(options, {"width": (1, 65536), "rate": (1e-9, 1)})
+    if options.identity and set(data.input_dims.values()) != {options.width}:
+        widths = ", ".join(f"{name} {width}" for name, width in data.input_dims.items())
+        raise InputError(f"--identity: modalities have widths {widths}; all must be --width {options.width}")
+
+
 def rows(weights: Mapping[str, float], modalities: int) -> list[Weighting]:
     """All rows, at these weights of transport and Riemannian terms."""
     transport = {"transport": weights["transport"]}
@@ -87,11 +96,7 @@ def rows(weights: Mapping[str, float], modalities: int) -> list[Weighting]:
 
 def measure(data: FoldedDataset, run: Run) -> Outcome:
     """Choose weights, train every row at once, score; contrasts are paired over seeds and test examples."""
-    if len(data.input_dims) < 2:
-        raise InputError(f"{data.name}: has one modality, and nothing to align it with")
     options: AlignmentOptions = run.options
-    if options.identity and set(data.input_dims.values()) != {options.width}:
-        raise InputError(f"--identity: modalities have widths {data.input_dims}; all must be --width {options.width}")
     weights, tried = tune(data, run) if options.tune else ({"transport": 1.0, "riemannian": 1.0}, {})
     ensembles = align(
         data,
@@ -179,16 +184,15 @@ def latents_of(
 
 def scored(data: FoldedDataset, ensemble: AlignmentEnsemble) -> dict[str, np.ndarray]:
     """{"R@1" | "mAP" | "accuracy" ...: (S, n) of the test examples; "gap" | "CKA" ...: (S, folds)}."""
-    found: dict[str, list[list[np.ndarray]]] = {}
+    folds = []
     for f, fold in enumerate(data.folds):
-        for s, member in enumerate(ensemble.part(f, len(data.folds)).members):
-            for name, values in _of_member(data, member, fold).items():
-                found.setdefault(name, []).append([]) if len(found.setdefault(name, [])) <= s else None
-                found[name][s].append(np.atleast_1d(values))
-    return {name: np.stack([np.concatenate(parts) for parts in seeds]) for name, seeds in found.items()}
+        seeds = [_of_member(data, member, fold) for member in ensemble.part(f, len(data.folds)).members]
+        folds.append({name: np.stack([np.atleast_1d(one[name]) for one in seeds]) for name in seeds[0]})
+    return {name: np.concatenate([of[name] for of in folds], 1) for name in folds[0]}
 
 
-def _of_member(data: FoldedDataset, member: AlignmentModel, fold) -> dict[str, np.ndarray]:
+def _of_member(data: FoldedDataset, member: AlignmentModel, fold: Fold) -> dict[str, np.ndarray]:
+    """Scores of the examples (n,) that one member is tested on, and of the space ()."""
     names = list(member.modalities)
     test = latents_of(data, member, fold.test)
     by_name = {name: test[:, m] for m, name in enumerate(names)}
@@ -212,21 +216,21 @@ def _of_member(data: FoldedDataset, member: AlignmentModel, fold) -> dict[str, n
         return (probe.predict(latents.reshape(len(latents), -1)) == target[fold.test]).astype(float)
 
     found["accuracy"] = right(test)
-    for kind, damaged in (("missing", _without), ("noise", _with_noise)):
+    damaged = {
+        "missing": [_without(test, m) for m in range(len(names))],
+        "noise": [latents_of(data, member, fold.test, noisy=name) for name in names],
+    }
+    for kind, spoiled in damaged.items():
         # the examples that are hit are drawn: their expected score is a mixture
-        hit = np.mean([right(damaged(data, member, fold.test, test, m)) for m in range(len(names))], axis=0)
+        hit = np.mean([right(latents) for latents in spoiled], axis=0)
         found[f"accuracy, {RATE:.0%} {kind}"] = (1 - RATE) * found["accuracy"] + RATE * hit
     return found
 
 
-def _without(data: FoldedDataset, member: AlignmentModel, test: torch.Tensor, latents: np.ndarray, m: int):
+def _without(latents: np.ndarray, m: int) -> np.ndarray:
     """One modality's latents replaced by the mean of the others'."""
     others = np.delete(latents, m, axis=1).mean(1)
     return np.concatenate([latents[:, :m], others[:, None], latents[:, m + 1 :]], axis=1)
-
-
-def _with_noise(data: FoldedDataset, member: AlignmentModel, test: torch.Tensor, latents: np.ndarray, m: int):
-    return latents_of(data, member, test, noisy=member.modalities[m])
 
 
 def _v_measure(latents: np.ndarray, labels: np.ndarray) -> float:
@@ -298,6 +302,8 @@ EXPERIMENT = Experiment(
     measure,
     modalities=2,
     options=AlignmentOptions,
+    labels=False,
+    check=check,
 )
 
 if __name__ == "__main__":

@@ -133,6 +133,10 @@ class Experiment:
     """flags, where the experiment has some of its own"""
     tokens: bool = False
     """of sequences of tokens or steps, not of one vector a modality"""
+    labels: bool = True
+    """False where data without labels will do"""
+    check: Callable[[FoldedDataset, Options], None] = lambda data, options: None
+    """raises InputError for flags of its own that do not fit each other or the data, before anything is written"""
 
 
 def contrasts_on_test(
@@ -187,6 +191,11 @@ def execute(experiment: Experiment, options: Options) -> None:
                 f"--dataset {options.dataset}: has {', '.join(data.input_dims)} alone; {experiment.name} needs "
                 f"{experiment.modalities} modalities"
             )
+        if experiment.labels and not data.labelled:
+            raise InputError(
+                f"--dataset {options.dataset}: has no labels; {experiment.name} needs some, give other data"
+            )
+        experiment.check(data, options)
     goes_on = False
     with processes.together():
         if processes.is_main:

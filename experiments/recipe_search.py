@@ -287,6 +287,8 @@ def main(config: Config) -> None:
         if config.tokens:
             raise InputError("--tokens: the search is of models of one vector of each modality; leave the flag out")
         data = load_folded(config, str(pick_device(config.device)))
+        if not data.labelled:
+            raise InputError(f"--dataset {config.dataset}: has no labels; the search needs some, give other data")
         candidates = combinations(config.vary, data.task) if config.vary else design(config.candidates)
         found = search(data, candidates, config)
         result = {"dataset": data.name, "candidates": candidates, "found": found, "seeds": config.seeds}

@@ -51,6 +51,8 @@ class Dataset:
     """names of the O labels of a multilabel target, or of the O values of a regression's; empty for one output"""
     class_names: tuple[str, ...] = ("class 0", "class 1")
     """what the class numbers of a binary or multiclass target mean, in words: one name per class"""
+    labelled: bool = True
+    """False where the target stands in for labels that the file does not hold: nothing can be learned from it"""
 
     @property
     def input_dims(self) -> dict[str, int]:

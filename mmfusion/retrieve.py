@@ -10,6 +10,7 @@ Nothing is trained: similarities are cosines of the latents, mean over the run's
 import re
 import sys
 import textwrap
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -205,9 +206,12 @@ def draw_sheet(
             axis.imshow(np.asarray(picture))
         except Exception as error:  # a hostile file may raise nearly anything inside Pillow
             axis.text(0.5, 0.5, reason_unreadable(error), ha="center", wrap=True, fontsize=8)
-        axis.set_title(f"{similar[i]:.3f}  {key[:24]}", fontsize=9, parse_math=False)
-    figure.suptitle(textwrap.fill(" ".join(text.split())[:160], 90), fontsize=12, parse_math=False)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=90, format="png"))
+        axis.set_title(f"{similar[i]:.3f}  {printable(key[:24])}", fontsize=9, parse_math=False)
+    title = printable(" ".join(text.split())[:160])
+    figure.suptitle(textwrap.fill(title, 90), fontsize=12, parse_math=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # of emoji and some scripts; a box stands for them
+        write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=90, format="png"))
 
 
 def default_path(folder: Path, what: str) -> Path:

@@ -27,6 +27,8 @@ class FoldedDataset:
     provenance: dict[str, object]
     label_range: tuple[float, float] | None = None
     class_names: tuple[str, ...] = Dataset.class_names
+    labelled: bool = True
+    """as `Dataset.labelled`"""
 
     @property
     def input_dims(self) -> dict[str, int]:
@@ -102,7 +104,7 @@ def fold_datasets(datasets: Sequence[Dataset]) -> FoldedDataset:
             notes.append(f"{dataset.selection} is tested on: no other labelled split is there")
         rows = {part: torch.tensor(pool.add(dataset.splits[name], name)) for part, name in names.items()}
         folds.append(Fold(**rows))
-    kept = (first.provenance, first.label_range, first.class_names)
+    kept = (first.provenance, first.label_range, first.class_names, first.labelled)
     data = FoldedDataset(first.name, first.task, pool.split(), folds, notes, *kept)
     tested = data.test_rows
     if len(tested.unique()) < len(tested):

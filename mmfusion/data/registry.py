@@ -17,7 +17,7 @@ from mmfusion.data.folds import FoldedDataset, fold_datasets
 from mmfusion.data.memes import MemesConfig, MemesSource, find_source, load_memes
 from mmfusion.data.mmmo import load_mmmo
 from mmfusion.data.mustard import load_mustard
-from mmfusion.data.pairs import load_pairs
+from mmfusion.data.pairs import BOUNDS, load_pairs
 from mmfusion.data.pom import load_pom
 from mmfusion.data.synthetic import SyntheticConfig, synthetic
 from mmfusion.data.synthetic_truth import truth
@@ -100,8 +100,10 @@ def _arrays(options: "DataOptions", device: str) -> list[Dataset]:
 def _pairs(options: "DataOptions", device: str) -> list[Dataset]:
     if isinstance(options.folds, Path):
         raise InputError(f"--folds {options.folds}: with --dataset pairs, give a number of random cuts")
+    check_numbers(options, BOUNDS)
     share = 0.5 if options.hold_out is None else options.hold_out
-    return load_pairs(options.data, options.modalities, options.folds or 1, share, options.split_seed)
+    splits = 1 if options.folds is None else options.folds
+    return load_pairs(options.data, options.modalities, splits, share, options.split_seed)
 
 
 def synthetic_config(options: "DataOptions") -> SyntheticConfig:
