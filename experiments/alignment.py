@@ -288,7 +288,7 @@ def draw(figure: Figure, data: FoldedDataset, found: Mapping[str, Mapping[str, n
             spread = [m.std(ddof=1) if len(m) > 1 else 0.0 for m in means]
             place = np.arange(len(means)) + 0.2 * (k - len(names) / 2)
             axis.errorbar([m.mean() for m in means], place, xerr=spread, fmt="o", color=color, label=name)
-        axis.legend(fontsize=8)
+        axis.legend(frameon=False, fontsize=8, ncols=len(names), loc="upper center", bbox_to_anchor=(0.5, -0.08))
     axes[0].set_yticks(range(len(found)), list(found), fontsize=8)
     axes[0].invert_yaxis()
     figure.suptitle(f"{data.name}: what each loss aligns (line: std over seeds)")

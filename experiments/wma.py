@@ -360,7 +360,7 @@ def draw(figure: Figure, data: FoldedDataset, scores: Mapping[str, Mapping[str, 
     axes[2].set_yticks(range(len(labels)), labels, fontsize=8)
     axes[2].invert_yaxis()
     axes[2].locator_params(axis="x", nbins=4)
-    axes[2].legend(fontsize=8)
+    axes[2].legend(frameon=False, fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.08))
     axes[2].set(title="by row (line: std over seeds)")
     figure.suptitle(f"{data.name}: does aligning tokens make fusion more robust?")
 

@@ -64,10 +64,18 @@ def test_features_that_do_not_fit_are_refused_with_their_shapes(features):
         model.decode({"image": torch.zeros(5, 4), "text": torch.zeros(5, 3)})
 
 
-@pytest.mark.parametrize("arguments", [({}, 4), ({"image": 0}, 4), ({"image": 5}, 0), ({"image": 5}, 4, 0)])
+@pytest.mark.parametrize("arguments", [({}, 4), ({"image": 0}, 4), ({"image": 5}, 0), ({"image": 5}, 4, -1)])
 def test_sizes_out_of_range_are_refused(arguments):
     with pytest.raises(ValueError, match="at least 1"):
         JWAE(*arguments)
+
+
+def test_without_a_hidden_layer_encoders_and_decoders_are_affine():
+    model, x = JWAE({"image": 5}, 4, 0), torch.randn(3, 5)
+    zero = model.encode({"image": torch.zeros(3, 5)})["image"]
+    one, two = (model.encode({"image": scale * x})["image"] - zero for scale in (1.0, 2.0))
+    torch.testing.assert_close(two, 2 * one)
+    assert model.decode({"image": one})["image"].shape == (3, 5)
 
 
 # ---- the penalty: values ---------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from mmfusion.data.arrays import ArraysConfig, dataset_from_arrays
 from mmfusion.data.cmu_mosi import load_cmu_mosi
 from mmfusion.errors import InputError
 from mmfusion.explain import __main__ as explain
+from mmfusion.losses.alignment import ALIGNMENTS
 from mmfusion.models.fusion import FusionEnsemble, ModelConfig
 from mmfusion.runs import figure
 from mmfusion.train import Config, Run, fit
@@ -159,7 +160,11 @@ def test_texts_as_objects_are_kept_so_that_they_are_read_again():
         (TrainingConfig, {"epochs": 2.5}, "--epochs 2.5: give a whole number"),
         (TrainingConfig, {"learning_rate": "fast"}, "--learning-rate 'fast': give a number"),
         (TrainingConfig, {"compile": "no"}, "--compile 'no': give True or False"),
-        (ObjectiveConfig, {"alignment": "infonce"}, "--alignment 'infonce': give margin or info_nce or transport"),
+        (
+            ObjectiveConfig,
+            {"alignment": "infonce"},
+            f"--alignment 'infonce': give {' or '.join(ALIGNMENTS)}",
+        ),
         (ObjectiveConfig, {"mmd_weight": "1"}, "--mmd-weight '1': give a number"),
         (ModelConfig, {"rank": "4"}, "--rank '4': give a whole number"),
     ],
