@@ -83,7 +83,7 @@ def test_three_expectations_decide_and_the_others_stand_beside(outcome):
         "fall at 50% missing: none over hybrid",
         "fall at 50% noise: none over hybrid",
     ]
-    assert len(outcome.contrasts) == 7
+    assert len(outcome.contrasts) == 9
     assert {c.effect for c in outcome.contrasts if c.name.startswith("fall")} == {0.2}
 
 
