@@ -28,7 +28,7 @@ from torch.func import grad, vmap
 
 from mmfusion.losses.alignment import ALIGNMENTS
 from mmfusion.losses.covariance import low_rank_joint_covariance, stein_divergence
-from mmfusion.losses.pairs import modality_pairs
+from mmfusion.losses.modality_pairs import modality_pairs
 
 Loss = Callable[[Mapping[str, Tensor]], Tensor]
 NAMES = ("a", "b", "c", "d", "e", "f")

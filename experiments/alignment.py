@@ -26,17 +26,16 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from sklearn.cluster import KMeans
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import v_measure_score
 
 from experiments.experiment import Experiment, Options, Outcome, Run, contrasts_on_test, main
 from mmfusion.data.folds import FoldedDataset
 from mmfusion.dataset import Fold
 from mmfusion.errors import InputError, check_numbers
+from mmfusion.metrics.clusters import cluster_scores
 from mmfusion.metrics.format import mean_std
 from mmfusion.metrics.geometry import centroid_gap, foscttm, unbiased_cka
-from mmfusion.metrics.retrieval import cross_retrieval
+from mmfusion.metrics.retrieval import cross_retrieval, unit_rows
 from mmfusion.metrics.statistics import Difference, combine
 from mmfusion.models.alignment import AlignmentEnsemble, AlignmentModel
 from mmfusion.training.align import AlignmentTraining, Weighting, align, mean_precision
@@ -208,7 +207,10 @@ def _of_member(data: FoldedDataset, member: AlignmentModel, fold: Fold) -> dict[
     if data.task not in ("binary", "multiclass"):
         return found
     target = data.pool.target.numpy().astype(int)
-    found["V-measure"] = _v_measure(test, target[fold.test])
+    directions = {name: unit_rows(z, name) for name, z in by_name.items()}
+    order = np.arange(len(test))[None]  # as they are, without a null
+    clusters = [cluster_scores(directions[a], directions[b], target[fold.test], order) for a, b in pairs]
+    found["V-measure"] = np.mean([of_pair["V-measure"][0] for of_pair in clusters])
     train = latents_of(data, member, fold.train)
     probe = LogisticRegression(max_iter=2000).fit(train.reshape(len(train), -1), target[fold.train])
 
@@ -231,14 +233,6 @@ def _without(latents: np.ndarray, m: int) -> np.ndarray:
     """One modality's latents replaced by the mean of the others'."""
     others = np.delete(latents, m, axis=1).mean(1)
     return np.concatenate([latents[:, :m], others[:, None], latents[:, m + 1 :]], axis=1)
-
-
-def _v_measure(latents: np.ndarray, labels: np.ndarray) -> float:
-    """Of k-means clusters of all modalities' directions, as many as there are labels."""
-    unit = latents / np.linalg.norm(latents, axis=-1, keepdims=True).clip(1e-12)
-    points = unit.transpose(1, 0, 2).reshape(-1, latents.shape[-1])
-    clusters = KMeans(len(np.unique(labels)), n_init=3, random_state=0).fit_predict(points)
-    return float(v_measure_score(np.tile(labels, latents.shape[1]), clusters))
 
 
 def differences(found: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, Difference]:

@@ -33,6 +33,7 @@ from mmfusion.models.fusion import FusionModel
 from mmfusion.models.token_ensemble import TokenEnsemble
 from mmfusion.runs.encode import RunEncoders
 from mmfusion.runs.load import TrainedRun, load_run
+from mmfusion.runs.prior import latents_of_split
 
 COLUMNS = 5
 WIDEST = 100  # letters of a text that is printed
@@ -169,7 +170,8 @@ def print_scores(run: TrainedRun, splits: dict[str, Split]) -> None:
     titles = (*(f"R@{k}" for k in CUTOFFS), "median rank", "mAP")
     print(f"{'':30}" + "".join(f"  {title:^16}" for title in titles))
     for part, split in splits.items():
-        found = [cross_retrieval(_latents(member, split)) for member in members]
+        latents = [latents_of_split(member, split) for member in members]
+        found = [cross_retrieval({name: z for name, (z, _) in of_member.items()}) for of_member in latents]
         chance = cross_retrieval({name: np.ones((len(split), 1)) for name in run.data.input_dims})
         for pair in found[0]:
             columns = zip(*(_numbers(one[pair]) for one in found), strict=True)
@@ -180,12 +182,6 @@ def print_scores(run: TrainedRun, splits: dict[str, Split]) -> None:
 
 def _numbers(scores: RetrievalScores) -> list[float]:
     return [*scores.recall.values(), scores.median_rank, scores.mean_average_precision]
-
-
-@torch.inference_mode()
-def _latents(member: FusionModel, split: Split) -> dict[str, np.ndarray]:
-    """(N, L) per modality."""
-    return {name: z.numpy() for name, z in zip(member.modalities, member.latents(split.features), strict=True)}
 
 
 def draw_sheet(

@@ -12,11 +12,15 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 from jwae_module import GAUSSIAN_SCALES
+from mmfusion.dataset import Dataset, Split
 from mmfusion.losses.alignment import ALIGNMENTS
 from mmfusion.losses.contrastive import MultilinearCritic, gram_volume_contrast, info_nce, multilinear_contrast
 from mmfusion.losses.covariance import coral, local_bures, low_rank_joint_covariance, stein_divergence
 from mmfusion.losses.marginal import batch_mmd, batch_transport
 from mmfusion.losses.optimal_transport import sinkhorn_divergence, squared_distance_cost
+from mmfusion.models.fusion import ModelConfig
+from mmfusion.training.fit import Method, fit_methods
+from mmfusion.training.recipe import ObjectiveConfig, TrainingConfig
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
 NAMES = ("audio", "image", "text", "video", "words")
@@ -530,3 +534,19 @@ def test_a_batch_of_one_has_no_covariance(name):
 def test_settings_out_of_range_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call(draw(3))
+
+
+@pytest.mark.parametrize("name", ALIGNMENTS)
+def test_every_loss_trains_a_stack_of_fusion_models_as_the_alignment_of_a_run(name):
+    generator = torch.Generator().manual_seed(0)
+    features = {key: torch.randn(40, width, generator=generator) for key, width in {"image": 6, "text": 5}.items()}
+    split = Split(features, torch.arange(40.0) % 2, [str(i) for i in range(40)])
+    data, method = Dataset("toy", "binary", {"train": split, "dev": split}, "dev"), Method("it", ("image", "text"))
+    found = []
+    for weight in (0.0, 0.5):
+        objective = ObjectiveConfig(alignment=name, alignment_weight=weight)
+        training = TrainingConfig(seeds=2, epochs=2, batch_size=16, keep="last")
+        (ensemble,), trained = fit_methods(data, [method], ModelConfig(8, 8, 2), objective, training)
+        assert np.isfinite(trained.history[-1]["loss"]["alignment"]).all()
+        found.append(torch.cat([p.flatten() for p in ensemble.parameters()]))
+    assert found[1].isfinite().all() and not torch.equal(*found)

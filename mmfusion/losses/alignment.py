@@ -35,3 +35,5 @@ ALIGNMENTS: dict[str, Callable[[Mapping[str, Tensor]], Tensor]] = {
     "gram": gram_volume_contrast,
     "multilinear": multilinear_contrast,
 }
+TEMPERED = ("info_nce", "gram", "multilinear")
+"""those that take a temperature, which a model may learn"""

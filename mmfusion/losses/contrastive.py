@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from jwae_module import off_diagonal_mean, products, upcast
 from lmf_module import LowRankMultimodalFusion
-from mmfusion.losses.pairs import hub_place, paired, stacked
+from mmfusion.losses.modality_pairs import hub_place, paired, stacked
 
 
 def info_nce(latents: Mapping[str, Tensor], temperature: float | Tensor = 0.07, hub: str | None = None) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from jwae_module import products
-from mmfusion.losses.pairs import hub_place, modality_pairs, stacked
+from mmfusion.losses.modality_pairs import hub_place, modality_pairs, stacked
 
 # below the variance of any latent that carries something; keeps log and root finite where all rows of a batch are equal
 _LEAST_VARIANCE = 1e-12

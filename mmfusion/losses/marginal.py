@@ -10,8 +10,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from mmfusion.losses.modality_pairs import paired, stacked
 from mmfusion.losses.optimal_transport import cosine_cost, sinkhorn_divergence, squared_distance_cost
-from mmfusion.losses.pairs import paired, stacked
 from mmfusion.losses.token_alignment import mmd_between
 
 BatchCost = Literal["cosine", "squared_distance"]

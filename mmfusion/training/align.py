@@ -7,6 +7,7 @@ ensembles["contrast"].encode(data.pool.features)  # {modality: (S, N, L)}, S see
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -15,13 +16,12 @@ from torch import Tensor, nn
 from jwae_module import mmd_penalty, reconstruction_error
 from mmfusion.data.folds import FoldedDataset
 from mmfusion.dataset import Fold
-from mmfusion.losses.alignment import ALIGNMENTS
+from mmfusion.losses.alignment import ALIGNMENTS, TEMPERED
 from mmfusion.metrics.retrieval import cross_retrieval
 from mmfusion.models.alignment import AlignmentEnsemble, AlignmentModel
 from mmfusion.training.feed import Batch, Member
 from mmfusion.training.trainer import ModelCall, Problem, Schedule, TrainingData, train
 
-TEMPERED = ("info_nce", "gram", "multilinear")  # take the temperature that is learned
 OWN_TERMS = ("prior", "reconstruction")
 SHAPE = ("latent_dim", "hidden_dim", "spectral_norm")  # of the model
 
@@ -53,7 +53,7 @@ class AlignmentTraining:
     learning_rate: float = 1e-3
     weight_decay: float = 0.1
     feature_dropout: float = 0.0
-    keep: str = "best"
+    keep: Literal["best", "last"] = "best"
     """the epoch of the best mean average precision on dev, or the last, at a rate that falls along a cosine"""
     patience: int = 15
     options: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
