@@ -69,7 +69,7 @@ def rows(data: FoldedDataset, options: TemporalOptions, coupling: str) -> list[R
     )
     method = Method(coupling, tuple(data.input_dims), "transport", active_rank=RANK)
     tokens = TokenConfig("transport", plan=plan, band=options.band)
-    return [Row(method, tokens, ObjectiveConfig(transport_weight=options.align), training)]
+    return [Row(method, tokens, ObjectiveConfig(transport_weight=options.align, transport_warm_up=0.0), training)]
 
 
 def measure(data: FoldedDataset, run: Run) -> Outcome:

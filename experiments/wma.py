@@ -45,7 +45,7 @@ from experiments.token_rows import (
 )
 from mmfusion.data.folds import FoldedDataset, target_scale
 from mmfusion.dataset import take
-from mmfusion.errors import InputError
+from mmfusion.errors import InputError, check_numbers
 from mmfusion.metrics.format import mean_std
 from mmfusion.metrics.statistics import Difference, combine
 from mmfusion.metrics.tasks import selection_score
@@ -77,6 +77,8 @@ class WMAOptions(Options):
     """of the transformer"""
     heads: int = 8
     """of the transformer"""
+    warm_up: float = 0.0
+    """share of all steps over which the weight of an alignment rises from 0; the source names none"""
     tune: bool = True
     """choose learning rate and weight on dev; else 3e-4 and .1"""
 
@@ -94,6 +96,7 @@ def measure(data: FoldedDataset, run: Run) -> Outcome:
     """Tune, train every row, score all under every condition; contrasts are paired over seeds and test examples."""
     check(data)
     options: WMAOptions = run.options
+    check_numbers(options, {"warm_up": (0, 1)})
     chosen, tried = tune(data, run) if options.tune else (Chosen(), {})
     trained = train_rows(data, rows(data, options, chosen), run, "wma")
     scores = {label: condition_scores(data, ensemble) for label, ensemble in trained.items()}
@@ -190,7 +193,7 @@ def row(
         annealing="linear",
         weight_decay=0.01,
     )
-    return Row(method, tokens, ObjectiveConfig(transport_method=plan), training)
+    return Row(method, tokens, ObjectiveConfig(transport_method=plan, transport_warm_up=options.warm_up), training)
 
 
 def tune(data: FoldedDataset, run: Run) -> tuple[Chosen, dict[str, dict[str, float]]]:

@@ -561,7 +561,7 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 
 def test_two_processes_have_the_tokens_of_one(folder):
-    """With one cache folder for both, and with one each, as on nodes that share none."""
+    """With one cache folder for both, and with one each, as on nodes that share none: on disk, never in memory."""
     body = """
     from mmfusion.distributed import end_process, join_processes, leave_processes
     from mmfusion.encoders.cache import StoredTokens
@@ -573,8 +573,9 @@ def test_two_processes_have_the_tokens_of_one(folder):
                      for modality, x in split.features.items()}
         tensors = {f"{key} {i}": own.clone() for key, x in sequences.items() for i, own in enumerate(x)}
         save_file(tensors, folder / f"{cache}-{processes.rank}.safetensors")
-        if cache == "shared":
-            assert all(isinstance(part, StoredTokens) for x in sequences.values() for part in x.parts), "sent"
+        stored = [part for x in sequences.values() for part in x.parts]
+        assert all(isinstance(part, StoredTokens) for part in stored), "in memory"
+        assert {part.path.parents[1].name for part in stored} == {cache}
     leave_processes()
     end_process(0)
     """

@@ -322,6 +322,17 @@ def test_transport_brings_tokens_together(fusion):
     assert with_term < 0.6 * without
 
 
+def test_weight_of_transport_rises_over_the_steps_of_its_warm_up():
+    """While it rises, tokens stay farther apart than under the whole weight."""
+
+    def distances(share: float) -> list[float]:
+        objectives = ObjectiveConfig(transport_warm_up=share, transport_weight=3)
+        _, trained = fitted("wma", epochs=4, patience=9, objectives=objectives)
+        return [np.mean(record["loss"]["transport"]) for record in trained.history]
+
+    assert all(at_once < late for at_once, late in zip(distances(0.0), distances(1.0), strict=True))
+
+
 def test_random_plan_is_minimised_where_no_token_is_matched():
     """The control lowers its own loss, which any pairing has: the transport distance is what it does not know."""
     random = ObjectiveConfig(transport_method="random", transport_weight=1.0)

@@ -171,6 +171,7 @@ def fit_methods(
         compile=training.compile,
         # a transformer's products are wide enough to fill a CPU member by member, and its attention is fused there
         stacked=fusion != "wma" or torch.device(device).type != "cpu",
+        warm_up=objectives.token_warm_up if methods[0].takes_tokens else {},
     )
     trained = train(problem, members, data, schedule, device=device, checkpoint=checkpoint, on_epoch=on_epoch)
     if fusion == "lmf" and model.spectral_norm is None:

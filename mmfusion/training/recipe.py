@@ -41,6 +41,8 @@ class ObjectiveConfig:
     """of models of tokens: where its plan comes from; random is a control"""
     transport_layers: Layers = "last"
     """of models of tokens: which layers' tokens it aligns"""
+    transport_warm_up: float = 0.33
+    """of models of tokens: share of all steps over which that weight rises from 0 on a straight line"""
 
     def loss_weights(
         self, task: Task, modalities: Collection[str], active: Collection[str] | None = None
@@ -68,6 +70,11 @@ class ObjectiveConfig:
         return weights | {name: getattr(self, f"{name}_weight") for name in (*self.prior, "reconstruction")}
 
     @property
+    def token_warm_up(self) -> dict[str, float]:
+        """{alignment of tokens: share of all steps over which its weight rises}; {} where it is whole at once."""
+        return dict.fromkeys(("transport", "token_mmd"), self.transport_warm_up) if self.transport_warm_up else {}
+
+    @property
     def transport_term(self) -> TransportTerm:
         """The alignment of tokens."""
         return TransportTerm(self.transport_method, self.transport_layers)
@@ -82,7 +89,7 @@ class ObjectiveConfig:
         """Raise InputError naming the first flag out of range."""
         check_types(self)
         names = [field.name for field in fields(self) if field.name.endswith("_weight")]
-        check_numbers(self, {name: (0, 1e9) for name in names})
+        check_numbers(self, {name: (0, 1e9) for name in names} | {"transport_warm_up": (0, 1)})
 
 
 @dataclass(frozen=True)

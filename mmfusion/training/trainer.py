@@ -12,8 +12,8 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple
@@ -54,6 +54,8 @@ class Schedule:
     compile: bool = False
     stacked: bool = True
     """one call of each operation for all members; else member by member, which wide models are as fast with on a CPU"""
+    warm_up: Mapping[str, float] = field(default_factory=dict)
+    """{loss term: share of all steps over which its weight rises from 0 on a straight line}"""
     checkpoint_seconds: float = 10.0
     """least time between two checkpoints; results do not depend on it"""
 
@@ -475,11 +477,13 @@ def _train_epoch(
     device = feed.target.device
     names = list(members[0].loss_weights)
     weights = {n: torch.tensor([float(m.loss_weights[n]) for m in members], device=device) for n in names}
-    history = []
+    history, all_steps = [], schedule.epochs * feed.steps
     for k, batch in enumerate(feed.batches(epoch)):
+        number = epoch * feed.steps + k
+        now = {n: w * _risen(schedule.warm_up.get(n, 0.0), number, all_steps) for n, w in weights.items()}
         further = {} if only is None else {"only": only}
-        gradients, terms = step(state.parameters, state.buffers, batch, weights, **further)
-        state.apply(gradients, _learning_rate(schedule, epoch * feed.steps + k, schedule.epochs * feed.steps))
+        gradients, terms = step(state.parameters, state.buffers, batch, now, **further)
+        state.apply(gradients, _learning_rate(schedule, number, all_steps))
         history.append(torch.stack([terms[name] for name in names]).detach())
     values = torch.stack(history).cpu()  # (steps, terms, S); one transfer an epoch, so that a GPU is never waited for
     bad = (~values.isfinite()).nonzero()
@@ -490,6 +494,11 @@ def _train_epoch(
             f"{epoch * feed.steps + k} (epoch {epoch}); lower --learning-rate or that term's weight"
         )
     return {name: values[:, t].double().mean(0).tolist() for t, name in enumerate(names)}
+
+
+def _risen(share: float, step: int, steps: int) -> float:
+    """How much of a weight counts at this step: 0 at first, 1 once that share of all steps is over."""
+    return min(1.0, step / (share * steps)) if share else 1.0
 
 
 def _learning_rate(schedule: Schedule, step: int, steps: int) -> float:
@@ -533,6 +542,8 @@ def _identity(members: list[Member], schedule: Schedule, data: TrainingData, mod
     del settings["checkpoint_seconds"]
     if settings["stacked"]:  # what it was before there was a choice
         del settings["stacked"]
+    if not settings["warm_up"]:
+        del settings["warm_up"]
     shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
     digest = hashlib.sha256(json.dumps([settings, [asdict(m) for m in members], shapes], sort_keys=True).encode())
     for split in (data.train, data.selection):
