@@ -10,7 +10,7 @@ import torch
 from sklearn.metrics import average_precision_score
 
 from mmfusion.metrics import retrieval
-from mmfusion.metrics.retrieval import cross_retrieval, retrieval_scores
+from mmfusion.metrics.retrieval import cross_retrieval, paired_precision, retrieval_scores
 
 DATA = Path(os.environ.get("FUSION_DATA", "")) / "clip_coco_pairs.npz"
 
@@ -167,3 +167,27 @@ def test_clip_on_coco_scores_what_is_known():
     arrays = np.load(DATA)
     scores = cross_retrieval({name: arrays[name] for name in ("image", "text")})
     assert {pair: s.recall[1] for pair, s in scores.items()} == {("image", "text"): 0.552, ("text", "image"): 0.506}
+
+
+@pytest.mark.parametrize("kind", ["all different", "ties", "all equal", "one example"])
+def test_precision_of_partners_without_sorting_is_that_of_ranked_galleries(kind):
+    latents = normal(1 if kind == "one example" else 40, 3, 4)
+    latents = {"ties": np.round(latents) + 0.5, "all equal": np.ones_like(latents)}.get(kind, latents)
+    ranked = cross_retrieval({str(m): latents[:, m] for m in range(3)}).values()
+    assert paired_precision(latents) == pytest.approx(
+        np.mean([one.mean_average_precision for one in ranked]), rel=1e-12
+    )
+
+
+def test_blocks_of_single_positives_are_those_of_the_general_way():
+    """Found for all rows at once, or row by row as where a query has several positives."""
+    for digits in (0, 1, 6):
+        x, y = np.round(normal(30, 3, seed=1), digits) + 0.01, np.round(normal(30, 3, seed=2), digits) + 0.01
+        alone = retrieval_scores(x, y).per_query
+        # one query with a second positive sends all of them the general way; the others' scores are the same
+        labels = np.arange(30)
+        several = retrieval_scores(x, np.r_[y, y[:1]], labels, np.r_[labels, 0]).per_query
+        kept = retrieval_scores(x, np.r_[y, y[:1]], labels, np.r_[labels, 99]).per_query
+        np.testing.assert_allclose(several.rank[1:], kept.rank[1:], rtol=1e-12)
+        np.testing.assert_allclose(several.average_precision[1:], kept.average_precision[1:], rtol=1e-12)
+        assert alone.rank.min() >= 1

@@ -14,7 +14,7 @@ Rank and R@K are of the first block that holds a positive; AP is the sum of the 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import permutations
+from itertools import combinations, permutations
 
 import numpy as np
 from torch import Tensor
@@ -127,6 +127,24 @@ def cross_retrieval(
     }
 
 
+def paired_precision(latents: np.ndarray) -> float:
+    """Mean average precision over all ordered pairs of modalities, of latents (N, M, L) whose rows are partners.
+
+    What `cross_retrieval` gives, without sorting: with one positive, A items above it and n equal to it (itself among
+    them) it is (1/(A+1) + ... + 1/(A+n)) / n. Raises ValueError as `retrieval_scores`.
+    """
+    units = [unit_rows(embedding_matrix(x, "latents"), "latents") for x in np.moveaxis(latents, 1, 0)]
+    harmonic = np.r_[0.0, np.cumsum(1 / np.arange(1, len(latents) + 1))]
+    found = []
+    for x, y in combinations(units, 2):
+        similarities = x @ y.T
+        own = similarities.diagonal()
+        for beyond, axis in ((similarities - own[:, None], 1), (similarities - own, 0)):  # queries: rows, then columns
+            above, past = (beyond > TIE).sum(axis), (beyond >= -TIE).sum(axis)
+            found.append(((harmonic[past] - harmonic[above]) / (past - above)).mean())
+    return float(np.mean(found))
+
+
 # ---- blocks of equal similarity ----------------------------------------------------------------------------------
 
 
@@ -141,6 +159,8 @@ def _tie_blocks(similarities: np.ndarray, positives: Sequence[np.ndarray]) -> tu
     """
     size = similarities.shape[1]
     similarities = -similarities  # ascending order is then that of rank
+    if all(len(columns) == 1 for columns in positives):
+        return _single_blocks(similarities, np.concatenate(positives))
     blocks = []
     for row, (values, columns, ordered) in enumerate(
         zip(similarities, positives, np.sort(similarities, 1), strict=True)
@@ -152,6 +172,18 @@ def _tie_blocks(similarities: np.ndarray, positives: Sequence[np.ndarray]) -> tu
         first, past = np.r_[0, edges][block], np.r_[edges, size][block]
         blocks.append(np.stack([np.full(len(block), row), first, past - first, m]))
     return tuple(np.concatenate(blocks, 1))
+
+
+def _single_blocks(distances: np.ndarray, positive: np.ndarray) -> tuple[np.ndarray, ...]:
+    """`_tie_blocks` of (C, G), least first, where each query has one positive: its column (C,). All rows at once."""
+    rows, ordered = np.arange(len(distances)), np.sort(distances, 1)
+    place = (ordered < distances[rows, positive][:, None]).sum(1)
+    begins = np.diff(ordered, axis=1) > TIE  # (C, G - 1): a block begins at the next column
+    columns = np.arange(distances.shape[1])
+    first = np.where(np.pad(begins, ((0, 0), (1, 0))) & (columns <= place[:, None]), columns, 0).max(1)
+    past = np.where(begins & (columns[1:] > place[:, None]), columns[1:], distances.shape[1])
+    past = past.min(1, initial=distances.shape[1])
+    return rows, first, past - first, np.ones_like(rows)
 
 
 def _score_blocks(

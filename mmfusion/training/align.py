@@ -17,7 +17,7 @@ from jwae_module import mmd_penalty, reconstruction_error
 from mmfusion.data.folds import FoldedDataset
 from mmfusion.dataset import Fold
 from mmfusion.losses.alignment import ALIGNMENTS, TEMPERED
-from mmfusion.metrics.retrieval import cross_retrieval
+from mmfusion.metrics.retrieval import paired_precision
 from mmfusion.models.alignment import AlignmentEnsemble, AlignmentModel
 from mmfusion.training.feed import Batch, Member
 from mmfusion.training.trainer import ModelCall, Problem, Schedule, TrainingData, train
@@ -165,5 +165,4 @@ def mean_precision(latents: np.ndarray) -> float:
     """Mean average precision over all ordered pairs of modalities, of latents (N, M, L); 0 of a collapsed one."""
     if not latents.any(-1).all():  # a zero vector has no direction
         return 0.0
-    by_name = {str(m): latents[:, m] for m in range(latents.shape[1])}
-    return float(np.mean([scores.mean_average_precision for scores in cross_retrieval(by_name).values()]))
+    return paired_precision(latents)
