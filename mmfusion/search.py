@@ -5,55 +5,36 @@ python -m mmfusion.search ... --objectives alignment,unique --terms info_nce,tra
 
 A trial is one weighting of the terms (mmfusion.losses.alignment), the prior and the reconstruction, trained without
 labels with every seed; all trials of a batch are one stack. The first term's weight is 1: Adam does not see the scale
-of a loss. Every trial is trained for all its epochs, so that dev chooses weights and nothing else. Objectives, on dev,
-mean over seeds (latents z_m of modality m):
-
-    retrieval        R@1, mean over all ordered pairs of modalities                                             larger
-    classification   logistic regression on all latents, fitted on train: AUROC of two classes, else accuracy   larger
-    alignment        centroid gap, mean over pairs of modalities                                                smaller
-    unique           what one modality says and the others do not: R^2 of its features by ridge regression on all
-                     latents, less that on the other modalities' latents; fitted on train, mean over modalities  larger
+of a loss. Every trial is trained for all its epochs, so that dev chooses weights and nothing else
+(mmfusion.training.alignment_objectives has what it is asked).
 """
 
 import csv
 import io
-import itertools
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from mmfusion.cli import pick_device, run_command
-from mmfusion.data.array_cuts import cut_dev
 from mmfusion.data.folds import FoldedDataset
 from mmfusion.data.registry import DataOptions, check_flags, load_folded
-from mmfusion.dataset import Fold, take
-from mmfusion.errors import InputError, NonFiniteLoss, check_numbers
+from mmfusion.errors import InputError, check_numbers
 from mmfusion.files import write_atomically, write_json, write_text
 from mmfusion.losses.alignment import ALIGNMENTS
 from mmfusion.metrics.format import counted
-from mmfusion.metrics.geometry import centroid_gap
-from mmfusion.metrics.probes import probe_score, unique_share
-from mmfusion.metrics.retrieval import cross_retrieval
-from mmfusion.models.alignment import AlignmentModel
 from mmfusion.runs.folder import RunConfig, RunFolder, defaults_for
-from mmfusion.training.align import OWN_TERMS, AlignmentTraining, Weighting, align
-from mmfusion.training.search import Direction, Range, Search, Setting, load_optuna, search
+from mmfusion.training.align import OWN_TERMS, AlignmentTraining
+from mmfusion.training.alignment_objectives import DIRECTIONS, development, evaluation
+from mmfusion.training.search import Range, Search, Setting, load_optuna, search
 
 WEIGHTS = Range(1e-3, 10.0)  # below the least a term is as good as off
 OWN_WEIGHT = 0.1  # of prior and reconstruction where nothing was searched, as in experiments.alignment
-DIRECTIONS: dict[str, Direction] = {
-    "retrieval": "maximize",
-    "classification": "maximize",
-    "alignment": "minimize",
-    "unique": "maximize",
-}
 AXES = {
     "retrieval": "retrieval: mean R@1",
     "classification": "classification: linear probe",
@@ -173,73 +154,6 @@ def _check_names(flag: str, names: Sequence[str], known: Mapping[str, object]) -
         raise InputError(f"--{flag} {','.join(names)}: give different ones of {', '.join(known)}")
 
 
-# ---- what a setting scores ---------------------------------------------------------------------------------------
-
-
-def development(data: FoldedDataset) -> FoldedDataset:
-    """The train and dev parts of the first fold, and nothing else; where dev is tested on, one is cut from train.
-
-    Raises InputError where train is too small for that.
-    """
-    first, notes = data.folds[0], []
-    rows, dev = first.train, first.dev
-    if first.test is not None and torch.isin(dev, first.test).any():
-        split = replace(take(data.pool, rows), ids=[str(int(row)) for row in rows])
-        by_class = data.labelled and data.task in ("binary", "multiclass")
-        train, cut, note = cut_dev(split, by_class, 0, data.name, data.class_names)
-        rows, dev = (torch.tensor([int(key) for key in part.ids]) for part in (train, cut))
-        notes.append(note)
-    fold = Fold(torch.arange(len(rows)), torch.arange(len(rows), len(rows) + len(dev)))
-    return replace(data, pool=take(data.pool, torch.cat([rows, dev])), folds=[fold], notes=notes)
-
-
-def evaluation(
-    data: FoldedDataset, objectives: Sequence[str], unit: str, training: AlignmentTraining, device: str | torch.device
-) -> Callable[[list[Setting]], list[np.ndarray]]:
-    """settings -> objectives (K,) of each on dev, mean over seeds: one training of all. NaN of one that diverges.
-
-    `data` is that of `development`; the term `unit` has weight 1.
-    """
-
-    def evaluate(settings: list[Setting]) -> list[np.ndarray]:
-        rows = [Weighting(str(i), {unit: 1.0, **setting}) for i, setting in enumerate(settings)]
-        try:
-            ensembles = align(data, rows, training, device=device)
-        except NonFiniteLoss:  # of which one? those beside it are innocent
-            if len(settings) == 1:
-                return [np.full(len(objectives), np.nan)]
-            half = len(settings) // 2
-            return evaluate(settings[:half]) + evaluate(settings[half:])
-        return [
-            np.mean([objectives_of(data, member, objectives) for member in ensembles[row.label].members], axis=0)
-            for row in rows
-        ]
-
-    return evaluate
-
-
-@torch.inference_mode()
-def objectives_of(data: FoldedDataset, member: AlignmentModel, objectives: Sequence[str]) -> list[float]:
-    """The objectives (K,) of one trained member on dev; NaN where a latent is zero and has no direction."""
-    fold = data.folds[0]
-    latents = {name: z.double().numpy() for name, z in member.encode(data.pool.features).items()}  # (N, L) each
-    features = {name: x.numpy() for name, x in data.pool.features.items()}
-    train, dev, train_x, dev_x = (
-        {name: values[rows.numpy()] for name, values in part.items()}
-        for part, rows in itertools.product((latents, features), (fold.train, fold.dev))
-    )
-    if not all(z.any(-1).all() for z in dev.values()):
-        return [np.nan] * len(objectives)
-    target = data.pool.target.numpy().astype(int)
-    measures = {
-        "retrieval": lambda: np.mean([one.recall[1] for one in cross_retrieval(dev).values()]),
-        "classification": lambda: probe_score(train, target[fold.train.numpy()], dev, target[fold.dev.numpy()]),
-        "alignment": lambda: np.mean([centroid_gap(x, y) for x, y in itertools.combinations(dev.values(), 2)]),
-        "unique": lambda: unique_share(train_x, train, dev_x, dev),
-    }
-    return [float(measures[name]()) for name in objectives]
-
-
 # ---- the command -------------------------------------------------------------------------------------------------
 
 
@@ -252,6 +166,7 @@ def main(config: Config) -> None:
     loaded = load_folded(config, str(device))
     check_data(loaded, config)
     data = development(loaded)
+    check_classes(data, config)
     if not folder.begin({"experiment": "search", **loaded.description}, device):
         return
     for note in (*loaded.notes, *data.notes):
@@ -286,13 +201,21 @@ def main(config: Config) -> None:
 
 
 def check_data(data: FoldedDataset, config: Config) -> None:
-    """Raise InputError where the data have a single modality, or no classes for --objectives classification."""
+    """Raise InputError for data of a single modality."""
     if len(data.input_dims) < 2:
         raise InputError(f"--dataset {config.dataset}: has {', '.join(data.input_dims)} alone; an alignment needs two")
-    has_classes = data.labelled and data.task in ("binary", "multiclass")
-    if "classification" in config.objective_names and not has_classes:
-        others = ", ".join(name for name in DIRECTIONS if name != "classification")
+
+
+def check_classes(data: FoldedDataset, config: Config) -> None:
+    """Raise InputError for --objectives classification where train or dev does not hold two classes."""
+    if "classification" not in config.objective_names:
+        return
+    others = ", ".join(name for name in DIRECTIONS if name != "classification")
+    if not data.labelled or data.task not in ("binary", "multiclass"):
         raise InputError(f"--objectives classification: {data.name} has no classes; give {others}")
+    for part in ("train", "dev"):
+        if len(data.pool.target[getattr(data.folds[0], part)].unique()) < 2:
+            raise InputError(f"--objectives classification: {part} holds a single class; give {others}")
 
 
 def weights_of(setting: Setting, config: Config) -> dict[str, float]:
@@ -306,14 +229,14 @@ def as_flags(setting: Setting, config: Config) -> str:
 
 
 def report(found: Search, config: Config) -> str:
-    """The front (of one objective the five best), the setting that was given, and the chosen one as flags."""
+    """The front (of one objective the five best), the setting that was tried first, and the chosen one as flags."""
     names = list(found.directions)
     shown = found.front if len(names) > 1 else np.argsort(found.losses[:, 0])[: min(5, len(found.trials))].tolist()
     rows = [("trial", *names, *config.space)]
     for i in [*shown, *([] if 0 in shown else [0])]:
         trial = found.trials[i]
         if trial.values is not None:
-            mark = "*" if i == found.chosen else "given" if i == 0 else ""
+            mark = ("first" if i == 0 else "") + ("*" if i == found.chosen else "")
             numbers = [f"{value:.3f}" for value in trial.values] + [f"{w:.3g}" for w in trial.setting.values()]
             rows.append((f"{i} {mark}".strip(), *numbers))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -343,7 +266,7 @@ def write_results(folder: Path, found: Search, config: Config, text: str) -> Non
         }
         for i, trial in enumerate(found.trials)
     ]
-    kept = {"objectives": found.directions, "given": 0, "chosen": found.chosen, "front": front, "trials": rows}
+    kept = {"objectives": found.directions, "first": 0, "chosen": found.chosen, "front": front, "trials": rows}
     write_json(folder / "search.json", kept | {"flags": as_flags(found.trials[found.chosen].setting, config)})
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
@@ -355,12 +278,15 @@ def write_results(folder: Path, found: Search, config: Config, text: str) -> Non
     write_text(folder / "table.txt", text.lstrip("\n") + "\n")
     figure = Figure(figsize=(7.0, 4.8), layout="constrained")
     FigureCanvasAgg(figure)
-    draw(figure, found)
+    draw(figure, found, "given weights" if config.weights else "default weights")
     write_atomically(folder / "search.png", lambda path: figure.savefig(path, dpi=110, format="png"))
 
 
-def draw(figure: Figure, found: Search) -> None:
-    """The front before the trials that it dominates; of one objective every trial and the best so far."""
+def draw(figure: Figure, found: Search, first: str) -> None:
+    """The front before the trials that it dominates; of one objective every trial and the best so far.
+
+    `first` says what the first trial is.
+    """
     axis, names = figure.subplots(), list(found.directions)
     told = [i for i, trial in enumerate(found.trials) if trial.values is not None]
     if len(names) == 1:
@@ -380,7 +306,7 @@ def draw(figure: Figure, found: Search) -> None:
         label = "dominated" if len(names) > 1 else "trials"
         axis.scatter(*zip(*(points[i] for i in others), strict=True), s=18, color="#b5b5b5", label=label, zorder=1)
     if 0 in points:
-        axis.scatter(*points[0], marker="D", s=60, color="#d9741a", label="given weights", zorder=4)
+        axis.scatter(*points[0], marker="D", s=60, color="#d9741a", label=first, zorder=4)
     axis.scatter(
         *points[found.chosen], marker="o", s=170, facecolors="none", edgecolors="black", label="chosen", zorder=5
     )
