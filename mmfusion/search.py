@@ -39,7 +39,7 @@ AXES = {
     "retrieval": "retrieval: mean R@1",
     "classification": "classification: linear probe",
     "alignment": "alignment: centroid gap",
-    "unique": "unique: R² that no other modality gives",
+    "unique": "unique: R² that no other modality has",
 }
 JOURNAL = "trials.jsonl"
 
@@ -293,7 +293,7 @@ def draw(figure: Figure, found: Search, first: str) -> None:
         places, values = told, [found.trials[i].values[0] for i in told]
         best = (np.maximum if found.directions[names[0]] == "maximize" else np.minimum).accumulate(values)
         points = dict(zip(told, zip(places, values, strict=True), strict=True))
-        axis.step(told, best, where="post", color="#1f6fb4", label="best so far", zorder=2)
+        axis.step(told, best, where="post", color="#1f6fb4", label="best so far", zorder=1)
         axis.set_xlabel("trial")
         others = told
     else:
@@ -304,7 +304,7 @@ def draw(figure: Figure, found: Search, first: str) -> None:
         axis.set_xlabel(_axis_label(names[0], found))
     if others:
         label = "dominated" if len(names) > 1 else "trials"
-        axis.scatter(*zip(*(points[i] for i in others), strict=True), s=18, color="#b5b5b5", label=label, zorder=1)
+        axis.scatter(*zip(*(points[i] for i in others), strict=True), s=18, color="#b5b5b5", label=label, zorder=2)
     if 0 in points:
         axis.scatter(*points[0], marker="D", s=60, color="#d9741a", label=first, zorder=4)
     axis.scatter(
