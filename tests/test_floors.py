@@ -16,7 +16,7 @@ FLOORS = [
     {"mmfusion.training"},
     {"mmfusion.runs"},
     {"mmfusion.explain"},
-    {"mmfusion.estimators", "mmfusion.train", "mmfusion.diagnose", "mmfusion.retrieve"},
+    {"mmfusion.estimators", "mmfusion.train", "mmfusion.diagnose", "mmfusion.retrieve", "mmfusion.search"},
     {"main_hateful_memes", "experiments"},
     {"benchmarks"},
 ]

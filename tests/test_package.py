@@ -83,7 +83,7 @@ def test_version_stands_once_and_requirements_cover_the_extras():
     required = {line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()} - {""}
     optional = project["optional-dependencies"]
     extras = {
-        name for extra, names in optional.items() for name in names if extra not in ("timm", "onnx")
+        name for extra, names in optional.items() for name in names if extra not in ("timm", "onnx", "search")
     }  # for those who ask
     own = {name for name in extras if name.startswith(project["name"])}
     assert required == {*project["dependencies"], *(extras - own)}
