@@ -42,6 +42,9 @@ class AlignmentTraining:
     """The space, and how all members are trained."""
 
     latent_dim: int = 32
+    aligned_dim: int | None = None
+    """how many of the latents, the first ones, are aligned and selected by; default: all. The others are the modality's
+    own: prior and reconstruction see all of them"""
     hidden_dim: int = 128
     """of the encoders; 0: they are affine"""
     spectral_norm: float | None = None
@@ -61,10 +64,15 @@ class AlignmentTraining:
 
 
 def alignment_terms(
-    model: ModelCall, batch: Batch, wanted: Collection[str], options: Mapping[str, Mapping[str, object]]
+    model: ModelCall,
+    batch: Batch,
+    wanted: Collection[str],
+    options: Mapping[str, Mapping[str, object]],
+    aligned_dim: int | None = None,
 ) -> dict[str, Tensor]:
-    """The wanted terms of one model on one batch, scalars."""
+    """The wanted terms of one model on one batch, scalars; alignments see the first `aligned_dim` latents."""
     output = model(batch.features, present=batch.present, kept=batch.kept)
+    aligned = {name: z[:, :aligned_dim] for name, z in output.latents.items()}
     terms = {}
     for name in wanted:
         if name == "prior":
@@ -73,7 +81,7 @@ def alignment_terms(
             terms[name] = reconstruction_error(output.standardised, output.reconstructions)
         else:
             learned = {"temperature": output.temperature} if name in TEMPERED else {}
-            terms[name] = ALIGNMENTS[name](output.latents, **learned, **options.get(name, {}))
+            terms[name] = ALIGNMENTS[name](aligned, **learned, **options.get(name, {}))
     return terms
 
 
@@ -95,9 +103,12 @@ def align(
         modalities: those that are aligned; default: all.
         checkpoint, on_epoch: as `mmfusion.training.trainer.train`.
 
-    Raises ValueError for an unknown loss or a single modality; NonFiniteLoss and InputError as `train`.
+    Raises ValueError for an unknown loss, a single modality, or an `aligned_dim` that is not 1 to L; NonFiniteLoss and
+    InputError as `train`.
     """
     training = training or AlignmentTraining()
+    if training.aligned_dim is not None and not 1 <= training.aligned_dim <= training.latent_dim:
+        raise ValueError(f"{training.aligned_dim} of {training.latent_dim} latents cannot be aligned")
     features = {name: data.pool.features[name] for name in sorted(modalities or data.pool.features)}
     dims = {name: x.shape[-1] for name, x in features.items()}
     wanted = sorted({name for one in weightings for name, weight in one.weights.items() if weight})
@@ -131,9 +142,9 @@ def align(
     ]
     problem = Problem(
         build,
-        lambda model, batch: alignment_terms(model, batch, wanted, training.options),
+        lambda model, batch: alignment_terms(model, batch, wanted, training.options, training.aligned_dim),
         lambda model, features: torch.stack(list(model(features).latents.values()), 1),  # (N, M, L)
-        lambda latents, _: mean_precision(latents),
+        lambda latents, _: mean_precision(latents[..., : training.aligned_dim]),
     )
     schedule = Schedule(
         epochs=training.epochs,
