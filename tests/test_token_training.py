@@ -146,12 +146,24 @@ TO_ROUNDING = 1e-3  # of logits that differ by twenty times that between seeds
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_stacked_training_is_that_of_member_after_member(fusion):
     members = members_of(fusion, 3)
+    members.append(replace(members[1], loss_weights=members[1].loss_weights | {"transport": 1.0}))  # shares its batches
     stacked, in_turn = (run(fusion, members, choice) for choice in (True, False))
     for a, b in zip(stacked.models, in_turn.models, strict=True):
         torch.testing.assert_close(said(a), said(b), rtol=0, atol=TO_ROUNDING)
     for a, b in zip(stacked.history, in_turn.history, strict=True):
         for term in a["loss"]:
             np.testing.assert_allclose(a["loss"][term], b["loss"][term], rtol=1e-3, atol=1e-4)
+
+
+def test_members_of_one_seed_trained_in_turn_have_their_batches_in_common_and_not_in_copies():
+    members = [*members_of("wma", 2), *members_of("wma", 2)]
+    data, fold = dataset().splits["train"], Fold(torch.arange(72), torch.arange(40))
+    feeds = [Feed(data, members, [fold], 16, torch.device("cpu"), stacked=stacked) for stacked in (True, False)]
+    for copied, shared in zip(*(feed.batches(0) for feed in feeds), strict=True):
+        for name in DIMS:
+            for whole, lazy in zip(copied.features[name], shared.features[name], strict=True):
+                assert whole.shape == lazy.shape and all(torch.equal(whole[s], lazy[s]) for s in range(4))
+                assert lazy[0].data_ptr() == lazy[2].data_ptr() != lazy[1].data_ptr()
 
 
 @pytest.mark.parametrize("stacked", [True, False])

@@ -92,6 +92,17 @@ def step_uniforms(seed: int, epoch: int, step: int, shape: tuple[int, int]) -> T
     return torch.from_numpy(np.random.default_rng([seed, epoch, 4, step]).random(shape, dtype=np.float32))
 
 
+class SharedRows:
+    """(S, ...) of which entry s is row `row[s]` of K values (K, ...): nothing is copied before it is asked for."""
+
+    def __init__(self, values: Tensor, row: Sequence[int]) -> None:
+        self.values, self.row = values, row
+        self.shape = torch.Size([len(row), *values.shape[1:]])
+
+    def __getitem__(self, s: int) -> Tensor:
+        return self.values[self.row[s]]
+
+
 class Feed:
     """The training examples on the device, and the batches that each member takes of them."""
 
@@ -104,8 +115,9 @@ class Feed:
         device: torch.device,
         directions: tuple[int, int] | None = None,
         uniforms: int = 0,
+        stacked: bool = True,
     ) -> None:
-        self.directions, self.uniforms = directions, uniforms
+        self.directions, self.uniforms, self.stacked = directions, uniforms, stacked
         # many sequences stay where they are, perhaps in a file: a batch of them goes to the device
         self.features = {n: x.held() if isinstance(x, Sequences) else x.to(device) for n, x in data.features.items()}
         self.target = data.target.to(device)
@@ -154,13 +166,15 @@ class Feed:
             yield Batch(features, self.target[rows], present, self._kept(epoch, k, features), *drawn)
 
     def _rows(self, x: Tensor | Sequences, rows: Tensor) -> Tensor | Tokens:
-        """Examples (S, B) on the device; sequences that members share are read once."""
+        """Examples (S, B) on the device; sequences that members share are read once, and copied only for a stack."""
         if not isinstance(x, Sequences):
             return x[rows]
         own = self.row.tolist()
         padded = x.padded(rows[[own.index(k) for k in range(len(self.orders))]].cpu(), rows.device)
         if own == list(range(len(self.orders))):
             return padded
+        if not self.stacked:
+            return Tokens(SharedRows(padded.values, self.row.tolist()), SharedRows(padded.mask, self.row.tolist()))
         row = self.row.to(rows.device)
         return Tokens(padded.values[row], padded.mask[row])
 

@@ -366,7 +366,8 @@ class _Training:
             self.state.load(checkpoint, self.identity)
         self.skeleton = self.built[0].to(device)  # lends its forward; its own parameters are never read
         self.step = vectorized_step(self.skeleton, problem.objective, schedule.compile, schedule.stacked)
-        self.feed = Feed(data.train, members, folds, schedule.batch_size, device, problem.directions, problem.uniforms)
+        drawn = (problem.directions, problem.uniforms)
+        self.feed = Feed(data.train, members, folds, schedule.batch_size, device, *drawn, schedule.stacked)
         self.selection = _Selection(data.selection, members, folds, problem, device, schedule.stacked)
         self.saved_at = time.monotonic()
 
