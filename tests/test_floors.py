@@ -16,7 +16,7 @@ FLOORS = [
     {"mmfusion.training"},
     {"mmfusion.runs"},
     {"mmfusion.explain"},
-    {"mmfusion.estimators", "mmfusion.train", "mmfusion.diagnose", "mmfusion.retrieve"},
+    {"mmfusion.estimators", "mmfusion.train", "mmfusion.diagnose", "mmfusion.retrieve", "mmfusion.geometry"},
     {"main_hateful_memes", "experiments"},
     {"benchmarks"},
 ]
