@@ -18,13 +18,13 @@ import tyro
 
 from mmfusion.cli import pick_device, run_command
 from mmfusion.data.folds import tested_split
-from mmfusion.dataset import Dataset, Split, take
+from mmfusion.dataset import Dataset, Split
 from mmfusion.errors import InputError, check_numbers
 from mmfusion.metrics.cross_decoding import CrossDecoding, measure_cross_decoding
 from mmfusion.metrics.format import counted
 from mmfusion.metrics.geometry import Measure, measure_alignment
 from mmfusion.metrics.neighbourhoods import NEIGHBOURS, PLANE_NEIGHBOURS
-from mmfusion.runs.geometry_figure import MOST_PAIRS, Map, colours_of, draw_geometry
+from mmfusion.runs.geometry_figure import GEOMETRY, MOST_EXAMPLES, MOST_PAIRS, Map, at_most, colours_of, draw_geometry
 from mmfusion.runs.load import TrainedRun, load_run
 from mmfusion.runs.shared_space import CommonFrame, PairLatents
 
@@ -42,7 +42,7 @@ class Config:
     """examples of this split; default: the one that is tested on"""
     map: Literal["both", "pca", "tsne", "umap"] = "both"
     """of the figure; both: PCA and t-SNE; umap needs the package umap-learn"""
-    max_examples: int = 2000
+    max_examples: int = MOST_EXAMPLES
     """of a larger split as many are drawn at random"""
     member: int = 0
     """which of the run's seeds, counted from 0"""
@@ -85,7 +85,7 @@ def main(config: Config) -> None:
     print_measures(config, pairs, class_numbers(dataset, split))
     print_decoded(config, run, frame, split)
     kinds = DEFAULT_MAPS if config.map == "both" else (config.map,)
-    out = config.out or config.run / "geometry.png"
+    out = config.out or config.run / GEOMETRY
     draw_geometry(out, pairs, f"{dataset.name}: {where}", colours_of(dataset, split), kinds, config.seed)
     left_out = f" ({MOST_PAIRS} of {len(pairs)} pairs, the first)" if len(pairs) > MOST_PAIRS else ""
     print(f"\ndrawn in {out}{left_out}")
@@ -108,13 +108,6 @@ def chosen_split(run: TrainedRun, name: str | None) -> tuple[str, Split]:
     if name not in splits:
         raise InputError(f"--split {name}: {run.folder} has {', '.join(splits)}")
     return name, splits[name]
-
-
-def at_most(split: Split, most: int, seed: int) -> Split:
-    """The split, or `most` of its examples, drawn at random, in its own order."""
-    if len(split) <= most:
-        return split
-    return take(split, np.sort(np.random.default_rng(seed).permutation(len(split))[:most]))
 
 
 def class_numbers(dataset: Dataset, split: Split) -> np.ndarray | None:

@@ -7,12 +7,15 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from mmfusion.dataset import Dataset, Split
+from mmfusion.dataset import Dataset, Split, take
 from mmfusion.files import write_atomically
+from mmfusion.models.fusion import FusionModel
 from mmfusion.runs.figure import BLUE, GREY, ORANGE
-from mmfusion.runs.shared_space import PairLatents, rotation
+from mmfusion.runs.shared_space import CommonFrame, PairLatents, rotation
 
 Map = Literal["pca", "tsne", "umap"]
+GEOMETRY = "geometry.png"
+"""in a run's folder"""
 MOST_PAIRS = 3
 """of modalities that are drawn: those of three; of more the first ones"""
 CLASS_COLOURS = (
@@ -21,6 +24,8 @@ CLASS_COLOURS = (
 """of at most ten; those of the modalities come last"""
 LINES = 60
 """partners that are joined, at most"""
+MOST_EXAMPLES = 2000
+"""that are looked at"""
 TITLES = {"pca": "PCA", "tsne": "t-SNE", "umap": "UMAP"}
 
 
@@ -103,6 +108,22 @@ def colours_of(dataset: Dataset, split: Split) -> Colours | None:
     return Colours(column, [], name)
 
 
+def at_most(split: Split, most: int = MOST_EXAMPLES, seed: int = 0) -> Split:
+    """The split, or `most` of its examples, drawn at random, in its own order."""
+    if len(split) <= most:
+        return split
+    return take(split, np.sort(np.random.default_rng(seed).permutation(len(split))[:most]))
+
+
+def draw_of_run(path: Path, dataset: Dataset, part: str, member: FusionModel, label: str) -> None:
+    """What every run leaves: its first member's latents on one split by PCA, which takes no time."""
+    split = at_most(dataset.splits[part])
+    pairs = CommonFrame(member, dataset.splits["train"]).pairs(split)
+    draw_geometry(
+        path, pairs, f"{dataset.name}: {label}, first seed, {part}, n = {len(split)}", colours_of(dataset, split)
+    )
+
+
 def draw_geometry(
     path: Path,
     pairs: Sequence[PairLatents],
@@ -150,6 +171,11 @@ def _size(n: int) -> float:
     return float(np.clip(6000 / n, 6, 45))
 
 
+def _marker_scale(n: int) -> float:
+    """By which the points of a legend are wider than those of the panel."""
+    return float(np.sqrt(45 / _size(n)))
+
+
 def _draw_together(axis, found: PlanarMap, names: tuple[str, str], title: str, joined: np.ndarray) -> None:
     x, y = found.together
     for i in joined:
@@ -159,7 +185,9 @@ def _draw_together(axis, found: PlanarMap, names: tuple[str, str], title: str, j
         axis.scatter(*z.T, s=_size(2 * len(x)), color=color, alpha=0.6, linewidths=0, zorder=2, label=name)
     axis.set_title(f"{names[0]} and {names[1]} in one map, {title}", parse_math=False)
     axis.set_xlabel(found.axes)
-    axis.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.07), ncols=3)
+    axis.legend(
+        frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.07), ncols=3, markerscale=_marker_scale(2 * len(x))
+    )
 
 
 def _draw_alone(axis, z: np.ndarray, colours: Colours | None, color: str) -> None:
@@ -170,8 +198,8 @@ def _draw_alone(axis, z: np.ndarray, colours: Colours | None, color: str) -> Non
         for k, name in enumerate(colours.names):
             rows = colours.values == k
             axis.scatter(*z[rows].T, s=size, color=CLASS_COLOURS[k], alpha=0.7, linewidths=0, label=name[:16])
-        columns = min(len(colours.names), 5)
-        axis.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=columns, title=colours.title)
+        place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.02), "ncols": min(len(colours.names), 5)}
+        axis.legend(frameon=False, title=colours.title, markerscale=_marker_scale(len(z)), **place)
     else:
         points = axis.scatter(*z.T, s=size, c=colours.values, cmap="viridis", alpha=0.7, linewidths=0)
         axis.figure.colorbar(points, ax=axis, label=colours.title, shrink=0.7)
