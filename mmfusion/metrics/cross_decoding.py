@@ -20,7 +20,7 @@ from torch import Tensor
 from mmfusion.metrics.geometry import PERMUTATIONS, Measure, beside_null
 from mmfusion.metrics.retrieval import embedding_matrix
 
-HALVINGS = 4
+HALVINGS = 2
 LEAST = 4  # examples: halves of two have a covariance
 
 
@@ -114,12 +114,14 @@ def measure_cross_decoding(
         x = embedding_matrix(given, name)
         mean = np.zeros(x.shape[1]) if reference is None else np.asarray(reference[name], np.float64)
         own = embedding_matrix(decoded[name, name], name)
-        shared = (r_squared(x, own, mean), _between_halves(own, x, halves), _between_halves(x, x, halves))
-        of_mean = _between_halves(np.broadcast_to(mean, x.shape), x, halves)
+        ceiling, own_distance = r_squared(x, own, mean), _between_halves(own, x, halves)
+        floor = float(np.mean([frechet_distance(x[a], x[b]) for a, b in halves]) / x.shape[1])  # the same both ways
+        of_mean = float(np.mean([_from_point(mean, x[half]) for both in halves for half in both]) / x.shape[1])
         for source in (source for source, target in decoded if target == name and source != name):
             y = embedding_matrix(decoded[source, name], name)
             r2 = beside_null("permuted rows", _r_squares(x, y, mean, orders))
-            found[source, name] = CrossDecoding(r2, shared[0], _between_halves(y, x, halves), *shared[1:], of_mean)
+            distance = _between_halves(y, x, halves)
+            found[source, name] = CrossDecoding(r2, ceiling, distance, own_distance, floor, of_mean)
     return found
 
 
@@ -137,6 +139,11 @@ def _between_halves(x: np.ndarray, real: np.ndarray, halves: list[list[np.ndarra
     """Frechet distance over d, mean over halves, of x from one half and real features of the other."""
     pairs = [pair for a, b in halves for pair in ((a, b), (b, a))]
     return float(np.mean([frechet_distance(x[a], real[b]) for a, b in pairs]) / real.shape[1])
+
+
+def _from_point(point: np.ndarray, x: np.ndarray) -> float:
+    """`frechet_distance` of x (N, d) from a single point (d,)."""
+    return float(np.square(x.mean(0) - point).sum() + x.var(0, ddof=1).sum())
 
 
 def _root(x: np.ndarray) -> np.ndarray:

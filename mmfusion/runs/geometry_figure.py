@@ -195,9 +195,10 @@ def _draw_alone(axis, z: np.ndarray, colours: Colours | None, color: str) -> Non
     if colours is None:
         axis.scatter(*z.T, s=size, color=color, alpha=0.6, linewidths=0)
     elif colours.names and len(colours.names) <= len(CLASS_COLOURS):
-        for k, name in enumerate(colours.names):
-            rows = colours.values == k
-            axis.scatter(*z[rows].T, s=size, color=CLASS_COLOURS[k], alpha=0.7, linewidths=0, label=name[:16])
+        # in the examples' order: one class would lie over the others
+        axis.scatter(*z.T, s=size, c=[CLASS_COLOURS[k] for k in colours.values], alpha=0.7, linewidths=0)
+        for name, shade in zip(colours.names, CLASS_COLOURS, strict=False):
+            axis.scatter([], [], s=size, color=shade, linewidths=0, label=name[:16])
         place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.02), "ncols": min(len(colours.names), 5)}
         axis.legend(frameon=False, title=colours.title, markerscale=_marker_scale(len(z)), **place)
     else:
