@@ -63,6 +63,17 @@ def aligned_member(split: Split) -> FusionModel:
     return member
 
 
+def turn_white(member: FusionModel, features: dict[str, torch.Tensor], names: str) -> None:
+    """Whiten, then turn the latents of these modalities by rotations that are not their own inverse."""
+    whiten_latents(member, features)
+    for name in names:
+        turn = torch.roll(torch.eye(6), 1 + names.index(name), 0)
+        encoder, decoder = member.jwae.encoders[name][0], member.jwae.decoders[name][0]
+        encoder.weight.copy_(turn @ encoder.weight)
+        encoder.bias.copy_(turn @ encoder.bias)
+        decoder.weight.copy_(decoder.weight @ turn.T)
+
+
 # ---- common coordinates ------------------------------------------------------------------------------------------
 
 
@@ -71,7 +82,7 @@ def test_whitening_parts_partners_and_the_frame_brings_them_back():
     member = aligned_member(train)
     before = latents_of_split(member, test)
     assert foscttm(before["a"][0], before["b"][0]) < 0.01
-    whiten_latents(member, train.features)
+    turn_white(member, train.features, "b")
     apart = latents_of_split(member, test)
     assert foscttm(apart["a"][0], apart["b"][0]) > 0.1, "else nothing has to be turned"
     frame = CommonFrame(member, train)
@@ -91,11 +102,19 @@ def test_latents_that_were_not_whitened_are_taken_as_they_are():
     np.testing.assert_allclose(pair.y, latents_of_split(member, train)["b"][0])
 
 
+def test_nothing_is_turned_where_one_modality_alone_is_white():
+    train = partners()
+    member = aligned_member(train)
+    whiten_latents(member, train.features)
+    member.jwae.encoders["b"][0].weight.mul_(2)
+    assert not CommonFrame(member, train).turned
+
+
 def test_features_cross_decoded_through_the_frame_are_the_other_modalitys_in_both_directions():
     train, test = cut(("a", "b", "c"))
     member = aligned_member(train)
     direct = CommonFrame(member, train).cross_decoded(test)
-    whiten_latents(member, train.features)
+    turn_white(member, train.features, "bc")
     features, decoded = CommonFrame(member, train).cross_decoded(test)
     assert set(decoded) == {(a, b) for a in "abc" for b in "abc"}
     for (source, name), x in decoded.items():
@@ -133,6 +152,7 @@ def test_principal_plane_holds_the_largest_share_and_equals_an_eigendecompositio
     values, vectors = np.linalg.eigh(np.cov(z.T))
     np.testing.assert_allclose(shares, values[::-1][:2] / values.sum())
     np.testing.assert_allclose(np.abs(plane), np.abs((z - z.mean(0)) @ vectors[:, ::-1][:, :2]))
+    assert plane[:, 0] @ z[:, 1] > 0 and principal_plane(z * [1, -1, 1, 1, 1])[0][:, 0] @ z[:, 1] < 0
     single, share = principal_plane(z[:, :1])
     assert share.tolist() == [1, 0] and not single[:, 1].any()
 
