@@ -13,7 +13,7 @@ from test_explain import small_run
 
 from mmfusion import geometry
 from mmfusion.dataset import Dataset, Split, take
-from mmfusion.metrics.cross_decoding import r_squared
+from mmfusion.metrics.cross_decoding import measure_cross_decoding, r_squared
 from mmfusion.metrics.geometry import foscttm, measure_alignment
 from mmfusion.models.fusion import FusionModel
 from mmfusion.models.whitening import whiten_latents
@@ -280,7 +280,12 @@ def test_command_prints_the_metrics_own_numbers_and_draws_into_the_runs_folder(t
     assert geometry.run(arguments) == 0
     said = capsys.readouterr().out
     split = run.datasets[0].splits["train"]
-    (pair,) = CommonFrame(run.members(run.main_row)[0], split).pairs(split)
+    frame = CommonFrame(run.members(run.main_row)[0], split)
+    for (a, b), one in measure_cross_decoding(*frame.cross_decoded(split), permutations=5).items():
+        numbers = [float(x) for x in re.findall(r"-?\d+\.\d+", said[said.index(f"{a} to {b}") :].splitlines()[0])]
+        null = (one.r2.null_mean, one.r2.null_low, one.r2.null_high)
+        assert numbers == pytest.approx([one.r2.value, *null, *one[1:]], abs=6e-4)
+    (pair,) = frame.pairs(split)
     expected = measure_alignment(pair.x, pair.y, split.target.numpy().astype(int), 5, 0)
     for name in ("centroid gap", "MMD", "CKA", "FOSCTTM", "mutual kNN", "silhouette", "V-measure"):
         value, mean = re.search(rf"^{name} +(-?\d+\.\d+) +(-?\d+\.\d+) \[", said, re.MULTILINE).groups()
@@ -303,10 +308,13 @@ def test_three_modalities_values_and_few_examples_are_measured_by_the_default_fl
 
 
 def test_other_member_fold_subset_and_file_are_taken_and_said(toy, capsys):
-    toy(folds=2, modalities=("a", "b"))
+    run = toy(folds=2, modalities=("a", "b"))
     flags = ["--member", "1", "--split", "train", "--max-examples", "25", "--out", "new/x.png", "--map", "tsne"]
     assert geometry.run(["runs/toy", *flags, "--permutations", "0"]) == 0
     said = capsys.readouterr().out
+    split = at_most(run.datasets[0].splits["train"], 25)
+    (pair,) = CommonFrame(run.members(run.main_row)[1], run.datasets[0].splits["train"]).pairs(split)
+    assert f"{foscttm(pair.x, pair.y):.3f}\n" in said[said.index("FOSCTTM") :].splitlines(keepends=True)[0]
     assert "seed 1, fold 1 of 2, train, n = 25 of 40, drawn at random" in said and Path("new/x.png").exists()
 
 
