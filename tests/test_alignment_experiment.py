@@ -1,5 +1,6 @@
 """experiments.alignment on a toy: its table, its damaged scores against slow loops, and data without labels."""
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from experiments.alignment import (
 from experiments.experiment import Outcome, Run, run
 from mmfusion.data.folds import FoldedDataset
 from mmfusion.dataset import Fold, Split
+from mmfusion.metrics.cross_decoding import frechet_distance
 from mmfusion.metrics.retrieval import cross_retrieval
 from mmfusion.training.align import Weighting, align
 
@@ -71,9 +73,20 @@ def ensemble():
 def test_every_row_stands_in_the_table_with_every_score(outcome):
     head, *lines = outcome.table.splitlines()
     assert [line[: max(map(len, LABELS))].strip() for line in lines] == LABELS
-    scores = ["R@1", "mAP", "gap", "CKA", "FOSCTTM", "V-measure", "accuracy", "accuracy, 50% missing"]
+    scores = [
+        "R@1",
+        "mAP",
+        "gap",
+        "CKA",
+        "FOSCTTM",
+        "R^2 across",
+        "Frechet across",
+        "V-measure",
+        "accuracy",
+        "accuracy, 50% missing",
+    ]
     assert all(name in head for name in [*scores, "accuracy, 50% noise"])
-    assert all(line.count("+-") == 9 for line in lines) and "nan" not in outcome.table
+    assert all(line.count("+-") == 11 for line in lines) and "nan" not in outcome.table
 
 
 def test_three_expectations_decide_and_the_others_stand_beside(outcome):
@@ -116,6 +129,22 @@ def test_tests_rows_come_fold_after_fold_and_seed_by_seed(ensemble):
             retrieved = cross_retrieval({name: z[:, m] for m, name in enumerate("abc")})
             hits = np.mean([one.per_query.recall[1] for one in retrieved.values()], 0)
             np.testing.assert_allclose(found["R@1"][s, place], hits)
+
+
+def test_cross_decoding_is_of_every_modality_from_every_other_ones_latent(ensemble):
+    data, found = toy(), scored(toy(), ensemble)
+    fold, member = data.folds[1], ensemble.members[3]  # the second seed's
+    explained, distances = [], []
+    for source, name in itertools.permutations("abc", 2):
+        z = member.encode({source: data.pool.features[source][fold.test]})[source]
+        x = member.standardise[name](data.pool.features[name][fold.test])
+        decoded = member.jwae.decoders[name](z).detach()
+        explained.append(1 - (x - decoded).square().sum().item() / x.square().sum().item())
+        a, b = np.array_split(np.random.default_rng(0).permutation(20), 2)
+        both = [frechet_distance(decoded[a], x[b]), frechet_distance(decoded[b], x[a])]
+        distances.append(np.mean(both) / x.shape[1])
+    assert found["R^2 across"][1, 1] == pytest.approx(np.mean(explained), abs=1e-5)
+    assert found["Frechet across"][1, 1] == pytest.approx(np.mean(distances), abs=1e-5)
 
 
 def test_damaged_accuracy_is_the_mixture_of_clean_and_hit_examples(ensemble):
@@ -162,7 +191,7 @@ def test_without_labels_there_is_no_accuracy_and_weights_are_one_without_tuning(
     assert [c.name for c in found.contrasts if c.decides] == ["R@1: hybrid over contrast"]
     figure = Figure()
     found.draw(figure)
-    assert len(figure.axes) == 2
+    assert len(figure.axes) == 3
 
 
 def test_two_modalities_have_no_rows_for_losses_of_three():

@@ -16,7 +16,14 @@ FLOORS = [
     {"mmfusion.training"},
     {"mmfusion.runs"},
     {"mmfusion.explain"},
-    {"mmfusion.estimators", "mmfusion.train", "mmfusion.diagnose", "mmfusion.retrieve", "mmfusion.search"},
+    {
+        "mmfusion.estimators",
+        "mmfusion.train",
+        "mmfusion.diagnose",
+        "mmfusion.retrieve",
+        "mmfusion.search",
+        "mmfusion.geometry",
+    },
     {"main_hateful_memes", "experiments"},
     {"benchmarks"},
 ]

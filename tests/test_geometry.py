@@ -333,7 +333,7 @@ def test_alignment_lies_outside_its_null_and_the_null_where_it_should(measured):
 
 
 def test_a_null_is_of_the_draws_alone():
-    found = geometry._measure("permuted rows", np.r_[1000.0, np.arange(41)])
+    found = geometry.beside_null("permuted rows", np.r_[1000.0, np.arange(41)])
     assert found == (1000, "permuted rows", 20, 1, 39)
 
 

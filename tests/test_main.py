@@ -85,6 +85,7 @@ def finished(memes, tmp_path_factory) -> Path:
 def test_run_leaves_its_files_and_no_checkpoint(finished):
     names = {path.name for path in finished.iterdir()}
     assert names >= {"config.json", "run.json", "metrics.jsonl", "model.safetensors", "report.png", "results.json"}
+    assert "geometry.png" in names
     assert names >= {f"predictions_{split}.csv" for split in ("train", "dev", "dev_unseen", "test")}
     assert not any("checkpoint" in name or name.startswith(".") for name in names)
     assert {p.name for p in (finished / "baselines").iterdir()} == {
@@ -162,8 +163,9 @@ def test_metrics_hold_a_line_for_each_row_and_epoch(finished):
     assert all(len(line["dev_auroc"]) == 2 and len(line["loss"]["mmd"]) == 2 for line in fusion)
 
 
-def test_report_is_a_picture(finished):
-    with Image.open(finished / "report.png") as image:
+@pytest.mark.parametrize("name", ["report.png", "geometry.png"])
+def test_report_is_a_picture(finished, name):
+    with Image.open(finished / name) as image:
         image.load()
         assert image.width > 1000
         assert len(image.convert("RGB").getcolors(1 << 24)) > 100  # something is drawn
@@ -175,6 +177,7 @@ def test_printed_tables_name_every_row_split_and_rank(memes, tmp_path, monkeypat
     out = capsys.readouterr().out
     for phrase in ("selected upon", "dev_unseen, n = 12", "image only", "text only", "concatenation + MLP", "+-", "["):
         assert phrase in out
+    assert "python -m mmfusion.geometry runs/trial" in out
     for phrase in ("canonical spectrum", "share of variance", "image x text together", "bias"):
         assert phrase in out
     assert "DEMO" not in out

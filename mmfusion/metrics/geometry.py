@@ -69,8 +69,8 @@ def measure_alignment(
     halves = np.concatenate([keeps, ~keeps], 1)  # (1 + P, 2N): which of all points stand for x, one of each pair
     graphs = NeighbourGraphs(x, y, k, seed)
 
-    measures = {"centroid gap": _measure("swapped pairs", _gaps(np.concatenate([u, v]), halves))}
-    measures["MMD"] = _measure("swapped pairs", _mmds(np.concatenate([x, y]), halves))
+    measures = {"centroid gap": beside_null("swapped pairs", _gaps(np.concatenate([u, v]), halves))}
+    measures["MMD"] = beside_null("swapped pairs", _mmds(np.concatenate([x, y]), halves))
     of_pairs = {
         "alignment": np.array([_alignment(u, v[order]) for order in orders]),
         "CKA": _ckas(x, y, orders),
@@ -80,7 +80,7 @@ def measure_alignment(
     }
     if labels is not None:
         of_pairs |= cluster_scores(u, v, labels, orders, seed)
-    measures |= {name: _measure("permuted rows", values) for name, values in of_pairs.items()}
+    measures |= {name: beside_null("permuted rows", values) for name, values in of_pairs.items()}
     for name, z in (("x", x), ("y", y)):
         measures[f"uniformity of {name}"] = Measure(uniformity(z))
         measures[f"effective dimension of {name}"] = Measure(carried_dimension(z))
@@ -168,8 +168,8 @@ def foscttm(x: np.ndarray | Tensor, y: np.ndarray | Tensor) -> float:
 # ---- the same for many orders of y, (1 + P, N), or many halves of all points, (1 + P, 2N) ------------------------
 
 
-def _measure(null: str, values: np.ndarray) -> Measure:
-    """Of values (1 + P,), the first of which is the measure itself."""
+def beside_null(null: str, values: np.ndarray) -> Measure:
+    """The measure of values (1 + P,), the first of which is the measure itself and the others draws of its null."""
     if len(values) == 1:
         return Measure(float(values[0]))
     low, high = np.quantile(values[1:], [TAIL, 1 - TAIL])

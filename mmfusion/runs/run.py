@@ -22,6 +22,7 @@ from mmfusion.runs import figure, report
 from mmfusion.runs.card import write_card
 from mmfusion.runs.checks import Sections, check_stacks, check_terms
 from mmfusion.runs.folder import RunFolder
+from mmfusion.runs.geometry_figure import GEOMETRY, draw_of_run
 from mmfusion.runs.missing import missing_report
 from mmfusion.runs.outputs import MetricsLog, SilentLog, save_ensembles, write_predictions
 from mmfusion.runs.prior import print_prior, prior_report
@@ -149,10 +150,14 @@ def carry_out(
     outcome = predict_and_score(datasets, ensembles, histories)
     results = report_and_save(folder, datasets, outcome)
     run.close(results)
+    with_pairs = has_pairs(outcome.ensembles[outcome.main_row])
+    pictures = f"report.png, {GEOMETRY}" if with_pairs else "report.png"
     print(
-        f"\nkept in {folder}/: README.md, report.png, results.json, metrics.jsonl, predictions_*.csv, "
+        f"\nkept in {folder}/: README.md, {pictures}, results.json, metrics.jsonl, predictions_*.csv, "
         "model.safetensors with config.json (README.md says how to load it)"
     )
+    if with_pairs:
+        print(f"more of the latents, measured and drawn: python -m mmfusion.geometry {folder}")
     return outcome
 
 
@@ -192,7 +197,15 @@ def report_and_save(folder: Path, datasets: Sequence[Dataset], outcome: Outcome)
         len(datasets),
         outcome.main_row,
     )
+    if has_pairs(main):
+        part = shown if shown in dataset.splits else tested_split(dataset)
+        draw_of_run(folder / GEOMETRY, dataset, part, main.members[0], outcome.main_row)
     return results
+
+
+def has_pairs(ensemble: FusionEnsemble | TokenEnsemble) -> bool:
+    """Whether its latents are of several modalities, one vector of each example: geometry.png is of those."""
+    return isinstance(ensemble, FusionEnsemble) and len(ensemble.shape["input_dims"]) > 1
 
 
 def train_stacks(
