@@ -118,13 +118,14 @@ def factors(config: Config) -> Iterator[str]:
     features = {name: torch.cat([split.features[name] for split in splits]) for name in splits[0].features}
     target = torch.cat([split.target for split in splits])
     pool = Split(features, target, [str(k) for k in range(ends[-1])])
-    data = FoldedDataset("factors", "binary", pool, [Fold(rows[: ends[1]], rows[:20], rows[ends[1] :])], [], {})
-    fold, labels = data.folds[0], target.numpy()
+    fold, labels = Fold(*rows.tensor_split(ends[:2].tolist())), target.numpy()
+    # the last epoch is kept: a few examples of dev do, which every epoch is scored on
+    data = FoldedDataset("factors", "binary", pool, [fold._replace(dev=fold.dev[:20])], [], {})
 
-    def probed(joined: np.ndarray) -> float:
+    def probed(joined: np.ndarray, part: Tensor = fold.test) -> float:
         scaled = joined / joined[fold.train].std(0)
         probe = LogisticRegression(max_iter=2000).fit(scaled[fold.train], labels[fold.train])
-        return float((probe.predict(scaled[fold.test]) == labels[fold.test]).mean())
+        return float((probe.predict(scaled[part]) == labels[part]).mean())
 
     raw = {name: x.numpy() for name, x in features.items()}
     both = np.concatenate(list(raw.values()), 1)
@@ -133,19 +134,28 @@ def factors(config: Config) -> Iterator[str]:
     yield f"  first modality alone, 100            {probed(raw['x1']):.4f}"
     yield f"  8 + 8 principal components           {probed(np.concatenate(reduced, 1)):.4f}"
     yield f"  16 joint principal components        {probed(PCA(16).fit(both[fold.train]).transform(both)):.4f}"
-    decoded = {"reconstruction": 100.0}
-    stacks = {
-        None: [Weighting("contrast", CONTRAST), Weighting("reconstruction", decoded)],
-        10: [Weighting("contrast of 10, reconstruction of all", CONTRAST | decoded)],
+
+    def spaces(training: AlignmentTraining, weighting: Weighting) -> list[np.ndarray]:
+        """16 numbers an example by every member."""
+        found = []
+        for member in align(data, [weighting], training)[weighting.label].members:
+            x, y = _latents(member, data, rows).values()
+            k = training.aligned_dim or 0
+            found.append(np.concatenate([(x + y)[:, :k], x[:, k:], y[:, k:]], 1))
+        return found
+
+    own = AlignmentTraining(8, hidden_dim=0, seeds=config.seeds, epochs=40, batch_size=256)
+    own = replace(own, keep="last", weight_decay=0.0, learning_rate=3e-3)
+    for label, weights in (("contrast", CONTRAST), ("reconstruction", {"reconstruction": 1.0})):
+        values = [probed(z) for z in spaces(own, Weighting(label, weights))]
+        yield f"  {label:36} {mean_std(np.array(values))}"
+    shared = replace(own, latent_dim=13, aligned_dim=10)
+    tried = {
+        weight: spaces(shared, Weighting("both", CONTRAST | {"reconstruction": weight})) for weight in (0.1, 0.3, 1.0)
     }
-    for aligned, weightings in stacks.items():
-        training = AlignmentTraining(13 if aligned else 8, aligned, 0, seeds=config.seeds, epochs=20, batch_size=256)
-        training = replace(training, keep="last", weight_decay=0.0, learning_rate=3e-3)
-        for label, ensemble in align(data, weightings, training).items():
-            spaces = [list(_latents(member, data, rows).values()) for member in ensemble.members]
-            if aligned:
-                spaces = [[(x + y)[:, :aligned], x[:, aligned:], y[:, aligned:]] for x, y in spaces]
-            yield f"  {label:36} {mean_std(np.array([probed(np.concatenate(parts, 1)) for parts in spaces]))}"
+    best = max(tried, key=lambda weight: np.mean([probed(z, fold.dev) for z in tried[weight]]))
+    values = np.array([probed(z) for z in tried[best]])
+    yield f"  {'contrast of 10, reconstruction of 13':36} {mean_std(values)}  (weight {best:g} chosen on dev)"
     yield "  published, best of FactorCL          .9863"
 
 
