@@ -24,9 +24,10 @@ from mmfusion.metrics.cross_decoding import CrossDecoding, measure_cross_decodin
 from mmfusion.metrics.format import counted
 from mmfusion.metrics.geometry import Measure, measure_alignment
 from mmfusion.metrics.neighbourhoods import NEIGHBOURS, PLANE_NEIGHBOURS
+from mmfusion.models.fusion import FusionModel
 from mmfusion.runs.geometry_figure import GEOMETRY, MOST_EXAMPLES, MOST_PAIRS, Map, at_most, colours_of, draw_geometry
 from mmfusion.runs.load import TrainedRun, load_run
-from mmfusion.runs.shared_space import CommonFrame, PairLatents
+from mmfusion.runs.shared_space import PairLatents, cross_decoded, latent_pairs
 
 LEAST = 8  # examples: the neighbourhoods need some
 DEFAULT_MAPS: tuple[Map, ...] = ("pca", "tsne")
@@ -71,19 +72,14 @@ def main(config: Config) -> None:
     split = at_most(split, config.max_examples, config.seed)
     if len(split) < LEAST:
         raise InputError(f"{config.run}: split {name} has {counted(len(split), 'example')}; {LEAST} are needed")
-    frame = CommonFrame(members[config.member], dataset.splits["train"])
-    pairs = frame.pairs(split)
+    member = members[config.member]
+    pairs = latent_pairs(member, split)
     size = f"n = {len(split)}" + (f" of {whole}, drawn at random" if len(split) < whole else "")
     folds = f", fold 1 of {len(run.datasets)}" if len(run.datasets) > 1 else ""
     where = f"{run.main_row}, seed {run.seeds[config.member]}{folds}, {name}, {size}"
     print(f"latents of {where}")
-    if frame.turned:
-        print(
-            "each modality's latents are whitened in coordinates of their own: the second of a pair is turned by the "
-            "rotation\nthat brings partners of train nearest (docs/geometry.md)"
-        )
     print_measures(config, pairs, class_numbers(dataset, split))
-    print_decoded(config, run, frame, split)
+    print_decoded(config, run, member, split)
     kinds = DEFAULT_MAPS if config.map == "both" else (config.map,)
     out = config.out or config.run / GEOMETRY
     draw_geometry(out, pairs, f"{dataset.name}: {where}", colours_of(dataset, split), kinds, config.seed)
@@ -163,12 +159,12 @@ def _null(one: Measure) -> str:
 # ---- cross-decoding ----------------------------------------------------------------------------------------------
 
 
-def print_decoded(config: Config, run: TrainedRun, frame: CommonFrame, split: Split) -> None:
+def print_decoded(config: Config, run: TrainedRun, member: FusionModel, split: Split) -> None:
     """R^2 and Frechet distance of every ordered pair, beside ceiling, floor and nulls; or why there are none."""
     if run.settings.get("reconstruction_weight", 1) == 0:
         print("\nno cross-decoding: the run's decoders were not trained (--reconstruction-weight 0)")
         return
-    features, decoded = frame.cross_decoded(split)
+    features, decoded = cross_decoded(member, split)
     try:
         found = measure_cross_decoding(features, decoded, permutations=config.permutations, seed=config.seed)
     except ValueError as error:

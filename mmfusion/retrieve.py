@@ -4,7 +4,8 @@ python -m mmfusion.retrieve runs/demo --text "..."      the nearest pictures: pr
 python -m mmfusion.retrieve runs/demo --image FILE      the nearest texts
 python -m mmfusion.retrieve runs/demo --scores          how well partners are found: R@K, median rank, mAP, and chance
 
-Nothing is trained: similarities are cosines of the latents, mean over the run's members.
+Nothing is trained: similarities are cosines of the latents in the coordinates that they were trained in, mean over the
+run's members.
 """
 
 import re
@@ -33,7 +34,7 @@ from mmfusion.models.fusion import FusionModel
 from mmfusion.models.token_ensemble import TokenEnsemble
 from mmfusion.runs.encode import RunEncoders
 from mmfusion.runs.load import TrainedRun, load_run
-from mmfusion.runs.prior import latents_of_split
+from mmfusion.runs.shared_space import shared_latents
 
 COLUMNS = 5
 WIDEST = 100  # letters of a text that is printed
@@ -144,15 +145,10 @@ def similarities(members: list[FusionModel], query: dict[str, Tensor], gallery: 
     """(N,) cosines of one query's latent with those of a gallery of another modality, mean over members."""
     (asked, x), (searched, y) = *query.items(), *gallery.items()
     found = [
-        F.normalize(_encoded(member, searched, y), dim=-1) @ F.normalize(_encoded(member, asked, x)[0], dim=-1)
-        for member in members
+        F.normalize(z[searched], dim=-1) @ F.normalize(z[asked][0], dim=-1)
+        for z in (member.shared_latents({asked: x, searched: y}) for member in members)
     ]
     return torch.stack(found).mean(0).numpy()
-
-
-def _encoded(member: FusionModel, name: str, x: Tensor) -> Tensor:
-    """Mean latents (N, L) of one modality's raw features (N, d)."""
-    return member.jwae.encoders[name](member.standardise[name](x))
 
 
 def print_found(title: str, gallery: Gallery, order: np.ndarray, similar: np.ndarray) -> None:
@@ -170,8 +166,7 @@ def print_scores(run: TrainedRun, splits: dict[str, Split]) -> None:
     titles = (*(f"R@{k}" for k in CUTOFFS), "median rank", "mAP")
     print(f"{'':30}" + "".join(f"  {title:^16}" for title in titles))
     for part, split in splits.items():
-        latents = [latents_of_split(member, split) for member in members]
-        found = [cross_retrieval({name: z for name, (z, _) in of_member.items()}) for of_member in latents]
+        found = [cross_retrieval(shared_latents(member, split)) for member in members]
         chance = cross_retrieval({name: np.ones((len(split), 1)) for name in run.data.input_dims})
         for pair in found[0]:
             columns = zip(*(_numbers(one[pair]) for one in found), strict=True)

@@ -18,10 +18,17 @@ from mmfusion.metrics.geometry import foscttm, measure_alignment
 from mmfusion.models.fusion import FusionModel
 from mmfusion.models.whitening import whiten_latents
 from mmfusion.runs import geometry_figure
-from mmfusion.runs.geometry_figure import LINES, at_most, colours_of, draw_geometry, planar_map, principal_plane
+from mmfusion.runs.geometry_figure import (
+    LINES,
+    at_most,
+    colours_of,
+    draw_geometry,
+    planar_map,
+    principal_plane,
+    rotation,
+)
 from mmfusion.runs.load import TrainedRun
-from mmfusion.runs.prior import latents_of_split
-from mmfusion.runs.shared_space import CommonFrame, PairLatents, is_white, rotation
+from mmfusion.runs.shared_space import PairLatents, cross_decoded, latent_pairs
 
 N = 120
 
@@ -63,65 +70,47 @@ def aligned_member(split: Split) -> FusionModel:
     return member
 
 
-def turn_white(member: FusionModel, features: dict[str, torch.Tensor], names: str) -> None:
-    """Whiten, then turn the latents of these modalities by rotations that are not their own inverse."""
-    whiten_latents(member, features)
-    for name in names:
-        turn = torch.roll(torch.eye(6), 1 + names.index(name), 0)
-        encoder, decoder = member.jwae.encoders[name][0], member.jwae.decoders[name][0]
-        encoder.weight.copy_(turn @ encoder.weight)
-        encoder.bias.copy_(turn @ encoder.bias)
-        decoder.weight.copy_(decoder.weight @ turn.T)
-
-
 # ---- common coordinates ------------------------------------------------------------------------------------------
 
 
-def test_whitening_parts_partners_and_the_frame_brings_them_back():
+def test_whitening_parts_partners_and_pairs_are_those_of_training():
     train, test = cut()
     member = aligned_member(train)
-    before = latents_of_split(member, test)
-    assert foscttm(before["a"][0], before["b"][0]) < 0.01
-    turn_white(member, train.features, "b")
-    apart = latents_of_split(member, test)
-    assert foscttm(apart["a"][0], apart["b"][0]) > 0.1, "else nothing has to be turned"
-    frame = CommonFrame(member, train)
-    (pair,) = frame.pairs(test)
-    assert frame.turned and pair.names == ("a", "b")
-    assert foscttm(pair.x, pair.y) < 0.01
-    np.testing.assert_array_equal(pair.x, apart["a"][0])
-    np.testing.assert_allclose(np.linalg.norm(pair.y, axis=1), np.linalg.norm(apart["b"][0], axis=1))
+    before = member.encode(test.features)
+    assert foscttm(before["a"], before["b"]) < 0.01
+    whiten_latents(member, train.features)
+    apart = member.encode(test.features)
+    assert foscttm(apart["a"], apart["b"]) > 0.1, "else no frame is needed"
+    (pair,) = latent_pairs(member, test)
+    assert pair.names == ("a", "b")
+    np.testing.assert_allclose(pair.x, before["a"], atol=1e-5)
+    np.testing.assert_allclose(pair.y, before["b"], atol=1e-5)
 
 
 def test_latents_that_were_not_whitened_are_taken_as_they_are():
     train = partners()
     member = aligned_member(train)
-    frame = CommonFrame(member, train)
-    (pair,) = frame.pairs(train)
-    assert not frame.turned
-    np.testing.assert_allclose(pair.y, latents_of_split(member, train)["b"][0])
+    (pair,) = latent_pairs(member, train)
+    np.testing.assert_array_equal(pair.x, member.encode(train.features)["a"].double())
+    np.testing.assert_array_equal(pair.y, member.encode(train.features)["b"].double())
 
 
-def test_nothing_is_turned_where_one_modality_alone_is_white():
-    train = partners()
-    member = aligned_member(train)
-    whiten_latents(member, train.features)
-    member.jwae.encoders["b"][0].weight.mul_(2)
-    assert not CommonFrame(member, train).turned
-
-
-def test_features_cross_decoded_through_the_frame_are_the_other_modalitys_in_both_directions():
+def test_features_cross_decoded_by_a_whitened_member_are_those_before_in_every_direction():
     train, test = cut(("a", "b", "c"))
     member = aligned_member(train)
-    direct = CommonFrame(member, train).cross_decoded(test)
-    turn_white(member, train.features, "bc")
-    features, decoded = CommonFrame(member, train).cross_decoded(test)
-    assert set(decoded) == {(a, b) for a in "abc" for b in "abc"}
+    z = member.encode(test.features)
+    direct = {(a, b): member.jwae.decoders[b](z[a]) for a in "abc" for b in "abc"}
+    whiten_latents(member, train.features)
+    features, decoded = cross_decoded(member, test)
+    assert set(decoded) == set(direct)
     for (source, name), x in decoded.items():
         expected = (test.features[name] - train.features[name].mean(0)) / train.features[name].std(0, correction=0)
         np.testing.assert_allclose(features[name], expected, atol=1e-4)
+        np.testing.assert_allclose(x, direct[source, name], atol=1e-4)
         assert r_squared(features[name], x, np.zeros(6)) > (0.999 if source == name else 0.9)
-        assert r_squared(features[name], direct[1][source, name], np.zeros(6)) > 0.9
+
+
+# ---- maps --------------------------------------------------------------------------------------------------------
 
 
 def test_rotation_is_found_from_turned_rows_and_is_orthogonal():
@@ -131,19 +120,6 @@ def test_rotation_is_found_from_turned_rows_and_is_orthogonal():
     np.testing.assert_allclose(found, turn.T, atol=1e-12)
     noisy = rotation(rng.normal(size=(30, 4)), x)
     np.testing.assert_allclose(noisy @ noisy.T, np.eye(4), atol=1e-12)
-
-
-def test_white_is_mean_zero_and_covariance_one_noise_included():
-    rng = np.random.default_rng(0)
-    z = rng.normal(size=(400, 3))
-    z = (z - z.mean(0)) @ np.linalg.inv(np.linalg.cholesky(np.cov(z.T))).T
-    half, noise = z * np.sqrt([0.5, 0.9, 0.1]), np.array([0.5, 0.1, 0.9])
-    assert is_white(z) and is_white(half, noise) and is_white(z * [1, 1, 0])
-    assert not is_white(half) and not is_white(z + 0.3) and not is_white(1.3 * z) and not is_white(z, noise)
-    assert not is_white(np.stack([z[:, 0], z[:, 0]], 1))
-
-
-# ---- maps --------------------------------------------------------------------------------------------------------
 
 
 def test_principal_plane_holds_the_largest_share_and_equals_an_eigendecomposition():
@@ -280,18 +256,18 @@ def test_command_prints_the_metrics_own_numbers_and_draws_into_the_runs_folder(t
     assert geometry.run(arguments) == 0
     said = capsys.readouterr().out
     split = run.datasets[0].splits["train"]
-    frame = CommonFrame(run.members(run.main_row)[0], split)
-    for (a, b), one in measure_cross_decoding(*frame.cross_decoded(split), permutations=5).items():
+    member = run.members(run.main_row)[0]
+    for (a, b), one in measure_cross_decoding(*cross_decoded(member, split), permutations=5).items():
         numbers = [float(x) for x in re.findall(r"-?\d+\.\d+", said[said.index(f"{a} to {b}") :].splitlines()[0])]
         null = (one.r2.null_mean, one.r2.null_low, one.r2.null_high)
         assert numbers == pytest.approx([one.r2.value, *null, *one[1:]], abs=6e-4)
-    (pair,) = frame.pairs(split)
+    (pair,) = latent_pairs(member, split)
     expected = measure_alignment(pair.x, pair.y, split.target.numpy().astype(int), 5, 0)
     for name in ("centroid gap", "MMD", "CKA", "FOSCTTM", "mutual kNN", "silhouette", "V-measure"):
         value, mean = re.search(rf"^{name} +(-?\d+\.\d+) +(-?\d+\.\d+) \[", said, re.MULTILINE).groups()
         assert float(value) == pytest.approx(expected[name].value, abs=6e-4)
         assert float(mean) == pytest.approx(expected[name].null_mean, abs=6e-4)
-    assert "jWAE-LMF, seed 0, train, n = 40" in said and "whitened" not in said
+    assert "jWAE-LMF, seed 0, train, n = 40" in said
     assert re.search(r"^a +-?\d+\.\d+ ", said, re.MULTILINE) and "a to b" in said and "b to a" in said
     assert Path("runs/toy/geometry.png").stat().st_size > 20_000
     assert geometry.run(arguments) == 0 and capsys.readouterr().out == said, "the same for the same seed"
@@ -313,7 +289,7 @@ def test_other_member_fold_subset_and_file_are_taken_and_said(toy, capsys):
     assert geometry.run(["runs/toy", *flags, "--permutations", "0"]) == 0
     said = capsys.readouterr().out
     split = at_most(run.datasets[0].splits["train"], 25)
-    (pair,) = CommonFrame(run.members(run.main_row)[1], run.datasets[0].splits["train"]).pairs(split)
+    (pair,) = latent_pairs(run.members(run.main_row)[1], split)
     assert f"{foscttm(pair.x, pair.y):.3f}\n" in said[said.index("FOSCTTM") :].splitlines(keepends=True)[0]
     assert "seed 1, fold 1 of 2, train, n = 25 of 40, drawn at random" in said and Path("new/x.png").exists()
 

@@ -1,5 +1,6 @@
 """Retrieval in the latents of a run, as a user meets it and against slow loops."""
 
+import copy
 import os
 import re
 from dataclasses import replace
@@ -14,11 +15,17 @@ from test_explain import small_run
 from test_main import flags
 
 import main_hateful_memes
+from mmfusion.dataset import Dataset, Split, take
 from mmfusion.metrics.retrieval import cross_retrieval
+from mmfusion.models.fusion import FusionEnsemble, ModelConfig
 from mmfusion.models.token_ensemble import TokenEnsemble
 from mmfusion.retrieve import default_path, gallery_of, run, similarities
 from mmfusion.runs.encode import RunEncoders
 from mmfusion.runs.load import TrainedRun, load_run
+from mmfusion.runs.shared_space import shared_latents
+from mmfusion.training import fit
+from mmfusion.training.fit import Method
+from mmfusion.training.recipe import ObjectiveConfig, TrainingConfig
 
 SIZES = {"train": 24, "dev": 8, "test": 4}
 LINE = re.compile(r"^ *(-?\d\.\d{3})  (img/\d+\.png)  (.*)$", re.MULTILINE)
@@ -84,7 +91,8 @@ def slow_similarities(trained: TrainedRun, asked: str, x: torch.Tensor, searched
                 z = {}
                 for name, raw in ((asked, x), (searched, split.features[searched][row])):
                     scaled = (raw - member.standardise[name].mean) / member.standardise[name].std
-                    z[name] = member.jwae.encoders[name](scaled[None])[0].detach().double().numpy()
+                    own = member.jwae.encoders[name](scaled[None])[0].detach().double().numpy()
+                    z[name] = member.frames[name].matrix.double().numpy() @ own + member.frames[name].shift.numpy()
                 norms = np.linalg.norm(z[asked]) * np.linalg.norm(z[searched])
                 cosines.append(z[asked] @ z[searched] / norms)
             expected[key] = float(np.mean(cosines))
@@ -146,14 +154,72 @@ def test_scores_are_those_of_cross_retrieval_with_chance_beside(here, trained, c
     for pair in (("image", "text"), ("text", "image")):
         own = []
         for member in trained.members(trained.main_row):
-            latents = dict(zip(member.modalities, member.latents(split.features), strict=True))
-            own.append(cross_retrieval({name: z.detach().numpy() for name, z in latents.items()})[pair])
+            latents = {
+                name: z.detach().numpy() @ member.frames[name].matrix.numpy().T + member.frames[name].shift.numpy()
+                for name, z in member.encode(split.features).items()
+            }
+            own.append(cross_retrieval(latents)[pair])
         line = next(line for line in out.splitlines() if line.startswith(f"{pair[0]} to {pair[1]}, dev, n = 8"))
         precision = [one.mean_average_precision for one in own]
         assert f"{np.mean(precision):.3f} +- {np.std(precision, ddof=1):.3f}" in line
         assert f"{np.mean([one.recall[1] for one in own]):.3f} +-" in line
     chance = next(line.split()[1:] for line in out.splitlines() if line.startswith("  chance"))
     assert [float(x) for x in chance[:4]] == [0.125, 0.625, 1.0, 4.5]
+
+
+@pytest.fixture(scope="module")
+def aligned() -> tuple[FusionEnsemble, FusionEnsemble, Dataset]:
+    """Two seeds trained to align views of one factor under the prior: before whitening, as a run has them, and data."""
+    draws = torch.Generator().manual_seed(0)
+    z = torch.randn(260, 5, generator=draws)
+    noise = torch.linspace(0.05, 0.5, 5)  # what a knows best b knows least: whitening orders their latents otherwise
+    features = {name: z + s * torch.randn(260, 5, generator=draws) for name, s in (("a", noise), ("b", noise.flip(0)))}
+    whole = Split(features, (z[:, 0] > 0).float(), [str(i) for i in range(260)])
+    splits = {"train": take(whole, range(200)), "dev": take(whole, range(200, 260))}
+    data, kept = Dataset("views", "binary", splits, "dev"), []
+    with pytest.MonkeyPatch.context() as patch:
+        given = fit.give_prior
+        patch.setattr(fit, "give_prior", lambda m, *rest: (kept.extend(copy.deepcopy(m)), given(m, *rest)))
+        (whitened,), _ = fit.fit_methods(
+            data,
+            [Method("jWAE-LMF", ("a", "b"))],
+            ModelConfig(6, 16, 2),
+            ObjectiveConfig(alignment="info_nce", alignment_weight=1.0),
+            TrainingConfig(seeds=2, epochs=15, batch_size=50, learning_rate=5e-3, keep="last"),
+        )
+    shape = {name: value for name, value in whitened.shape.items() if name != "members"}
+    return FusionEnsemble.from_members(kept, **shape), whitened, data
+
+
+def test_partners_are_found_as_they_were_before_the_prior_was_given(aligned):
+    before, after, data = aligned
+    split = data.splits["dev"]
+    for trained_member, member in zip(before.members, after.members, strict=True):
+        of_training = {name: z.detach().numpy() for name, z in trained_member.encode(split.features).items()}
+        own = {name: z.detach().numpy() for name, z in member.encode(split.features).items()}
+        expected, found = cross_retrieval(of_training), cross_retrieval(shared_latents(member, split))
+        parted = cross_retrieval(own)
+        for pair, one in found.items():
+            assert one.median_rank <= 3, "chance is 30.5"
+            assert one.mean_average_precision == pytest.approx(expected[pair].mean_average_precision, abs=5e-3)
+            assert parted[pair].mean_average_precision < 0.6 * one.mean_average_precision, "else nothing is tested"
+    query, gallery = {"a": split.features["a"][7:8]}, {"b": split.features["b"]}
+    found = similarities(list(after.members), query, gallery)
+    np.testing.assert_allclose(found, similarities(list(before.members), query, gallery), atol=1e-4)
+    assert (found > found[7]).sum() < 5
+
+
+def test_command_prints_the_ranks_of_the_space_that_was_trained(aligned, here, capsys, monkeypatch):
+    _, after, data = aligned
+    toy = small_run(modalities=("a", "b"), task="binary", outputs=1)
+    made = replace(toy, ensembles={"jWAE-LMF": after.requires_grad_(False)}, datasets=[data])
+    monkeypatch.setattr("mmfusion.retrieve.load_run", lambda folder, device: made)
+    assert command("--scores", "--split", "dev") == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if " to " in line]
+    assert len(lines) == 2
+    for line in lines:
+        at_1, at_5, at_10, median, precision = (float(x) for x in re.findall(r"(\d+\.\d+) \+-", line))
+        assert median <= 3 and at_5 > 0.6 and at_1 <= at_5 <= at_10 and precision > 0.4
 
 
 # ---- the contact sheet -------------------------------------------------------------------------------------------

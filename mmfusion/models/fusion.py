@@ -21,7 +21,7 @@ from mmfusion.errors import InputError, check_numbers
 from mmfusion.losses.expected import moderated_logits
 from mmfusion.metrics.tasks import probabilities
 from mmfusion.models.ensemble import Ensemble
-from mmfusion.models.heads import ConcatenationHead, FusedWidthHead, Rescale, Standardise, TensorHead
+from mmfusion.models.heads import ConcatenationHead, Frame, FusedWidthHead, Rescale, Standardise, TensorHead
 from mmfusion.models.missing import Missing, MissingPrediction, missing_rows, predict_missing
 from mmfusion.models.pretrained import CONFIG, WEIGHTS, check_shape, find_pretrained, load_weights, read_config
 from mmfusion.models.spectral_norm import normalise_spectrally
@@ -103,6 +103,7 @@ class FusionModel(nn.Module):
         self.modalities = tuple(input_dims)
         self.standardise = nn.ModuleDict({name: Standardise(dim) for name, dim in input_dims.items()})
         self.jwae = JWAE(input_dims, latent_dim, hidden_dim, noise)
+        self.frames = nn.ModuleDict({name: Frame(latent_dim) for name in input_dims})
         widths = [latent_dim] * len(input_dims)
         self.rescale = Rescale(output_dim)
         if fusion not in get_args(Fusion):
@@ -135,6 +136,27 @@ class FusionModel(nn.Module):
         """Latents (..., L) of raw features (..., d_m) in the order of `modalities`, as the head takes them."""
         encoded = self.encode(features)
         return [encoded[name] for name in self.modalities]
+
+    def shared_latents(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Mean latents (..., L) of those modalities (..., d_m) that are given, in the coordinates of training.
+
+        There modalities share a space, as far as training aligned them; whitening gives each coordinates of its own.
+        """
+        return {name: self.frames[name](z) for name, z in self._given(features).items()}
+
+    def cross_decode(self, features: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+        """Standardised features (..., d_k) of every modality k, decoded from the latents of one (..., d_source)."""
+        own = self._given({source: features[source]})
+        shared = self.frames[source](own[source])
+        return self.jwae.decode({name: frame.inverse(shared) for name, frame in self.frames.items()} | own)
+
+    def _given(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Mean latents (..., L), as the head takes them, of those modalities (..., d_m) that are given."""
+        return {
+            name: self.jwae.encoders[name](self.standardise[name](features[name]))
+            for name in self.modalities
+            if name in features
+        }
 
     def latent_variances(self) -> list[Tensor]:
         """Variances (L,) of the latents' noise in the order of `modalities`; none of certain latents."""

@@ -1,4 +1,4 @@
-"""Scalings that travel with a model, and the heads that LMF is compared with."""
+"""Scalings and coordinates that travel with a model, and the heads that LMF is compared with."""
 
 import math
 
@@ -70,6 +70,33 @@ class Rescale(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.std + self.mean
+
+
+class Frame(nn.Module):
+    """matrix z + shift: latents in the coordinates they were trained in, which modalities share; the identity at first.
+
+    matrix (L, L) and shift (L,) are buffers, so they travel with the weights.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("matrix", torch.eye(dim))
+        self.register_buffer("shift", torch.zeros(dim))
+
+    @torch.no_grad()
+    def compose(self, matrix: Tensor, shift: Tensor) -> None:
+        """Take note of new coordinates z' of the latents, z = matrix z' + shift; (L, L) and (L,), in float64."""
+        self.shift.copy_(self.matrix.double() @ shift + self.shift.double())  # of the matrix as it was
+        self.matrix.copy_(self.matrix.double() @ matrix)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Latents (..., L) of the model's own coordinates in those of training."""
+        return z @ self.matrix.mT + self.shift  # (..., L) (L, L) -> (..., L)
+
+    def inverse(self, z: Tensor) -> Tensor:
+        """Latents (..., L) of the coordinates of training in the model's own."""
+        rows = (z - self.shift).reshape(-1, z.shape[-1])
+        return torch.linalg.solve(self.matrix.mT, rows, left=False).reshape(z.shape)
 
 
 class ConcatenationHead(nn.Module):

@@ -10,6 +10,9 @@ the training examples
 With C = Cov(mu) and D = diag(s^2), G = V^T (C + D)^-1/2, V the eigenvectors of (C + D)^-1/2 D (C + D)^-1/2, whose
 eigenvalues are the new s^2: noise stays independent by coordinate. What is not a choice of coordinates, the shape of
 the distribution beyond its moments and how much of each coordinate is noise, only training decides.
+
+Each modality gets coordinates of its own, in which its latents no longer lie beside another's: the model's `Frame`s
+lead back to those that all were trained in.
 """
 
 from collections.abc import Mapping
@@ -29,6 +32,7 @@ def whiten_latents(model: nn.Module, features: Mapping[str, Tensor]) -> None:
 
     Predictions, their covariances and reconstructions of whole examples stay as they are, up to rounding. A missing
     latent is 0, which now is its mean in training. A direction in which certain latents do not vary keeps its scale.
+    `model.frames` leads back to the latents that were trained.
 
     Raises ValueError: fewer than 2 examples, a head other than LMF, or weights that are computed from others.
     """
@@ -47,6 +51,7 @@ def whiten_latents(model: nn.Module, features: Mapping[str, Tensor]) -> None:
         for reader in (decoder, projection):
             reader.bias.copy_(reader.bias.double() + reader.weight.double() @ shift)
             reader.weight.copy_(reader.weight.double() @ inverse)
+        model.frames[name].compose(inverse, shift)
         if noise is not None:
             model.jwae.set_noise(name, noise)
 

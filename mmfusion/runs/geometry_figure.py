@@ -11,7 +11,7 @@ from mmfusion.dataset import Dataset, Split, take
 from mmfusion.files import write_atomically
 from mmfusion.models.fusion import FusionModel
 from mmfusion.runs.figure import BLUE, GREY, ORANGE
-from mmfusion.runs.shared_space import CommonFrame, PairLatents, rotation
+from mmfusion.runs.shared_space import PairLatents, latent_pairs
 
 Map = Literal["pca", "tsne", "umap"]
 GEOMETRY = "geometry.png"
@@ -67,6 +67,12 @@ def planar_map(x: np.ndarray, y: np.ndarray, kind: Map, seed: int = 0) -> Planar
     return PlanarMap((whole[: len(x)], whole[len(x) :]), (first, second @ rotation(second, first)), axes)
 
 
+def rotation(y: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """(L, L) orthogonal matrix R, perhaps a reflection, with y R nearest to x, both (n, L) (Schoenemann, 1966)."""
+    left, _, right = np.linalg.svd(y.T @ x)
+    return left @ right
+
+
 def principal_plane(z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(n, 2) coordinates of z (n, L) on its two principal axes, 0 where there is no second, and their shares (2,)."""
     centred = z - z.mean(0)
@@ -118,10 +124,8 @@ def at_most(split: Split, most: int = MOST_EXAMPLES, seed: int = 0) -> Split:
 def draw_of_run(path: Path, dataset: Dataset, part: str, member: FusionModel, label: str) -> None:
     """What every run leaves: its first member's latents on one split by PCA, which takes no time."""
     split = at_most(dataset.splits[part])
-    pairs = CommonFrame(member, dataset.splits["train"]).pairs(split)
-    draw_geometry(
-        path, pairs, f"{dataset.name}: {label}, first seed, {part}, n = {len(split)}", colours_of(dataset, split)
-    )
+    title = f"{dataset.name}: {label}, first seed, {part}, n = {len(split)}"
+    draw_geometry(path, latent_pairs(member, split), title, colours_of(dataset, split))
 
 
 def draw_geometry(
