@@ -7,8 +7,10 @@ import torch.nn.functional as F
 
 from mmfusion.data.folds import FoldedDataset
 from mmfusion.dataset import Fold, Split
+from mmfusion.errors import InputError
 from mmfusion.metrics.retrieval import cross_retrieval
 from mmfusion.models.alignment import LEAST_TEMPERATURE, TEMPERATURE, AlignmentEnsemble, AlignmentModel
+from mmfusion.models.fusion import FusionEnsemble
 from mmfusion.training.align import AlignmentTraining, Weighting, align, mean_precision
 
 DIMS = {"a": 6, "b": 5, "c": 4}
@@ -218,3 +220,24 @@ def test_precision_of_a_collapsed_space_is_zero_and_of_a_perfect_one_is_one():
     assert mean_precision(z) == pytest.approx(1)
     z[3, 1] = 0
     assert mean_precision(z) == 0
+
+
+# ---- files
+
+
+def test_saved_ensemble_comes_back_and_no_other_model_does(tmp_path):
+    ensemble = AlignmentEnsemble({"a": 5, "b": 4}, members=2, latent_dim=3, hidden_dim=0).eval()
+    ensemble.save_pretrained(tmp_path)
+    loaded = AlignmentEnsemble.from_pretrained(tmp_path)
+    assert loaded.shape == ensemble.shape and not loaded.training
+    features = {"a": torch.randn(6, 5), "b": torch.randn(6, 4)}
+    for name, z in ensemble.encode(features).items():
+        assert torch.equal(loaded.encode(features)[name], z)
+    with pytest.raises(InputError, match="hidden_dim is 0"):
+        FusionEnsemble.from_pretrained(tmp_path)
+    AlignmentEnsemble({"a": 5, "b": 4}).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="fusion is"):
+        FusionEnsemble.from_pretrained(tmp_path)
+    FusionEnsemble({"a": 5, "b": 4}).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"fusion is .lmf"):
+        AlignmentEnsemble.from_pretrained(tmp_path)

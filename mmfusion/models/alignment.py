@@ -6,7 +6,8 @@ features --standardise--> x_m --encoder--> z_m: near the z of the other modaliti
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from pathlib import Path
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +16,10 @@ from torch import Tensor, nn
 from jwae_module import JWAE
 from mmfusion.models.ensemble import Ensemble
 from mmfusion.models.heads import Standardise
+from mmfusion.models.pretrained import CONFIG, check_shape, find_pretrained, read_config
 from mmfusion.models.spectral_norm import normalise_spectrally
 
+MOST_WIDTH = 65536  # as of fusion models
 TEMPERATURE = 0.07
 LEAST_TEMPERATURE = 0.01  # as CLIP (Radford et al., 2021): logits beyond 100 make training unstable
 
@@ -118,6 +121,8 @@ def _without_hidden(latents: Mapping[str, Tensor], present: Mapping[str, Tensor]
 class AlignmentEnsemble(Ensemble):
     """Independently trained members of one shape. Their spaces differ: similarities are averaged, not latents."""
 
+    kind: ClassVar[dict[str, object]] = {"fusion": "alignment"}
+
     def __init__(
         self,
         input_dims: dict[str, int],
@@ -137,6 +142,14 @@ class AlignmentEnsemble(Ensemble):
         self.members = nn.ModuleList(
             AlignmentModel(input_dims, latent_dim, hidden_dim, spectral_norm) for _ in range(members)
         )
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path) -> "AlignmentEnsemble":
+        """A saved ensemble, in evaluation mode, from a folder or OWNER/NAME of the hub. Raises InputError."""
+        folder = find_pretrained(source)
+        shape = check_shape(read_config(folder), MOST_WIDTH, Literal["alignment"], folder / CONFIG, affine=True)
+        known = ("input_dims", "members", "latent_dim", "hidden_dim", "spectral_norm")
+        return cls.from_folder(folder, {name: shape[name] for name in known if name in shape})
 
     @torch.inference_mode()
     def encode(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:

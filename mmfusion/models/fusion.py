@@ -23,7 +23,7 @@ from mmfusion.metrics.tasks import probabilities
 from mmfusion.models.ensemble import Ensemble
 from mmfusion.models.heads import ConcatenationHead, Frame, FusedWidthHead, Rescale, Standardise, TensorHead
 from mmfusion.models.missing import Missing, MissingPrediction, missing_rows, predict_missing
-from mmfusion.models.pretrained import CONFIG, WEIGHTS, check_shape, find_pretrained, load_weights, read_config
+from mmfusion.models.pretrained import CONFIG, check_shape, find_pretrained, read_config
 from mmfusion.models.spectral_norm import normalise_spectrally
 
 Fusion = Literal["lmf", "concatenation", "tensor"]
@@ -255,17 +255,11 @@ class FusionEnsemble(Ensemble):
         config.json does not describe an ensemble.
         """
         folder = find_pretrained(source)
-        path = folder / CONFIG
-        shape = check_shape(read_config(folder), MOST_WIDTH, Fusion, path)
-        try:
-            ensemble = cls(**shape)
-        except (ValueError, RuntimeError, MemoryError) as error:  # RuntimeError: torch has no memory for it
-            reason = " ".join(str(error).split())[:120]
-            raise InputError(f"{path}: describes a model that cannot be made ({reason}); train the run anew") from error
-        load_weights(ensemble, folder / WEIGHTS)
+        shape = check_shape(read_config(folder), MOST_WIDTH, Fusion, folder / CONFIG)
+        ensemble = cls.from_folder(folder, shape)
         if "task" not in shape and ensemble.members[0].rescale.is_fitted:  # saved before models knew their task
             ensemble.task = ensemble.shape["task"] = "regression"
-        return ensemble.eval()
+        return ensemble
 
     def forward(self, features: Mapping[str, Tensor | np.ndarray]) -> Tensor:
         """Logits, or a regression's values, (S, N, O) of raw features (N, d_m).

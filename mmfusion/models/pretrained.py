@@ -56,20 +56,23 @@ def read_config(folder: Path) -> dict[str, object]:
     return config
 
 
-def check_shape(config: Mapping[str, object], widths: int, fusion: object, path: Path) -> dict[str, object]:
+def check_shape(
+    config: Mapping[str, object], widths: int, fusion: object, path: Path, affine: bool = False
+) -> dict[str, object]:
     """The constructor's arguments among the entries of a config.json, each of a type and size that it may have.
 
     Args:
         widths: largest width, rank or number of members.
         fusion: a Literal of the fusions that there are.
+        affine: whether encoders may have a hidden layer of width 0, and then none.
 
     Raises InputError naming file and entry.
     """
     whole = ("members", "latent_dim", "hidden_dim", "rank", "output_dim")
     for name in whole:
-        value = config.get(name, 1)
-        if type(value) is not int or not 1 <= value <= widths:
-            raise InputError(f"{path}: {name} is {json.dumps(value)[:40]}, not a whole number from 1 to {widths}")
+        value, least = config.get(name, 1), 0 if affine and name == "hidden_dim" else 1
+        if type(value) is not int or not least <= value <= widths:
+            raise InputError(f"{path}: {name} is {json.dumps(value)[:40]}, not a whole number from {least} to {widths}")
     dims = config.get("input_dims")
     if not isinstance(dims, dict) or not dims or not all(type(d) is int and 1 <= d <= widths for d in dims.values()):
         raise InputError(f"{path}: input_dims is {json.dumps(dims)[:60]}, not a width from 1 to {widths} per modality")

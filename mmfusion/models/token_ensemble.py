@@ -14,7 +14,7 @@ from mmfusion.errors import InputError, check_numbers
 from mmfusion.metrics.tasks import probabilities
 from mmfusion.models.ensemble import Ensemble
 from mmfusion.models.fusion import MOST_WIDTH, FusionEnsemble
-from mmfusion.models.pretrained import CONFIG, WEIGHTS, check_shape, find_pretrained, load_weights, read_config
+from mmfusion.models.pretrained import CONFIG, check_shape, find_pretrained, read_config
 from mmfusion.models.temporal_lmf import Plan, TemporalFusion
 from mmfusion.models.vilt import check_vilt
 from mmfusion.models.wma import MOST_LAYERS, TokenTransformer
@@ -124,13 +124,7 @@ class TokenEnsemble(Ensemble):
         config, path = read_config(folder), folder / CONFIG
         shape = check_shape(config, MOST_WIDTH, TokenFusion, path)
         shape |= _model_arguments(config, path)
-        try:
-            ensemble = cls(**shape)
-        except (ValueError, TypeError, RuntimeError, MemoryError) as error:
-            reason = " ".join(str(error).split())[:120]
-            raise InputError(f"{path}: describes a model that cannot be made ({reason}); train the run anew") from error
-        load_weights(ensemble, folder / WEIGHTS)
-        return ensemble.eval()
+        return cls.from_folder(folder, shape)
 
     @torch.inference_mode()
     def forward(self, features: Mapping[str, Sequences]) -> Tensor:
