@@ -35,7 +35,8 @@ from mmfusion.errors import InputError, check_numbers
 from mmfusion.metrics.clusters import cluster_scores
 from mmfusion.metrics.format import mean_std
 from mmfusion.metrics.geometry import centroid_gap, foscttm, unbiased_cka
-from mmfusion.metrics.retrieval import distinct_items, shared_retrieval, unit_rows
+from mmfusion.metrics.retrieval import unit_rows
+from mmfusion.metrics.shared_retrieval import distinct_items, shared_retrieval
 from mmfusion.metrics.statistics import Difference, combine
 from mmfusion.models.alignment import AlignmentEnsemble, AlignmentModel
 from mmfusion.training.align import AlignmentTraining, Weighting, align, mean_precision

@@ -28,7 +28,8 @@ from mmfusion.encoders.images import decode_rgb, reason_unreadable
 from mmfusion.errors import InputError, check_numbers, printable
 from mmfusion.files import write_atomically
 from mmfusion.metrics.format import counted, mean_std
-from mmfusion.metrics.retrieval import CUTOFFS, RetrievalScores, shared_retrieval
+from mmfusion.metrics.retrieval import CUTOFFS, RetrievalScores
+from mmfusion.metrics.shared_retrieval import shared_retrieval
 from mmfusion.models.fusion import FusionModel
 from mmfusion.models.token_ensemble import TokenEnsemble
 from mmfusion.runs.encode import RunEncoders

@@ -21,7 +21,8 @@ from mmfusion.data.registry import DataOptions, load_datasets
 from mmfusion.dataset import Dataset
 from mmfusion.encoders.cache import FeatureCache, text_digest
 from mmfusion.errors import InputError
-from mmfusion.metrics.retrieval import cross_retrieval, retrieval_scores, shared_retrieval
+from mmfusion.metrics.retrieval import cross_retrieval, retrieval_scores
+from mmfusion.metrics.shared_retrieval import shared_precision, shared_retrieval
 from mmfusion.training.align import AlignmentTraining, Weighting, align, mean_precision
 
 SIZES = {"train": 6, "dev": 2, "test": 3}
@@ -300,6 +301,18 @@ def test_without_shared_items_it_is_cross_retrieval_and_two_shared_modalities_ar
         assert shared_retrieval(z, {})[pair].recall == scores.recall
     with pytest.raises(ValueError, match="shared in one modality, not in a, b"):
         shared_retrieval(z, {"a": ["x"] * 9, "b": ["x"] * 9})
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_precision_without_sorting_is_that_of_ranked_galleries_with_ties_and_uneven_groups(seed):
+    rng = np.random.default_rng(seed)
+    items = rng.permutation(np.repeat(np.arange(7), rng.integers(1, 6, 7)))
+    image = rng.integers(-1, 2, (7, 3))[items] + (1e-3 if seed else 0.1)  # few values: many equal cosines
+    others = {name: rng.integers(-1, 2, (len(items), 3)) + 1e-3 for name in ("text", "audio")}
+    latents = {"image": image, **(others if seed % 2 else {"text": others["text"]})}
+    shared = {"image": [f"{i}.jpg" for i in items]}
+    expected = [one.mean_average_precision for one in shared_retrieval(latents, shared).values()]
+    assert shared_precision(latents, shared) == pytest.approx(np.mean(expected), abs=1e-12)
 
 
 def test_rows_of_a_study_score_as_their_image_and_their_caption():

@@ -5,7 +5,7 @@
 
 A row is one image with one of its captions, `IMAGE.jpg#0`. Its columns `group` and `image` of the metadata name the
 image: cuts and statistics keep the rows of an image together, and retrieval counts each image once and all of its
-captions as right (`Split.shared`, `mmfusion.metrics.retrieval.shared_retrieval`). An image is encoded once.
+captions as right (`Split.shared`, `mmfusion.metrics.shared_retrieval`). An image is encoded once.
 """
 
 import hashlib

@@ -127,40 +127,6 @@ def cross_retrieval(
     }
 
 
-def shared_retrieval(
-    latents: Mapping[str, np.ndarray | Tensor],
-    shared: Mapping[str, Sequence[str]],
-    cutoffs: Sequence[int] = CUTOFFS,
-) -> dict[tuple[str, str], RetrievalScores]:
-    """`cross_retrieval` of rows of which several have one item of a modality in common: five captions of one image.
-
-    That item is asked with, and looked for, once; all of its rows are right for it, and it is for each of them.
-
-    Args:
-        latents: {modality: (N, L)}.
-        shared: {modality: names (N,) of the rows' items}, of one modality at most (`Split.shared`); empty: row i of
-            each modality is the one partner of row i of every other.
-
-    Raises ValueError as `cross_retrieval`, and where several modalities share items.
-    """
-    if not shared:
-        return cross_retrieval(latents, None, cutoffs)
-    if len(shared) > 1:
-        raise ValueError(f"items are shared in one modality, not in {', '.join(shared)}")
-    ((modality, names),) = shared.items()
-    first, item = distinct_items(names)
-    items = {name: z[first] if name == modality else z for name, z in latents.items()}
-    labels = {name: item[first] if name == modality else item for name in latents}
-    return cross_retrieval(items, labels, cutoffs)
-
-
-def distinct_items(names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """First row (I,) of each of I distinct names, in order of appearance, and the number (N,) of each row's name."""
-    _, first, inverse = np.unique(np.asarray(names), return_index=True, return_inverse=True)
-    order = np.argsort(first)
-    return first[order], np.argsort(order)[inverse]
-
-
 def paired_precision(latents: np.ndarray) -> float:
     """Mean average precision over all ordered pairs of modalities, of latents (N, M, L) whose rows are partners.
 

@@ -17,7 +17,8 @@ from jwae_module import mmd_penalty, reconstruction_error
 from mmfusion.data.folds import FoldedDataset
 from mmfusion.dataset import Fold
 from mmfusion.losses.alignment import ALIGNMENTS, TEMPERED
-from mmfusion.metrics.retrieval import distinct_items, paired_precision, shared_retrieval
+from mmfusion.metrics.retrieval import paired_precision
+from mmfusion.metrics.shared_retrieval import distinct_items, shared_precision
 from mmfusion.models.alignment import AlignmentEnsemble, AlignmentModel
 from mmfusion.training.feed import Batch, Member
 from mmfusion.training.trainer import ModelCall, Problem, Schedule, TrainingData, train
@@ -168,12 +169,11 @@ def _standardised(shape: Mapping[str, object], features: Mapping[str, Tensor], f
 def mean_precision(latents: np.ndarray, shared: Mapping[int, Sequence | np.ndarray] | None = None) -> float:
     """Mean average precision over all ordered pairs of modalities, of latents (N, M, L); 0 of a collapsed one.
 
-    `shared` names the rows' items (N,) of the modality at that place, as `shared_retrieval`.
+    `shared` names the rows' items (N,) of the modality at that place, as `shared_precision`.
     """
     if not latents.any(-1).all():  # a zero vector has no direction
         return 0.0
     if not shared:
         return paired_precision(latents)
     by_place = {str(m): latents[:, m] for m in range(latents.shape[1])}
-    found = shared_retrieval(by_place, {str(m): items for m, items in shared.items()}, (1,))
-    return float(np.mean([scores.mean_average_precision for scores in found.values()]))
+    return shared_precision(by_place, {str(m): items for m, items in shared.items()})

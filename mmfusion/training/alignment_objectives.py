@@ -22,7 +22,7 @@ from mmfusion.dataset import Fold, take
 from mmfusion.errors import NonFiniteLoss
 from mmfusion.metrics.geometry import centroid_gap
 from mmfusion.metrics.probes import probe_score, unique_share
-from mmfusion.metrics.retrieval import shared_retrieval
+from mmfusion.metrics.shared_retrieval import shared_retrieval
 from mmfusion.models.alignment import AlignmentModel
 from mmfusion.training.align import AlignmentTraining, Weighting, align
 from mmfusion.training.search import Direction, Setting
