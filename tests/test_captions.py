@@ -449,6 +449,13 @@ def test_files_that_cannot_be_read_are_refused_at_once(tmp_path):
     assert "more than the" in refused(tmp_path / "dataset_huge.json")
 
 
+def test_a_folder_of_several_data_sets_is_refused_and_their_files_are_not(tmp_path):
+    folder = write_karpathy(write_coco(tmp_path) / "annotations")
+    assert "holds dataset_coco.json, captions_val2017.json; give one of these files with --data" in refused(folder)
+    assert read_captions(folder / "dataset_coco.json").path.name == "dataset_coco.json"
+    assert splits_of(read_captions(folder / "captions_train2017.json"))["test"] == NAMES["test"]
+
+
 def test_missing_and_damaged_images_are_counted_and_named(tmp_path, encoders):
     folder = write_flickr(tmp_path / "f")
     (folder / "Flicker8k_Dataset" / ALL[3]).unlink()

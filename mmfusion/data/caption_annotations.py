@@ -23,6 +23,7 @@ NOT_RELEASED = "2258277193_586949ec62.jpg.1"  # has five captions in Flickr8k.to
 KARPATHY_SPLITS = {"train": "train", "restval": "train", "val": "dev", "test": "test"}
 COCO_NAME = re.compile(r"captions_(train|val)(\d{4})\.json")
 AGAIN = "fetch the file again"
+REMEDY = "check --data, or fetch the file again"
 
 
 @dataclass(frozen=True)
@@ -70,15 +71,20 @@ def _find(path: Path) -> Path:
     if not os.path.isdir(path):  # unlike Path's own, it takes names that are too long
         return path
     for folder in (path / name for name in SUBFOLDERS):
-        found = [folder / name for name in FLICKR_TEXTS] + sorted(folder.glob("dataset_*.json"))
-        if there := next((file for file in [*found, *_coco_files(folder)] if os.path.lexists(file)), None):
-            return there
+        texts = [folder / name for name in FLICKR_TEXTS if os.path.lexists(folder / name)][:1]  # they say the same
+        coco = {COCO_NAME.fullmatch(file.name)[2]: file for file in _coco_files(folder)}  # one of each year
+        found = [*texts, *sorted(folder.glob("dataset_*.json")), *coco.values()]
+        if len(found) > 1:
+            names = ", ".join(printable(file.name) for file in found)
+            raise InputError(f"{folder}: holds {names}; give one of these files with --data")
+        if found:
+            return found[0]
     kinds = "Flickr8k.token.txt, captions.txt, dataset_coco.json or captions_train2017.json"
     raise InputError(f"{path}: holds none of {kinds}; give the folder or file of the captions with --data")
 
 
 def _coco_files(folder: Path) -> list[Path]:
-    """captions_train*.json before captions_val*.json."""
+    """captions_train*.json and captions_val*.json."""
     return sorted(file for file in folder.glob("captions_*.json") if COCO_NAME.fullmatch(file.name))
 
 
@@ -166,7 +172,7 @@ def _flickr_splits(file: Path, known: Mapping[str, object]) -> tuple[dict[str, s
 
 def _lines(path: Path) -> list[str]:
     try:
-        return read_regular_file(path, ANNOTATION_BYTES, AGAIN).decode("utf-8-sig").replace("\r\n", "\n").split("\n")
+        return read_regular_file(path, ANNOTATION_BYTES, REMEDY).decode("utf-8-sig").replace("\r\n", "\n").split("\n")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from error
 
@@ -239,7 +245,7 @@ def _coco_images(path: Path, folder: str, part: str) -> list[CaptionedImage]:
 
 def _json(file: Path) -> dict[str, object]:
     try:
-        content = json.loads(read_regular_file(file, ANNOTATION_BYTES, AGAIN).decode("utf-8-sig"))
+        content = json.loads(read_regular_file(file, ANNOTATION_BYTES, REMEDY).decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         reason = getattr(error, "msg", getattr(error, "reason", type(error).__name__))
         raise InputError(f"{file}: is not JSON ({reason}); {AGAIN}") from error
