@@ -22,7 +22,7 @@ from mmfusion.dataset import Dataset
 from mmfusion.encoders.cache import FeatureCache, text_digest
 from mmfusion.errors import InputError
 from mmfusion.metrics.retrieval import cross_retrieval, retrieval_scores
-from mmfusion.metrics.shared_retrieval import shared_precision, shared_retrieval
+from mmfusion.metrics.shared_retrieval import distinct_items, shared_precision, shared_retrieval
 from mmfusion.training.align import AlignmentTraining, Weighting, align, mean_precision
 
 SIZES = {"train": 6, "dev": 2, "test": 3}
@@ -293,6 +293,11 @@ def test_shared_retrieval_is_that_of_distinct_images_and_all_captions():
     # a slow loop: is any of the image's captions the nearest?
     cosine = vectors @ texts[order].T / np.linalg.norm(vectors, axis=1)[:, None] / np.linalg.norm(texts[order], axis=1)
     assert forth.recall[1] == np.mean([names[row.argmax()] == owner for row, owner in zip(cosine, owners, strict=True)])
+
+
+def test_items_are_numbered_in_the_order_in_which_they_appear():
+    first, item = distinct_items(["c", "a", "d", "a", "b", "c"])
+    assert first.tolist() == [0, 1, 2, 4] and item.tolist() == [0, 1, 2, 1, 3, 0]
 
 
 def test_without_shared_items_it_is_cross_retrieval_and_two_shared_modalities_are_refused():
