@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.robustness.corrupted_inputs import _digest, corruptions_of, encode_corrupted, stepped
+from experiments.robustness.corrupted_inputs import _digest, _pool, corruptions_of, encode_corrupted, stepped
 from mmfusion.data.folds import fold_datasets
 from mmfusion.data.registry import DataOptions, load_datasets
 from mmfusion.robustness.corruptions import SEQUENCE_CORRUPTIONS
 from mmfusion.runs.settings import settings_of
+from mmfusion.sequences import Sequences
 
 COUNTS = {"train": 12, "dev": 5, "test": 7}
 
@@ -69,3 +70,8 @@ def test_steps_that_do_not_pool_to_the_runs_vectors_are_not_offered(tmp_path, ar
     write(tmp_path, arrays)
     assert list(corruptions_of(run)) == ["audio"]
     assert stepped(SimpleNamespace(settings={"dataset": "arrays"})) == ([], [])
+
+
+def test_a_step_that_was_set_to_zero_counts_in_the_mean():
+    sequences = Sequences([torch.tensor([[2.0, 4.0], [0.0, 0.0]]), torch.zeros(0, 2)])
+    assert _pool(sequences, 4).tolist() == [[1, 2, 1, 2], [0, 0, 0, 0]] and _pool(sequences, 2).tolist()[0] == [1, 2]
