@@ -32,13 +32,14 @@ from sklearn.linear_model import LogisticRegression
 
 from experiments.experiment import Experiment, Options, Outcome, Run, contrasts_on_test, main
 from mmfusion.data.folds import FoldedDataset
-from mmfusion.dataset import Fold
+from mmfusion.dataset import Fold, take
 from mmfusion.errors import InputError, check_numbers
 from mmfusion.metrics.clusters import cluster_scores
 from mmfusion.metrics.cross_decoding import measure_cross_decoding
 from mmfusion.metrics.format import mean_std
 from mmfusion.metrics.geometry import centroid_gap, foscttm, unbiased_cka
-from mmfusion.metrics.retrieval import cross_retrieval, unit_rows
+from mmfusion.metrics.retrieval import unit_rows
+from mmfusion.metrics.shared_retrieval import distinct_items, shared_retrieval
 from mmfusion.metrics.statistics import Difference, combine
 from mmfusion.models.alignment import AlignmentEnsemble, AlignmentModel
 from mmfusion.training.align import AlignmentTraining, Weighting, align, mean_precision
@@ -159,9 +160,10 @@ def tune(data: FoldedDataset, run: Run) -> tuple[dict[str, float], dict[str, flo
     training = training_of(run.options, min(2, run.options.seeds))
     checkpoint = run.checkpoints / "tune.safetensors"
     trained = align(first, candidates, training, device=run.device, checkpoint=checkpoint)
-    dev = first.folds[0].dev
+    dev, names = first.folds[0].dev, list(first.input_dims)
+    shared = {names.index(name): items for name, items in take(first.pool, dev.tolist()).shared.items()}
     tried = {
-        label: float(np.mean([mean_precision(latents_of(first, member, dev)) for member in ensemble.members]))
+        label: float(np.mean([mean_precision(latents_of(first, one, dev), shared) for one in ensemble.members]))
         for label, ensemble in trained.items()
     }
     best = {kind: max(TRIED, key=lambda weight: tried[f"{kind} {weight:g}"]) for kind in terms}
@@ -198,11 +200,11 @@ def _of_member(data: FoldedDataset, member: AlignmentModel, fold: Fold) -> dict[
     names = list(member.modalities)
     test = latents_of(data, member, fold.test)
     by_name = {name: test[:, m] for m, name in enumerate(names)}
-    retrieved = cross_retrieval(by_name).values()
+    recall, precision = retrieved_rows(by_name, take(data.pool, fold.test.tolist()).shared)
     pairs = list(itertools.combinations(names, 2))
     found = {
-        "R@1": np.mean([one.per_query.recall[1] for one in retrieved], axis=0),
-        "mAP": np.mean([one.per_query.average_precision for one in retrieved], axis=0),
+        "R@1": recall,
+        "mAP": precision,
         "gap": np.mean([centroid_gap(by_name[a], by_name[b]) for a, b in pairs]),
         "CKA": np.mean([unbiased_cka(by_name[a], by_name[b]) for a, b in pairs]),
         "FOSCTTM": np.mean([foscttm(by_name[a], by_name[b]) for a, b in pairs]),
@@ -244,6 +246,21 @@ def cross_decoded(data: FoldedDataset, member: AlignmentModel, examples: torch.T
         "R^2 across": np.mean([one.r2.value for one in measured]),
         "Frechet across": np.mean([one.frechet for one in measured]),
     }
+
+
+def retrieved_rows(
+    latents: Mapping[str, np.ndarray], shared: Mapping[str, Sequence[str]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """R@1 and average precision (n,) of each row, mean over ordered pairs of modalities; latents {name: (n, L)}.
+
+    Where rows share an image, each of them has the score that the image gets as a query.
+    """
+    recall, precision = [], []
+    for (asked, _), scores in shared_retrieval(latents, shared, (1,)).items():
+        rows = distinct_items(shared[asked])[1] if asked in shared else slice(None)
+        recall.append(scores.per_query.recall[1][rows])
+        precision.append(scores.per_query.average_precision[rows])
+    return np.mean(recall, axis=0), np.mean(precision, axis=0)
 
 
 def _without(latents: np.ndarray, m: int) -> np.ndarray:

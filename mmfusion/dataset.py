@@ -11,6 +11,9 @@ from torch import Tensor
 
 from mmfusion.sequences import Sequences
 
+SHARED = ("image",)
+"""modalities of which a column of the metadata may name the item that a row has"""
+
 Task = Literal["binary", "multiclass", "multilabel", "regression"]
 
 
@@ -30,6 +33,11 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def shared(self) -> dict[str, list[str]]:
+        """{modality: name of each row's item (N,)} where several rows have one item in common: an image's captions."""
+        return {name: self.metadata[name] for name in SHARED if name in self.metadata and name in self.features}
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,8 @@ from mmfusion.encoders.images import decode_rgb, reason_unreadable
 from mmfusion.errors import InputError, check_numbers, printable
 from mmfusion.files import write_atomically
 from mmfusion.metrics.format import counted, mean_std
-from mmfusion.metrics.retrieval import CUTOFFS, RetrievalScores, cross_retrieval
+from mmfusion.metrics.retrieval import CUTOFFS, RetrievalScores
+from mmfusion.metrics.shared_retrieval import shared_retrieval
 from mmfusion.models.fusion import FusionModel
 from mmfusion.models.token_ensemble import TokenEnsemble
 from mmfusion.runs.encode import RunEncoders
@@ -166,13 +167,21 @@ def print_scores(run: TrainedRun, splits: dict[str, Split]) -> None:
     titles = (*(f"R@{k}" for k in CUTOFFS), "median rank", "mAP")
     print(f"{'':30}" + "".join(f"  {title:^16}" for title in titles))
     for part, split in splits.items():
-        found = [cross_retrieval(shared_latents(member, split)) for member in members]
-        chance = cross_retrieval({name: np.ones((len(split), 1)) for name in run.data.input_dims})
-        for pair in found[0]:
+        found = [shared_retrieval(shared_latents(member, split), split.shared) for member in members]
+        chance = shared_retrieval({name: np.ones((len(split), 1)) for name in run.data.input_dims}, split.shared)
+        for pair, of_pair in found[0].items():
             columns = zip(*(_numbers(one[pair]) for one in found), strict=True)
-            label = f"{pair[0]} to {pair[1]}, {part}, n = {len(split)}"
+            label = f"{pair[0]} to {pair[1]}, {part}, n = {of_pair.queries}"
             print(f"{label:30}" + "".join(f"  {mean_std(values):16}" for values in columns))
-        print(f"{'  chance':30}" + "".join(f"  {value:<16.3f}" for value in _numbers(next(iter(chance.values())))))
+            if split.shared:  # an image has five captions to find, a caption one image
+                print_chance(chance[pair])
+        if not split.shared:
+            print_chance(next(iter(chance.values())))
+
+
+def print_chance(scores: RetrievalScores) -> None:
+    """What equal vectors score."""
+    print(f"{'  chance':30}" + "".join(f"  {value:<16.3f}" for value in _numbers(scores)))
 
 
 def _numbers(scores: RetrievalScores) -> list[float]:

@@ -12,16 +12,23 @@ from PIL import Image
 from small_memes import picture
 
 from mmfusion.robustness.corruptions import (
+    CUT_OFF,
     IMAGE_CORRUPTIONS,
+    SEQUENCE_CORRUPTIONS,
     TEXT_CORRUPTIONS,
     add_noise,
+    block_masks,
+    corrupt_sequences,
     drop_coordinates,
     missing_masks,
+    sequence_noise,
     text_drop,
     text_mask,
     text_shuffle,
     text_typos,
 )
+from mmfusion.robustness.synonyms import ARTICLES, GROUPS, SYNONYMS, text_synonyms
+from mmfusion.sequences import Sequences, from_padded
 
 corruption_property = settings(max_examples=40, deadline=None, derandomize=True)
 texts = st.lists(st.text("abcdefgh?!é", min_size=1, max_size=8), min_size=1, max_size=12).map(" ".join)
@@ -131,6 +138,31 @@ def test_blur_has_the_stated_deviation_in_pixels():
     assert std == pytest.approx(0.05 * 0.8 * 101, rel=0.05)
 
 
+@pytest.mark.parametrize("size", [(64, 48), (33, 21), (200, 5)])
+@pytest.mark.parametrize("severity", [0.05, 0.2])
+def test_high_frequency_noise_lies_above_the_cut_off_and_has_the_energy_of_pixel_noise(size, severity):
+    noise = corrupt(grey(size), "high-frequency noise", severity).astype(float) - 128
+    assert noise.std() == pytest.approx(127.5 * severity, rel=0.02)
+    energy = np.zeros(2)
+    for channel in np.moveaxis(noise, -1, 0):
+        spectrum = np.abs(np.fft.fft2(channel)) ** 2
+        for i, j in np.ndindex(spectrum.shape):
+            y, x = (min(k, n - k) / n for k, n in zip((i, j), spectrum.shape, strict=True))
+            energy[int(y * y + x * x > CUT_OFF**2)] += spectrum[i, j]
+    # rounding to whole numbers has a twelfth of a level squared, at all frequencies
+    assert energy[0] / energy.sum() < 1.2 / 12 / (127.5 * severity) ** 2
+    channels = noise.reshape(-1, 3).T
+    assert np.abs(np.corrcoef(channels)[np.triu_indices(3, 1)]).max() < 6 / channels.shape[1] ** 0.5
+    ordinary = corrupt(grey(size), "noise", severity).astype(float) - 128
+    low = np.abs(np.fft.fft2(ordinary[..., 0]))[0, 0:2].max()
+    assert low > 10 * np.abs(np.fft.fft2(noise[..., 0]))[0, 0:2].max()  # else the test could not fail
+
+
+def test_a_picture_of_one_pixel_has_no_high_frequencies():
+    image = grey((1, 1))
+    assert np.array_equal(corrupt(image, "high-frequency noise", 1.0), np.asarray(image))
+
+
 # ---- texts -----------------------------------------------------------------------------------------------------------
 
 
@@ -209,6 +241,128 @@ def test_all_four_kinds_of_typing_error_occur():
     seen = text_typos(" ".join(["dear"] * 400), 1.0, rng, "").split()
     assert {"edar", "dar", "deear"} <= set(seen)  # swapped, left out, doubled
     assert any(len(w) == 4 and sorted(w) != sorted("dear") for w in seen)  # replaced
+
+
+CAPTION = 'A big dog runs, "QUICKLY"; an old Man (and a child) jump over the lovely xyz rock.'
+
+
+def bare(word: str) -> str:
+    return word.strip('",;.()')
+
+
+@pytest.mark.parametrize("severity", [0.0, 0.3, 0.5, 1.0])
+def test_the_stated_share_of_replaceable_words_becomes_another_of_its_group(severity):
+    words = CAPTION.split()
+    known = [i for i, word in enumerate(words) if bare(word).lower() in SYNONYMS]
+    counts = Counter()
+    for seed in range(30):
+        after = text_synonyms(CAPTION, severity, np.random.default_rng(seed), "").split()
+        assert len(after) == len(words)
+        changed = [i for i in known if after[i] != words[i]]
+        assert len(changed) == round(severity * len(known))
+        counts.update(changed)
+        for i, (one, other) in enumerate(zip(words, after, strict=True)):
+            if i in changed:
+                assert bare(other).lower() in SYNONYMS[bare(one).lower()]
+                assert one.replace(bare(one), "*") == other.replace(bare(other), "*")  # what stands around it
+                assert (
+                    bare(one).isupper() == bare(other).isupper() and bare(one)[0].isupper() == bare(other)[0].isupper()
+                )
+            elif bare(one).lower() not in ARTICLES:
+                assert one == other
+    assert set(counts) == (set(known) if severity else set())  # each has its turn
+
+
+def test_an_article_goes_with_the_word_that_was_replaced():
+    seen = {text_synonyms("A big boy, an old man", 1.0, np.random.default_rng(seed), "") for seed in range(60)}
+    assert {tuple(text.split()[:2]) for text in seen} == {("A", "large"), ("A", "huge")}
+    assert {tuple(text.split()[3:5]) for text in seen} == {("an", "aged"), ("an", "elderly")}
+    turned = {text_synonyms("An error. AN IDEA; a fellow", 1.0, np.random.default_rng(seed), "") for seed in range(40)}
+    assert {tuple(text.split()[:2]) for text in turned} == {("A", "mistake.")}
+    assert {tuple(text.split()[2:4]) for text in turned} == {("A", "THOUGHT;"), ("A", "NOTION;")}
+
+
+def test_lexicon_puts_every_word_into_one_group_of_two_or_more():
+    words = GROUPS.split()
+    assert len(words) == len(set(words)) == len(SYNONYMS) > 300
+    assert all(len(group) > 1 and word in group for word, group in SYNONYMS.items())
+    assert all(word.isalpha() and word.islower() for word in SYNONYMS)
+
+
+# ---- sequences -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("snr", [-3.0, 0.0, 10.0, 20.0])
+def test_noise_has_the_stated_ratio_in_decibels_channel_by_channel(snr):
+    x = torch.randn(40_000, 3) * torch.tensor([0.1, 5.0, 0.0]) + torch.tensor([0.2, 0.0, 0.0])
+    noise = sequence_noise(x, snr, np.random.default_rng(0)) - x
+    ratio = 10 * torch.log10(x[:, :2].square().mean(0) / noise[:, :2].square().mean(0))
+    assert ratio.numpy() == pytest.approx([snr, snr], abs=0.1)
+    assert (noise[:, 2] == 0).all()
+    assert torch.equal(sequence_noise(x, float("inf"), np.random.default_rng(0)), x)
+    assert sequence_noise(torch.zeros(0, 3), snr, np.random.default_rng(0)).shape == (0, 3)
+
+
+def runs_of(masked: np.ndarray) -> int:
+    return int((np.diff(np.r_[0, masked.astype(int)]) == 1).sum())
+
+
+@corruption_property
+@given(st.integers(1, 30), st.integers(1, 20), st.floats(0, 1), st.floats(0, 1), seeds)
+def test_masks_are_at_most_two_blocks_of_whole_steps_and_two_of_whole_channels(steps, width, time, channels, seed):
+    masked = block_masks((steps, width), time, channels, np.random.default_rng(seed))
+    rows, columns = masked.all(1), masked.all(0)
+    if not rows.all() and not columns.all():
+        assert np.array_equal(masked, rows[:, None] | columns)
+        for along, share in ((rows, time), (columns, channels)):
+            assert runs_of(along) <= 2 and abs(along.sum() - share * len(along)) < 1
+
+
+def test_masks_cover_the_stated_share_everywhere_alike_and_blocks_vary():
+    drawn = np.stack([block_masks((7, 5), 0.3, 0.5, np.random.default_rng(k)) for k in range(4000)])
+    assert drawn.all(2).mean() == pytest.approx(0.3, abs=0.01) and drawn.all(1).mean() == pytest.approx(0.5, abs=0.01)
+    assert drawn.mean() == pytest.approx(1 - 0.7 * 0.5, abs=0.01)
+    assert drawn.all(2).mean(0).min() > 0.15 and drawn.all(1).mean(0).min() > 0.3  # no place is spared
+    assert {runs_of(one.all(0)) for one in drawn} == {0, 1, 2} or {runs_of(one.all(0)) for one in drawn} == {1, 2}
+
+
+def sequences_of(lengths=(9, 0, 4, 1), width: int = 6) -> Sequences:
+    return Sequences([torch.randn(n, width, generator=torch.Generator().manual_seed(n)) + 3 for n in lengths], width)
+
+
+@pytest.mark.parametrize("name", SEQUENCE_CORRUPTIONS)
+def test_sequences_keep_their_lengths_and_padding_changes_nothing(name):
+    plain, neutral = sequences_of(), torch.full((6,), -7.0)
+    changed = corrupt_sequences(plain, name, 0.6, neutral, 3)
+    assert changed.lengths.tolist() == [9, 0, 4, 1] and changed.width == 6
+    values, mask = plain.padded()
+    padded = torch.cat([values, torch.full((4, 5, 6), 1e6)], 1)  # what stands in padding is no signal
+    again = corrupt_sequences(from_padded(padded, torch.cat([mask, torch.zeros(4, 5)], 1)), name, 0.6, neutral, 3)
+    assert all(torch.equal(x, y) for x, y in zip(changed, again, strict=True))
+    assert not torch.equal(changed[0], plain[0])
+
+
+@pytest.mark.parametrize("name", SEQUENCE_CORRUPTIONS)
+def test_sequences_are_as_they_were_at_severity_zero_and_the_seed_decides_else(name):
+    plain, neutral = Sequences([torch.randn(8, 6)] * 3), torch.zeros(6)
+    assert all(torch.equal(x, y) for x, y in zip(corrupt_sequences(plain, name, 0.0, neutral, 3), plain, strict=True))
+    one, two, other = (corrupt_sequences(plain, name, 0.5, neutral, seed) for seed in (3, 3, 4))
+    assert all(torch.equal(x, y) for x, y in zip(one, two, strict=True))
+    assert not torch.equal(one[0], other[0]) and not torch.equal(one[0], one[1])  # each example has its own
+    with pytest.raises(ValueError, match="no corruption 'hiss' of sequences; known are noise, spectrogram dropout"):
+        corrupt_sequences(plain, "hiss", 0.5, neutral, 3)
+
+
+def test_severity_is_the_amplitude_of_noise_and_the_share_that_is_dropped():
+    x, neutral = torch.randn(60, 50) + 4, torch.arange(50.0) + 100
+    for severity in (0.25, 0.75, 1.0):
+        many = Sequences([x] * 80)
+        noise = torch.stack(list(corrupt_sequences(many, "noise", severity, neutral, 0))) - x
+        assert (noise.square().mean() / x.square().mean()).sqrt() == pytest.approx(severity, rel=0.01)
+        dropped = torch.stack(list(corrupt_sequences(many, "spectrogram dropout", severity, neutral, 0)))
+        masked = dropped != x
+        assert masked.float().mean() == pytest.approx(severity, abs=0.01)
+        assert torch.equal(dropped[masked], neutral.expand_as(dropped)[masked])
 
 
 # ---- features and latents --------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from mmfusion.dataset import Dataset, Split, take
 from mmfusion.metrics.retrieval import cross_retrieval
 from mmfusion.models.fusion import FusionEnsemble, ModelConfig
 from mmfusion.models.token_ensemble import TokenEnsemble
-from mmfusion.retrieve import default_path, gallery_of, run, similarities
+from mmfusion.retrieve import default_path, gallery_of, print_scores, run, similarities
 from mmfusion.runs.encode import RunEncoders
 from mmfusion.runs.load import TrainedRun, load_run
 from mmfusion.runs.shared_space import shared_latents
@@ -145,6 +145,22 @@ def test_split_and_count_bound_what_is_listed(here, trained, capsys):
     assert {key for _, key, _ in found_in(out)} < set(trained.datasets[0].splits["dev"].ids)
     assert command("--text", "dogs", "--split", "test", "--count", 100) == 0
     assert len(found_in(capsys.readouterr().out)) == 4  # the whole gallery
+
+
+def test_scores_of_rows_that_share_images_count_each_image_once(trained, capsys):
+    split = trained.datasets[0].splits["train"]
+    rows = torch.arange(0, len(split), 4).repeat_interleave(4)  # each picture under four of the texts
+    names = [split.ids[row] for row in rows]
+    features = split.features | {"image": split.features["image"][rows]}
+    print_scores(trained, {"train": replace(split, features=features, metadata={"image": names})})
+    lines = capsys.readouterr().out.splitlines()
+    (forth,), (back,) = ([k for k, line in enumerate(lines) if line.startswith(f"{pair}, train, n = ")]
+                         for pair in ("image to text", "text to image"))  # fmt: skip
+    assert "n = 6" in lines[forth] and "n = 24" in lines[back]
+    chance = [[float(number) for number in lines[k + 1].split()[1:]] for k in (forth, back)]
+    assert chance[0][0] == pytest.approx(4 / 24, abs=6e-4) and chance[1][0] == pytest.approx(1 / 6, abs=6e-4)
+    assert chance[0][1] == pytest.approx(1 - np.prod([(20 - k) / (24 - k) for k in range(5)]), abs=6e-4)
+    assert chance[1][1] == pytest.approx(5 / 6, abs=6e-4)
 
 
 def test_scores_are_those_of_cross_retrieval_with_chance_beside(here, trained, capsys):

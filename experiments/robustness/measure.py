@@ -60,7 +60,7 @@ class Options:
     run: tyro.conf.Positional[Path]
     """folder of a run of main_hateful_memes.py, mmfusion.train or experiments.baselines, such as runs/demo"""
     groups: tuple[Group, ...] = ("features", "latents", "missing")
-    """input encodes every test example anew for each corruption and severity"""
+    """input encodes every test example anew for each corruption and severity, or pools its corrupted steps"""
     draws: int = 3
     """times that every random corruption is drawn"""
     attack_seeds: int = 2

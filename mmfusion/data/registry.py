@@ -11,6 +11,8 @@ from typing import Literal
 
 from mmfusion.data.array_targets import TaskChoice
 from mmfusion.data.arrays import ArraysConfig, load_arrays
+from mmfusion.data.captions import BOUNDS as CAPTION_BOUNDS
+from mmfusion.data.captions import CAPTIONS, load_captions
 from mmfusion.data.cmu_mosi import load_cmu_mosi
 from mmfusion.data.cmu_mosi_texts import cut_by_video, encode_transcripts
 from mmfusion.data.folds import FoldedDataset, fold_datasets
@@ -106,6 +108,22 @@ def _pairs(options: "DataOptions", device: str) -> list[Dataset]:
     return load_pairs(options.data, options.modalities, splits, share, options.split_seed)
 
 
+def _captions(options: "DataOptions", device: str) -> list[Dataset]:
+    check_numbers(options, CAPTION_BOUNDS)
+    encoders = EncoderConfig(image_encoder=options.image_encoder, text_encoder=options.text_encoder)
+    return [
+        load_captions(
+            options.data,
+            options.img_dir,
+            encoders,
+            options.cache_dir,
+            captions_per_image=options.captions_per_image,
+            seed=options.split_seed,
+            device=device,
+        )
+    ]
+
+
 def synthetic_config(options: "DataOptions") -> SyntheticConfig:
     """The dials that the flags set; raises InputError naming the flag."""
     flags = dict.fromkeys(SYNTHETIC_FLAGS, (0.0, 1.0)) | {"synthetic_noise": (0.0, 1e3)}
@@ -155,6 +173,11 @@ CORPORA: dict[str, Corpus] = {
     ),
     "arrays": Corpus(_arrays, ("folds", "task", "target", "modalities", "ignore", "hold_out", "split_seed", "tokens")),
     "pairs": Corpus(_pairs, ("folds", "modalities", "hold_out", "split_seed")),
+    "captions": Corpus(
+        _captions,
+        ("img_dir", "image_encoder", "text_encoder", "captions_per_image", "split_seed"),
+        {"text": "transcript"},
+    ),
     "synthetic": Corpus(_synthetic, (*SYNTHETIC_FLAGS, "split_seed")),
 }
 DRAWN = ("demo", "synthetic")  # they read no file
@@ -170,7 +193,7 @@ class DataOptions:
     UR-FUNNY in the same layouts"""
     data: Path | None = None
     """the data set's file: .npz or .pkl (cmu_mosi), sarcasm_data.json (mustard), .npz (pom, mmmo), train.jsonl (memes);
-    own arrays: .npz, a folder of .npy files, or .safetensors"""
+    captions: folder or file of Flickr8k or COCO; own arrays: .npz, a folder of .npy files, or .safetensors"""
     tokens: bool = False
     """sequences of tokens or steps in place of one vector of each modality: words, cells or patches of pictures, steps
     of audio and video"""
@@ -195,7 +218,7 @@ class DataOptions:
     hold_out: float | None = None
     """arrays without splits: share of the examples that is held out for test"""
     split_seed: int = ArraysConfig.split_seed
-    """arrays, cmu_mosi: seed of the draws that cut test, folds and dev; synthetic: of the whole draw"""
+    """arrays, cmu_mosi, captions: seed of the draws that cut test, folds and dev; synthetic: of the whole draw"""
     synthetic_shared: float = SyntheticConfig.shared
     """synthetic: share of the label's variance that both modalities carry; the shares sum to at most 1"""
     synthetic_unique: float = SyntheticConfig.unique
@@ -209,12 +232,14 @@ class DataOptions:
     synthetic_examples: int = SyntheticConfig.train
     """synthetic: examples trained on, and as many tested on"""
     img_dir: Path | None = None
-    """memes: folder of the images"""
+    """memes, captions: folder of the images"""
+    captions_per_image: int = CAPTIONS
+    """captions: of each image that is trained on, at most this many; of one that is tested on, five at most"""
     image_encoder: str | None = EncoderConfig.image_encoder
-    """memes: resnet50 (default), a Hugging Face name, timm:NAME, a local folder or a weights file"""
+    """memes, captions: resnet50 (default), a Hugging Face name, timm:NAME, a local folder or a weights file"""
     text_encoder: str | None = EncoderConfig.text_encoder
-    """memes and mustard: a Hugging Face name (default bert-base-uncased) or a local model folder; cmu_mosi: encodes the
-    transcripts anew, without the vectors of the .npz that were fitted on labels"""
+    """memes, captions, mustard: a Hugging Face name (default bert-base-uncased) or a local model folder; cmu_mosi:
+    encodes the transcripts anew, without the vectors of the .npz that were fitted on labels"""
     features: tuple[str, ...] = ()
     """memes: MODALITY=FILE of vectors that were encoded elsewhere, by img key; image or text then needs no encoder"""
     cache_dir: Path = Path("cache")

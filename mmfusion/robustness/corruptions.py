@@ -1,4 +1,4 @@
-"""Corruptions of pictures, texts, features and latents, and missing modalities.
+"""Corruptions of pictures, texts, sequences, features and latents, and missing modalities.
 
 A severity lies in [0, 1]; 0 leaves the input as it is (JPEG excepted, which always loses; and white space of texts
 becomes single blanks). Every random choice comes from a generator that the caller
@@ -6,13 +6,21 @@ seeds, so a corrupted example is a function of the example, the corruption, the 
 """
 
 import io
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import torch
 from PIL import Image, ImageEnhance, ImageFilter
 from torch import Tensor
 
+from mmfusion.robustness.synonyms import text_synonyms
+from mmfusion.sequences import Sequences
+
 # ---- pictures ----------------------------------------------------------------------------------------------------
+
+CUT_OFF = 0.25
+"""cycles per pixel, of the radius in the spectrum: half of what a side can carry"""
 
 
 def image_noise(image: Image.Image, severity: float, rng: np.random.Generator) -> Image.Image:
@@ -20,6 +28,18 @@ def image_noise(image: Image.Image, severity: float, rng: np.random.Generator) -
     pixels = np.asarray(image, np.float32)
     noisy = pixels + rng.normal(0, 127.5 * severity, pixels.shape)
     return Image.fromarray(noisy.round().clip(0, 255).astype(np.uint8))
+
+
+def image_high_frequencies(image: Image.Image, severity: float, rng: np.random.Generator) -> Image.Image:
+    """Noise of frequencies above `CUT_OFF` alone, of the energy of `image_noise` at that severity."""
+    pixels = np.asarray(image, np.float32)
+    height, width = pixels.shape[:2]
+    radius = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width))  # (H, W) cycles per pixel
+    spectrum = np.fft.fft2(rng.normal(size=pixels.shape), axes=(0, 1)) * (radius > CUT_OFF)[..., None]
+    noise = np.fft.ifft2(spectrum, axes=(0, 1)).real
+    if deviation := noise.std():  # a picture of 1 x 1 has no such frequency
+        pixels = pixels + 127.5 * severity / deviation * noise
+    return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
 
 
 def image_blur(image: Image.Image, severity: float, rng: np.random.Generator) -> Image.Image:
@@ -56,6 +76,7 @@ def image_rotation(image: Image.Image, severity: float, rng: np.random.Generator
 
 IMAGE_CORRUPTIONS: dict[str, Callable[[Image.Image, float, np.random.Generator], Image.Image]] = {
     "noise": image_noise,
+    "high-frequency noise": image_high_frequencies,
     "blur": image_blur,
     "jpeg": image_jpeg,
     "occlusion": image_occlusion,
@@ -103,6 +124,7 @@ TEXT_CORRUPTIONS: dict[str, Callable[[str, float, np.random.Generator, str], str
     "word drop": text_drop,
     "word shuffle": text_shuffle,
     "word mask": text_mask,
+    "synonyms": text_synonyms,
 }
 
 
@@ -116,6 +138,76 @@ def _typo(word: str, rng: np.random.Generator) -> str:
     if kind == 2:
         return before + letter * 2 + after
     return before + LETTERS[int(rng.integers(len(LETTERS)))] + after
+
+
+# ---- sequences ---------------------------------------------------------------------------------------------------
+
+BLOCKS = 2  # masks along each axis, as SpecAugment's larger policies have
+
+
+def sequence_noise(x: Tensor, snr: float, rng: np.random.Generator) -> Tensor:
+    """x (T, d) plus Gaussian noise at a signal-to-noise ratio of `snr` dB; inf is none.
+
+    The ratio is that of mean squares over the steps, channel by channel: channels may be of different units.
+    """
+    power = x.square().mean(0) if len(x) else x.new_zeros(x.shape[1])  # (d,)
+    noise = x.new_tensor(rng.standard_normal(x.shape, dtype=np.float32))
+    return x + power.sqrt() * 10 ** (-snr / 20) * noise
+
+
+def block_masks(shape: tuple[int, int], time: float, channels: float, rng: np.random.Generator) -> np.ndarray:
+    """(T, d) of True where SpecAugment masks: these shares of the steps and of the channels, in `BLOCKS` blocks each.
+
+    A share of a step is a chance of one more. The blocks of an axis lie at random and do not overlap, though they may
+    touch (Park et al. 2019, without time warping).
+    """
+    along = [
+        _blocks(size, math.floor(share * size + rng.random()), rng)
+        for size, share in zip(shape, (time, channels), strict=True)
+    ]
+    return along[0][:, None] | along[1]
+
+
+def _blocks(size: int, covered: int, rng: np.random.Generator) -> np.ndarray:
+    """(size,) bool, `covered` of them True, in at most `BLOCKS` runs."""
+    widths = np.diff([0, *np.sort(rng.integers(0, covered + 1, BLOCKS - 1)), covered])
+    starts = np.sort(rng.integers(0, size - covered + 1, BLOCKS)) + np.cumsum(widths) - widths
+    masked = np.zeros(size, bool)
+    for start, width in zip(starts, widths, strict=True):
+        masked[start : start + width] = True
+    return masked
+
+
+def noisy_steps(x: Tensor, severity: float, neutral: Tensor, rng: np.random.Generator) -> Tensor:
+    """`sequence_noise` whose amplitude is `severity` times the signal's: -20 log10(severity) dB, 0 dB at 1."""
+    return sequence_noise(x, -20 * math.log10(severity) if severity else math.inf, rng)
+
+
+def dropped_blocks(x: Tensor, severity: float, neutral: Tensor, rng: np.random.Generator) -> Tensor:
+    """x (T, d) with blocks of steps and of channels set to `neutral` (d,); they cover a share `severity` of it."""
+    share = 1 - math.sqrt(1 - severity)  # of each axis: together 1 - (1 - share)^2
+    masked = torch.from_numpy(block_masks(x.shape, share, share, rng)).to(x.device)
+    return torch.where(masked, neutral, x)
+
+
+SEQUENCE_CORRUPTIONS: dict[str, Callable[[Tensor, float, Tensor, np.random.Generator], Tensor]] = {
+    "noise": noisy_steps,
+    "spectrogram dropout": dropped_blocks,
+}
+"""(x (T, d), severity, neutral (d,), rng) -> (T, d), for audio and video"""
+
+
+def corrupt_sequences(sequences: Sequences, name: str, severity: float, neutral: Tensor, seed: int) -> Sequences:
+    """Each of N sequences under one of `SEQUENCE_CORRUPTIONS`, with random numbers of its own place and `seed`.
+
+    Padding takes no part: of arrays (N, T, d) with a mask make `mmfusion.sequences.from_padded`. `neutral` (d,) is the
+    mean step in training. Raises ValueError for another name.
+    """
+    if name not in SEQUENCE_CORRUPTIONS:
+        raise ValueError(f"no corruption {name!r} of sequences; known are {', '.join(SEQUENCE_CORRUPTIONS)}")
+    change = SEQUENCE_CORRUPTIONS[name]
+    parts = [change(x.float(), severity, neutral, np.random.default_rng([seed, i])) for i, x in enumerate(sequences)]
+    return Sequences(parts, sequences.width)
 
 
 # ---- features and latents ----------------------------------------------------------------------------------------

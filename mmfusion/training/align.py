@@ -18,6 +18,7 @@ from mmfusion.data.folds import FoldedDataset
 from mmfusion.dataset import Fold
 from mmfusion.losses.alignment import ALIGNMENTS, TEMPERED
 from mmfusion.metrics.retrieval import paired_precision
+from mmfusion.metrics.shared_retrieval import distinct_items, shared_precision
 from mmfusion.models.alignment import AlignmentEnsemble, AlignmentModel
 from mmfusion.training.feed import Batch, Member
 from mmfusion.training.trainer import ModelCall, Problem, Schedule, TrainingData, train
@@ -140,11 +141,12 @@ def align(
         for seed in range(training.seeds)
         for fold in range(len(data.folds))
     ]
+    places = [place for place, name in enumerate(features) if name in data.pool.shared]
     problem = Problem(
         build,
         lambda model, batch: alignment_terms(model, batch, wanted, training.options, training.aligned_dim),
         lambda model, features: torch.stack(list(model(features).latents.values()), 1),  # (N, M, L)
-        lambda latents, _: mean_precision(latents[..., : training.aligned_dim]),
+        lambda latents, items: mean_precision(latents[..., : training.aligned_dim], dict.fromkeys(places, items)),
     )
     schedule = Schedule(
         epochs=training.epochs,
@@ -154,7 +156,10 @@ def align(
         patience=training.patience,
         keep=training.keep,
     )
-    pool = replace(data.pool, features=features, target=torch.zeros(len(data.pool)))
+    # the target tells the score on dev which rows have an item in common
+    items = [torch.from_numpy(distinct_items(names)[1]) for names in data.pool.shared.values()]
+    target = items[0].float() if items else torch.zeros(len(data.pool))
+    pool = replace(data.pool, features=features, target=target)
     parts = TrainingData(pool, pool, data.folds)
     trained = train(problem, members, parts, schedule, device=device, checkpoint=checkpoint, on_epoch=on_epoch)
     count = training.seeds * len(data.folds)
@@ -172,8 +177,14 @@ def _standardised(shape: Mapping[str, object], features: Mapping[str, Tensor], f
     return model
 
 
-def mean_precision(latents: np.ndarray) -> float:
-    """Mean average precision over all ordered pairs of modalities, of latents (N, M, L); 0 of a collapsed one."""
+def mean_precision(latents: np.ndarray, shared: Mapping[int, Sequence | np.ndarray] | None = None) -> float:
+    """Mean average precision over all ordered pairs of modalities, of latents (N, M, L); 0 of a collapsed one.
+
+    `shared` names the rows' items (N,) of the modality at that place, as `shared_precision`.
+    """
     if not latents.any(-1).all():  # a zero vector has no direction
         return 0.0
-    return paired_precision(latents)
+    if not shared:
+        return paired_precision(latents)
+    by_place = {str(m): latents[:, m] for m in range(latents.shape[1])}
+    return shared_precision(by_place, {str(m): items for m, items in shared.items()})

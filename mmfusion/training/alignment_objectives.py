@@ -22,7 +22,7 @@ from mmfusion.dataset import Fold, take
 from mmfusion.errors import NonFiniteLoss
 from mmfusion.metrics.geometry import centroid_gap
 from mmfusion.metrics.probes import probe_score, unique_share
-from mmfusion.metrics.retrieval import cross_retrieval
+from mmfusion.metrics.shared_retrieval import shared_retrieval
 from mmfusion.models.alignment import AlignmentModel
 from mmfusion.training.align import AlignmentTraining, Weighting, align
 from mmfusion.training.search import Direction, Setting
@@ -89,9 +89,9 @@ def objectives_of(data: FoldedDataset, member: AlignmentModel, objectives: Seque
     )
     if not all(z.any(-1).all() for z in dev.values()):
         return [np.nan] * len(objectives)
-    target = data.pool.target.numpy().astype(int)
+    target, shared = data.pool.target.numpy().astype(int), take(data.pool, fold.dev.tolist()).shared
     measures = {
-        "retrieval": lambda: np.mean([one.recall[1] for one in cross_retrieval(dev).values()]),
+        "retrieval": lambda: np.mean([one.recall[1] for one in shared_retrieval(dev, shared, (1,)).values()]),
         "classification": lambda: probe_score(train, target[fold.train.numpy()], dev, target[fold.dev.numpy()]),
         "alignment": lambda: np.mean([centroid_gap(x, y) for x, y in itertools.combinations(dev.values(), 2)]),
         "unique": lambda: unique_share(train_x, train, dev_x, dev),
