@@ -43,11 +43,11 @@ class AlignmentTraining:
     """The space, and how all members are trained."""
 
     latent_dim: int = 32
+    hidden_dim: int = 128
+    """of the encoders; 0: they are affine"""
     aligned_dim: int | None = None
     """how many of the latents, the first ones, are aligned and selected by; default: all. The others are the modality's
     own: prior and reconstruction see all of them"""
-    hidden_dim: int = 128
-    """of the encoders; 0: they are affine"""
     spectral_norm: float | None = None
     identity: bool = False
     """start where latents are the standardised features, of modalities whose features share a space already"""
