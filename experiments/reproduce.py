@@ -36,8 +36,15 @@ EXPERIMENTS = (
     "uncertainty",
     "temporal",
     "wma",
+    "alignment",
+    "modality_count",
     "synthetic",
 )
+# of these data sets alone: the others have no labels to keep, or too few modalities
+GEOMETRY = {"alignment": ("demo", "mustard", "pom", "digits"), "modality_count": ("digits",)}
+# arrays without a loader of their own, and what is asked of them alone
+ARRAYS = {"digits": ("--target", "digit", "--hold-out", "0.5")}
+OF_ARRAYS = {("alignment", "digits"): ("--modalities", "fou", "kar"), ("modality_count", "digits"): ()}
 # these draw their own data, once, whatever data sets are found
 OF_ITS_OWN = ("synthetic",)
 # these need sequences of tokens or steps, which these data sets have
@@ -54,6 +61,7 @@ FILES = {
     "mustard": ("sarcasm_data.json", "*sarcasm_data.json"),
     "pom": ("pom*.npz",),
     "mmmo": ("mmmo*.npz",),
+    "digits": ("mfeat_digits*.npz",),
     "hateful_memes": ("train.jsonl", "*/train.jsonl"),
 }
 
@@ -182,12 +190,20 @@ def find_jobs(config: Config) -> Iterator[Job]:
     experiments = [e for e in EXPERIMENTS if not set(config.only) & set(EXPERIMENTS) or e in config.only]
     for dataset in datasets:
         here = [e for e in experiments if e not in OF_ITS_OWN]
-        fitting = [e for e in here if e not in OF_TOKENS or dataset in WITH_TOKENS]
-        jobs = [Job(experiment, dataset, found[dataset]) for experiment in fitting]
+        jobs = [Job(experiment, dataset, found[dataset]) for experiment in here if fits(experiment, dataset)]
         measured = [job for job in jobs if job.experiment in OF_A_RUN]
         yield from ([measured[0].models] if measured else []) + jobs
     if not set(config.only) & {*FILES, "demo"}:
         yield from (Job(experiment, experiment, None) for experiment in experiments if experiment in OF_ITS_OWN)
+
+
+def fits(experiment: str, dataset: str) -> bool:
+    """Whether a data set has what an experiment needs."""
+    if dataset in ARRAYS:
+        return (experiment, dataset) in OF_ARRAYS
+    if experiment in GEOMETRY:
+        return dataset in GEOMETRY[experiment]
+    return experiment not in OF_TOKENS or dataset in WITH_TOKENS
 
 
 def flags(job: Job, config: Config) -> list[str]:
@@ -196,9 +212,10 @@ def flags(job: Job, config: Config) -> list[str]:
         inputs = ["input"] if job.dataset in WITH_INPUTS and not config.skip_inputs else []
         groups = ["--groups", *inputs, "features", "latents", "missing"]
         return [str(job.models.folder), *groups, "--name", job.folder.name]
-    flags = ["--dataset", job.dataset]
+    flags = ["--dataset", "arrays" if job.dataset in ARRAYS else job.dataset]
     if job.data is not None:
         flags += ["--data", str(job.data)]
+    flags += [*ARRAYS.get(job.dataset, ()), *OF_ARRAYS.get((job.experiment, job.dataset), ())]
     if job.dataset in ("mustard", "hateful_memes") and config.text_encoder is not None:
         flags += ["--text-encoder", config.text_encoder]
     flags += ["--seeds", str(config.seeds)]
@@ -227,9 +244,10 @@ def command(job: Job) -> str:
     settings = _settings(job)
     if job.experiment in OF_A_RUN:
         return f"python -m {job.module} {Path(settings['run']).as_posix()} --groups {' '.join(settings['groups'])}"
-    shown = [f"python -m {job.module} --dataset {job.dataset}"]
+    shown = [f"python -m {job.module} --dataset {settings['dataset']}"]
     if settings["data"]:
         shown.append(f"--data {Path(settings['data']).name}")
+    shown += [*ARRAYS.get(job.dataset, ()), *OF_ARRAYS.get((job.experiment, job.dataset), ())]
     for name in ("text_encoder", "seeds", "epochs", "hidden_dim", "weight_decay", "compile"):
         value = settings[name]
         if value != getattr(Options, name):

@@ -13,7 +13,7 @@ from mmfusion.runs.folder import PACKAGES, installed_version
 from mmfusion.runs.outputs import plain_cell
 
 COLUMNS = ("name", "claim", "estimate", "low", "high", "p", "p_holm", "effect", "seeds", "examples", "seeds_needed")
-SHOWN_FIRST = ("mustard", "cmu_mosi", "pom", "mmmo", "hateful_memes", "demo", "synthetic")
+SHOWN_FIRST = ("mustard", "cmu_mosi", "pom", "mmmo", "hateful_memes", "digits", "demo", "synthetic")
 """the dataset whose figure stands for a question in RESULTS.md: the first that was run"""
 RULES = """\
 Differences are paired: same seeds, same test examples. Intervals are 95 %: of scores from a bootstrap that resamples
@@ -100,18 +100,15 @@ def verdict_matrix(finished: Sequence[Finished]) -> list[str]:
 
 
 def question(finished: Sequence[Finished], pages: str) -> list[str]:
-    """Claim, one sentence of numbers per dataset, one figure, one command."""
+    """Claim, one command, where one figure is, and a sentence of numbers per dataset."""
     first = min(finished, key=lambda one: SHOWN_FIRST.index(one.dataset))
     return [
         "",
         f"## {first.experiment}",
         "",
-        f"*{first.results['claim']}*",
+        f"*{first.results['claim']}* `{first.command}`, [figure]({pages}/{first.page}.png)",
         "",
         *(f"- [{one.dataset}]({pages}/{one.page}.md), {one.results['verdict']}: {_one_line(one)}" for one in finished),
-        "",
-        f"![{first.experiment} on {first.dataset}]({pages}/{first.page}.png)",
-        f"`{first.command}`",
     ]
 
 
