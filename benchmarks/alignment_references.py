@@ -83,7 +83,7 @@ def exclusive_or(config: Config) -> Iterator[str]:
         rows = torch.arange(len(number))
         pool = Split(features, torch.zeros(len(rows)), [str(k) for k in range(len(rows))])
         data = FoldedDataset("xor", "regression", pool, [Fold(rows, rows[:20])], [], {})
-        training = AlignmentTraining(latent_dim=8, hidden_dim=0, seeds=config.seeds, epochs=15, learning_rate=0.01)
+        training = AlignmentTraining(latent_dim=8, hidden_dim=0, seeds=config.seeds, epochs=40, learning_rate=0.01)
         training = replace(training, keep="last", weight_decay=0.0)
         rival = [Weighting("pairs", CONTRAST), Weighting("multilinear", {"multilinear": 1.0})]
         found = {}
