@@ -115,10 +115,8 @@ def measure(data: FoldedDataset, run: Run) -> Outcome:
         "tried on dev": tried,
         "rows": {label: {name: values.mean(-1) for name, values in of.items()} for label, of in found.items()},
     }
-    notes = [
-        f"{'chosen on dev of the first fold' if tried else 'not chosen'}: weight {weights['transport']:g} of transport, "
-        f"{weights['riemannian']:g} of the Riemannian terms"
-    ]
+    how = "chosen on dev of the first fold" if tried else "not chosen"
+    notes = [f"{how}: weight {weights['transport']:g} of transport, {weights['riemannian']:g} of the Riemannian terms"]
     return Outcome(
         table(found),
         contrasts,
@@ -305,7 +303,7 @@ def draw(figure: Figure, data: FoldedDataset, found: Found) -> None:
             spread = [m.std(ddof=1) if len(m) > 1 else 0.0 for m in means]
             place = np.arange(len(means)) + 0.2 * (k - len(names) / 2)
             axis.errorbar([m.mean() for m in means], place, xerr=spread, fmt="o", color=color, label=name)
-        axis.legend(frameon=False, fontsize=8, ncols=len(names), loc="upper center", bbox_to_anchor=(0.5, -0.08))
+        axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.08))
     axes[0].set_yticks(range(len(found)), list(found), fontsize=8)
     axes[0].invert_yaxis()
     figure.suptitle(f"{data.name}: what each loss aligns (line: std over seeds)")
