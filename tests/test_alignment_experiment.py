@@ -58,7 +58,7 @@ def toy(task: str = "multiclass", folds: int = 2) -> FoldedDataset:
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory) -> Outcome:
-    return measured(toy(), tmp_path_factory.mktemp("run"), tune=True)
+    return measured(toy(folds=1), tmp_path_factory.mktemp("run"), tune=True)
 
 
 def measured(data: FoldedDataset, folder: Path, **changes) -> Outcome:
