@@ -1,6 +1,7 @@
 """experiments.alignment on a toy: its table, its damaged scores against slow loops, and data without labels."""
 
 import itertools
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,26 +12,26 @@ from matplotlib.figure import Figure
 from sklearn.linear_model import LogisticRegression
 
 from experiments import alignment
-from experiments.alignment import (
-    AlignmentOptions,
-    differences,
-    effects,
-    latents_of,
-    measure,
-    rows,
-    scored,
-    training_of,
-    tune,
-)
+from experiments.alignment import AlignmentOptions, beside, claim, falls, measure, rows, training_of, tune
+from experiments.alignment_scores import accuracies, damage, fall, latents_of, scored
 from experiments.experiment import Outcome, Run, run
 from mmfusion.data.folds import FoldedDataset
 from mmfusion.dataset import Fold, Split
 from mmfusion.metrics.cross_decoding import frechet_distance
 from mmfusion.metrics.retrieval import cross_retrieval
+from mmfusion.metrics.statistics import holm
 from mmfusion.training.align import Weighting, align
 
 LABELS = ["none", "contrast", "transport", "Riemannian", "contrast + transport", "contrast + Riemannian"]
-LABELS += ["transport + Riemannian", "hybrid", "contrast + CORAL", "contrast + MMD", "GRAM", "multilinear"]
+LABELS += [
+    "transport + Riemannian",
+    "hybrid",
+    "contrast + local",
+    "contrast + CORAL",
+    "contrast + MMD",
+    "GRAM",
+    "multilinear",
+]
 SMALL = {"device": "cpu", "seeds": 2, "epochs": 2, "hidden_dim": 8, "width": 4}
 
 
@@ -57,7 +58,7 @@ def toy(task: str = "multiclass", folds: int = 2) -> FoldedDataset:
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory) -> Outcome:
-    return measured(toy(), tmp_path_factory.mktemp("run"), tune=True)
+    return measured(toy(folds=1), tmp_path_factory.mktemp("run"), tune=True)
 
 
 def measured(data: FoldedDataset, folder: Path, **changes) -> Outcome:
@@ -70,34 +71,47 @@ def ensemble():
     return align(toy(), [Weighting("x", {"info_nce": 1.0})], training_of(AlignmentOptions(**SMALL), 2))["x"]
 
 
-def test_every_row_stands_in_the_table_with_every_score(outcome):
-    head, *lines = outcome.table.splitlines()
-    assert [line[: max(map(len, LABELS))].strip() for line in lines] == LABELS
-    scores = [
-        "R@1",
-        "mAP",
-        "gap",
-        "CKA",
-        "FOSCTTM",
-        "R^2 across",
-        "Frechet across",
-        "V-measure",
-        "accuracy",
-        "accuracy, 50% missing",
+def test_every_row_stands_in_both_blocks_of_the_table_with_every_score(outcome):
+    wanted = [
+        ["R@1", "mAP", "gap", "CKA", "FOSCTTM", "R^2 across", "Frechet across"],
+        ["invariance, occlusion", "invariance, noise", "unique", "V-measure", "accuracy"],
     ]
-    assert all(name in head for name in [*scores, "accuracy, 50% noise"])
-    assert all(line.count("+-") == 11 for line in lines) and "nan" not in outcome.table
+    wanted[1] += ["accuracy, 50% missing", "accuracy, 50% noise", "unique accuracy"]
+    for block, names in zip(outcome.table.split("\n\n"), wanted, strict=True):
+        head, *lines = block.splitlines()
+        assert re.split("  +", head.strip()) == names
+        assert [line[: max(map(len, LABELS))].strip() for line in lines] == LABELS
+        assert all(line.count("+-") == len(names) for line in lines)
+    assert "nan" not in outcome.table
 
 
-def test_three_expectations_decide_and_the_others_stand_beside(outcome):
+def test_the_sources_claim_decides_and_the_others_stand_beside(outcome):
     deciding = [contrast.name for contrast in outcome.contrasts if contrast.decides]
     assert deciding == [
         "R@1: hybrid over contrast",
-        "fall at 50% missing: none over hybrid",
-        "fall at 50% noise: none over hybrid",
+        "fall at 50% missing, hybrid: below 10% by",
+        "fall at 50% missing, none: above 30% by",
+        "fall at 50% noise, hybrid: below 10% by",
+        "fall at 50% noise, none: above 30% by",
     ]
-    assert len(outcome.contrasts) == 9
-    assert {c.effect for c in outcome.contrasts if c.name.startswith("fall")} == {0.2}
+    beside = [contrast.name for contrast in outcome.contrasts[5:]]
+    falls = [f"fall at 50% {kind}: {a} over hybrid" for kind in ("missing", "noise") for a in ("none", "contrast")]
+    assert beside[:4] == falls and len(beside) == 22
+    assert {c.effect for c in outcome.contrasts if c.name in falls} == {0.2}
+    assert {c.effect for c in outcome.contrasts if c.name.startswith("relative")} == {0.05}
+
+
+def test_correction_of_the_claim_does_not_count_what_stands_beside(outcome):
+    for family in (outcome.contrasts[:5], outcome.contrasts[5:]):
+        np.testing.assert_allclose([c.p_holm for c in family], holm([c.p for c in family]))
+
+
+def test_notes_tell_falls_and_relative_changes(outcome):
+    notes = "\n".join(outcome.notes)
+    for kind in ("missing", "noise"):
+        assert f"at 20%, 50%, 80% {kind}: none " in notes
+    change = next(c for c in outcome.contrasts if c.name == "relative gap: contrast + local")
+    assert f"contrast + local, in % of the contrast's: gap closes by {100 * change.estimate:.1f} [" in notes
 
 
 def test_tuning_takes_the_weights_of_the_best_dev_precision(outcome):
@@ -121,7 +135,8 @@ def test_tuning_sees_no_test_example_and_no_other_fold(tmp_path):
 
 def test_tests_rows_come_fold_after_fold_and_seed_by_seed(ensemble):
     data, found = toy(), scored(toy(), ensemble)
-    assert found["R@1"].shape == found["accuracy"].shape == (2, 50) and found["gap"].shape == (2, 2)
+    assert {found[name].shape for name in ("R@1", "accuracy", "unique accuracy", "invariance, noise")} == {(2, 50)}
+    assert found["gap"].shape == found["unique"].shape == (2, 2)
     for s in range(2):
         for f, (fold, place) in enumerate(zip(data.folds, (slice(0, 30), slice(30, 50)), strict=True)):
             member = ensemble.members[s * 2 + f]
@@ -171,17 +186,138 @@ def test_damaged_accuracy_is_the_mixture_of_clean_and_hit_examples(ensemble):
         np.testing.assert_allclose(found[f"accuracy, 50% {kind}"][1, 30:], 0.5 * clean + 0.5 * hits.mean(0))
 
 
-def test_fall_of_the_row_without_losses_counts_as_claimed():
+def test_unique_share_is_of_the_test_part_by_ridge_on_the_training_part(ensemble):
+    data, found = toy(), scored(toy(), ensemble)
+    fold, member = data.folds[1], ensemble.members[3]
+    train, test = (latents_of(data, member, part).astype(float) for part in (fold.train, fold.test))
+
+    def explained(x: np.ndarray, y: np.ndarray, modalities: list[int]) -> float:
+        a, b = (np.concatenate([z[:, m] for m in modalities], 1) for z in (train, test))
+        b, a = (b - a.mean(0)) / a.std(0), (a - a.mean(0)) / a.std(0)
+        weights = np.linalg.solve(a.T @ a + np.eye(a.shape[1]), a.T @ x)
+        return 1 - np.square(y - b @ weights).sum() / np.square(y - y.mean(0)).sum()
+
+    gains = []
+    for m, name in enumerate("abc"):
+        x, y = (data.pool.features[name][part].double().numpy() for part in (fold.train, fold.test))
+        y, x = (y - x.mean(0)) / x.std(0), (x - x.mean(0)) / x.std(0)
+        gains.append(explained(x, y, [0, 1, 2]) - explained(x, y, [k for k in range(3) if k != m]))
+    assert found["unique"][1, 1] == pytest.approx(np.mean(gains), abs=1e-4)
+
+
+def test_unique_accuracy_is_what_a_modality_adds_to_the_others(ensemble):
+    data, found = toy(), scored(toy(), ensemble)
+    fold, member = data.folds[1], ensemble.members[3]
+    train, test = (latents_of(data, member, part) for part in (fold.train, fold.test))
+    target = data.pool.target.numpy()
+
+    def right(modalities: list[int]) -> np.ndarray:
+        a, b = (np.concatenate([z[:, m] for m in modalities], 1) for z in (train, test))
+        return LogisticRegression(max_iter=2000).fit(a, target[fold.train]).predict(b) == target[fold.test]
+
+    added = [right([0, 1, 2]).astype(float) - right(others) for others in ([1, 2], [0, 2], [0, 1])]
+    np.testing.assert_allclose(found["unique accuracy"][1, 30:], np.mean(added, 0))
+
+
+def test_a_label_that_one_modality_carries_alone_is_unique_and_one_that_all_carry_is_not():
+    rng = np.random.default_rng(0)
+    target = np.arange(200) % 2
+    alone = rng.normal(size=(200, 2, 2))
+    alone[:, 0, 0] += 12 * target
+    both = alone + 12 * target[:, None, None]
+    added = [accuracies(z[:100], target[:100], z[100:], target[100:], {})["unique accuracy"] for z in (alone, both)]
+    assert 0.15 < added[0].mean() < 0.35  # of two modalities one is worth half the accuracy, the other nothing
+    assert added[1].mean() == 0
+
+
+@pytest.mark.parametrize("kind", ["occlusion", "noise"])
+def test_invariance_is_the_cosine_of_latents_of_clean_and_damaged_features(ensemble, kind):
+    data, found = toy(), scored(toy(), ensemble)
+    fold, member = data.folds[1], ensemble.members[3]
+    cosines = np.zeros((20, 3))
+    for m, name in enumerate("abc"):
+        x = data.pool.features[name][fold.test]
+        spoiled = damage(x, member.standardise[name], kind)
+        z, w = (member.encode({name: features})[name].detach().numpy() for features in (x, spoiled))
+        for i in range(20):
+            cosines[i, m] = z[i] @ w[i] / (np.linalg.norm(z[i]) * np.linalg.norm(w[i]))
+    np.testing.assert_allclose(found[f"invariance, {kind}"][1, 30:], cosines.mean(1), atol=1e-5)
+
+
+def test_occlusion_hides_a_random_half_of_every_examples_features(ensemble):
+    x = toy().pool.features["c"]
+    standardise = ensemble.members[1].standardise["c"]
+    spoiled = damage(x, standardise, "occlusion")
+    hidden = spoiled != x
+    assert (hidden.sum(1) == 3).all() and len(hidden.unique(dim=0)) > 5
+    torch.testing.assert_close(spoiled[hidden], standardise.mean.expand_as(x)[hidden])
+
+
+def made_up() -> dict[str, dict[str, np.ndarray]]:
+    """All rows equal: 2 seeds, 4 examples, 2 folds; accuracy .8, of which nothing is lost."""
     ones = np.ones((2, 4))
-    row = {"R@1": 0.2 * ones, "accuracy": ones, "accuracy, 50% missing": ones, "accuracy, 50% noise": ones}
-    found = {label: dict(row) for label in LABELS}
-    found["none"]["accuracy, 50% missing"] = 0.7 * ones
-    found["hybrid"]["accuracy, 50% missing"] = 0.9 * ones
-    found["hybrid"]["R@1"] = 0.3 * ones
-    named = differences(found)
-    np.testing.assert_allclose(named["fall at 50% missing: none over hybrid"].values, 0.2)
-    np.testing.assert_allclose(named["R@1: hybrid over contrast"].values, 0.1)
-    assert effects(found)["R@1: hybrid over contrast"] == pytest.approx(0.01)
+    row = {"R@1": 0.2 * ones, "accuracy": 0.8 * ones, "unique accuracy": 0.1 * ones}
+    row |= {f"accuracy, 50% {kind}": 0.8 * ones for kind in ("missing", "noise")}
+    row |= {f"invariance, {kind}": 0.5 * ones for kind in ("occlusion", "noise")}
+    row |= {"gap": 0.4 * np.ones((2, 2)), "V-measure": 0.5 * np.ones((2, 2)), "unique": 0.3 * np.ones((2, 2))}
+    return {label: dict(row) for label in LABELS}
+
+
+def values(family: dict, name: str) -> np.ndarray:
+    return family[name][0].values
+
+
+def test_falls_are_judged_in_parts_of_the_clean_accuracy():
+    found = made_up()
+    found["none"]["accuracy, 50% missing"] = 0.5 * np.ones((2, 4))  # falls by .3 of .8: 37.5 %
+    found["hybrid"]["accuracy, 50% missing"] = 0.74 * np.ones((2, 4))  # by .06: 7.5 %
+    found["hybrid"]["R@1"] = 0.3 * np.ones((2, 4))
+    family = claim(found)
+    np.testing.assert_allclose(values(family, "fall at 50% missing, none: above 30% by"), 0.3 - 0.3 * 0.8)
+    np.testing.assert_allclose(values(family, "fall at 50% missing, hybrid: below 10% by"), 0.1 * 0.8 - 0.06)
+    np.testing.assert_allclose(values(family, "fall at 50% noise, none: above 30% by"), -0.3 * 0.8)
+    np.testing.assert_allclose(values(family, "R@1: hybrid over contrast"), 0.1)
+    assert family["R@1: hybrid over contrast"][1] == pytest.approx(0.01)
+    np.testing.assert_allclose(values(beside(found), "fall at 50% missing: none over hybrid"), 0.24)
+    missing, noise = falls(found)
+    assert "none 15.0 +- 0.0, 37.5 +- 0.0, 60.0 +- 0.0; contrast 0.0" in missing
+    assert "hybrid 3.0 +- 0.0, 7.5 +- 0.0, 12.0 +- 0.0" in missing and "none 0.0" in noise
+
+
+def test_fall_at_a_rate_is_that_of_the_mixture():
+    clean, hit = np.array([[1.0, 1.0, 0.0]]), np.array([[0.0, 0.5, 0.5]])
+    of = {"accuracy": clean, "accuracy, 50% noise": 0.5 * clean + 0.5 * hit}
+    for rate in (0.2, 0.8):
+        np.testing.assert_allclose(fall(of, "noise", rate), clean - ((1 - rate) * clean + rate * hit))
+
+
+def test_changes_beside_the_claim_have_the_sign_of_what_they_ask():
+    found = made_up()
+    found["contrast + local"] |= {
+        "gap": 0.1 * np.ones((2, 2)),
+        "V-measure": 0.6 * np.ones((2, 2)),
+        "R@1": 0.22 * np.ones((2, 4)),
+        "invariance, noise": 0.7 * np.ones((2, 4)),
+    }
+    found["none"] |= {"unique": 0.5 * np.ones((2, 2)), "unique accuracy": 0.15 * np.ones((2, 4))}
+    family = beside(found)
+    expected = {
+        "relative gap: contrast + local": 0.75,
+        "relative V-measure: contrast + local": 0.2,
+        "relative R@1: contrast + local": 0.1,
+        "relative gap over R@1: contrast + local": 0.65,
+        "relative V-measure over R@1: contrast + local": 0.1,
+        "relative gap: contrast + transport": 0.0,
+        "invariance, noise: contrast + local over contrast": 0.2,
+        "invariance, occlusion: contrast + local over contrast": 0.0,
+        "unique: none over hybrid": 0.2,
+        "unique accuracy: none over hybrid": 0.05,
+        "accuracy: none over hybrid": 0.0,
+    }
+    for name, value in expected.items():
+        np.testing.assert_allclose(values(family, name), value, atol=1e-12, err_msg=name)
+    assert values(family, "relative gap over R@1: contrast + local").shape == (2,)
+    assert not any(difference.decides for difference, _ in family.values())
 
 
 def test_without_labels_there_is_no_accuracy_and_weights_are_one_without_tuning(tmp_path):
@@ -191,7 +327,11 @@ def test_without_labels_there_is_no_accuracy_and_weights_are_one_without_tuning(
     assert [c.name for c in found.contrasts if c.decides] == ["R@1: hybrid over contrast"]
     figure = Figure()
     found.draw(figure)
-    assert len(figure.axes) == 3
+    assert len(figure.axes) == 4
+    assert {"unique: none over hybrid", "invariance, noise: contrast + local over contrast"} <= {
+        c.name for c in found.contrasts
+    }
+    assert not any("V-measure" in c.name or "accuracy" in c.name for c in found.contrasts)
 
 
 def test_two_modalities_have_no_rows_for_losses_of_three():
@@ -201,6 +341,7 @@ def test_two_modalities_have_no_rows_for_losses_of_three():
     base = {"prior": 0.1, "reconstruction": 0.1}
     assert by_label["none"] == base
     assert by_label["hybrid"] == base | {"info_nce": 1.0, "transport": 2.0, "stein": 3.0, "bures": 3.0}
+    assert by_label["contrast + local"] == base | {"info_nce": 1.0, "bures": 3.0}
 
 
 def test_the_command_leaves_table_figure_and_results_of_pairs(tmp_path, monkeypatch, capsys):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from small_memes import picture, small_encoders, write_bert
 
-from experiments.alignment import retrieved_rows
+from experiments.alignment_scores import retrieved_rows
 from mmfusion.data import captions as module
 from mmfusion.data.caption_annotations import CaptionAnnotations, CaptionedImage, read_captions
 from mmfusion.data.captions import CAPTIONS, image_files, load_captions
