@@ -284,6 +284,7 @@ def test_only_what_has_tokens_takes_the_flag(monkeypatch):
     assert {name for name, corpus in CORPORA.items() if "tokens" in corpus.flags} == set(CORPORA) - {
         "synthetic",
         "pairs",
+        "captions",
     }
     monkeypatch.setitem(CORPORA, "pom", replace(CORPORA["pom"], flags=()))
     with pytest.raises(InputError, match=r"--tokens: has no use with --dataset pom, only with demo or cmu_mosi or"):
