@@ -23,11 +23,11 @@ from matplotlib.figure import Figure
 from scipy.optimize import curve_fit
 from scipy.stats import t as student
 
+from experiments.alignment_scores import retrieved_rows
 from experiments.experiment import Experiment, Options, Outcome, Run, contrasts_on_test, main
 from mmfusion.data.folds import FoldedDataset
 from mmfusion.errors import InputError, check_numbers
 from mmfusion.metrics.format import mean_std
-from mmfusion.metrics.retrieval import cross_retrieval
 from mmfusion.metrics.statistics import Difference, combine
 from mmfusion.models.alignment import AlignmentEnsemble
 from mmfusion.training.align import AlignmentTraining, Weighting, align
@@ -129,8 +129,7 @@ def recall(data: FoldedDataset, ensemble: AlignmentEnsemble, subset: Subset) -> 
     for f, fold in enumerate(data.folds):
         features = {name: data.pool.features[name][fold.test] for name in subset}
         members = ensemble.part(f, len(data.folds)).members
-        retrieved = [cross_retrieval(member.encode(features), cutoffs=(1,)).values() for member in members]
-        folds.append(np.stack([np.mean([one.per_query.recall[1] for one in of], 0) for of in retrieved]))
+        folds.append(np.stack([retrieved_rows(member.encode(features), {})[0] for member in members]))
     return np.concatenate(folds, 1)
 
 

@@ -10,7 +10,8 @@ import torch
 from sklearn.metrics import average_precision_score
 
 from mmfusion.metrics import retrieval
-from mmfusion.metrics.retrieval import cross_retrieval, paired_precision, retrieval_scores
+from mmfusion.metrics.retrieval import cross_retrieval, retrieval_scores
+from mmfusion.metrics.shared_retrieval import shared_precision
 
 DATA = Path(os.environ.get("FUSION_DATA", "")) / "clip_coco_pairs.npz"
 
@@ -173,8 +174,9 @@ def test_clip_on_coco_scores_what_is_known():
 def test_precision_of_partners_without_sorting_is_that_of_ranked_galleries(kind):
     latents = normal(1 if kind == "one example" else 40, 3, 4)
     latents = {"ties": np.round(latents) + 0.5, "all equal": np.ones_like(latents)}.get(kind, latents)
-    ranked = cross_retrieval({str(m): latents[:, m] for m in range(3)}).values()
-    assert paired_precision(latents) == pytest.approx(
+    by_name = {str(m): latents[:, m] for m in range(3)}
+    ranked = cross_retrieval(by_name).values()
+    assert shared_precision(by_name, {}) == pytest.approx(
         np.mean([one.mean_average_precision for one in ranked]), rel=1e-12
     )
 

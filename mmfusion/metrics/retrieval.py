@@ -14,7 +14,7 @@ Rank and R@K are of the first block that holds a positive; AP is the sum of the 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations, permutations
+from itertools import permutations
 
 import numpy as np
 from torch import Tensor
@@ -125,24 +125,6 @@ def cross_retrieval(
         (a, b): retrieval_scores(latents[a], latents[b], labels[a], labels[b], cutoffs)
         for a, b in permutations(latents, 2)
     }
-
-
-def paired_precision(latents: np.ndarray) -> float:
-    """Mean average precision over all ordered pairs of modalities, of latents (N, M, L) whose rows are partners.
-
-    What `cross_retrieval` gives, without sorting: with one positive, A items above it and n equal to it (itself among
-    them) it is (1/(A+1) + ... + 1/(A+n)) / n. Raises ValueError as `retrieval_scores`.
-    """
-    units = [unit_rows(embedding_matrix(x, "latents"), "latents") for x in np.moveaxis(latents, 1, 0)]
-    harmonic = np.r_[0.0, np.cumsum(1 / np.arange(1, len(latents) + 1))]
-    found = []
-    for x, y in combinations(units, 2):
-        similarities = x @ y.T
-        own = similarities.diagonal()
-        for beyond, axis in ((similarities - own[:, None], 1), (similarities - own, 0)):  # queries: rows, then columns
-            above, past = (beyond > TIE).sum(axis), (beyond >= -TIE).sum(axis)
-            found.append(((harmonic[past] - harmonic[above]) / (past - above)).mean())
-    return float(np.mean(found))
 
 
 # ---- blocks of equal similarity ----------------------------------------------------------------------------------

@@ -41,7 +41,9 @@ def shared_precision(latents: Mapping[str, np.ndarray | Tensor], shared: Mapping
 
     Raises ValueError as `shared_retrieval`.
     """
-    items, labels = _distinct(latents, shared)
+    items, labels = latents, {name: np.arange(len(z)) for name, z in latents.items()}
+    if shared:
+        items, labels = _distinct(latents, shared)
     units = {name: unit_rows(embedding_matrix(z, name), name) for name, z in items.items()}
     found = []
     for a, b in combinations(units, 2):

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from jwae_module import JWAE
 from mmfusion.models.ensemble import Ensemble
+from mmfusion.models.fusion import MOST_WIDTH
 from mmfusion.models.heads import Standardise
 from mmfusion.models.pretrained import CONFIG, check_shape, find_pretrained, read_config
 from mmfusion.models.spectral_norm import normalise_spectrally
 
-MOST_WIDTH = 65536  # as of fusion models
 TEMPERATURE = 0.07
 LEAST_TEMPERATURE = 0.01  # as CLIP (Radford et al., 2021): logits beyond 100 make training unstable
 

@@ -17,7 +17,6 @@ from jwae_module import mmd_penalty, reconstruction_error
 from mmfusion.data.folds import FoldedDataset
 from mmfusion.dataset import Fold
 from mmfusion.losses.alignment import ALIGNMENTS, TEMPERED
-from mmfusion.metrics.retrieval import paired_precision
 from mmfusion.metrics.shared_retrieval import distinct_items, shared_precision
 from mmfusion.models.alignment import AlignmentEnsemble, AlignmentModel
 from mmfusion.training.feed import Batch, Member
@@ -184,7 +183,5 @@ def mean_precision(latents: np.ndarray, shared: Mapping[int, Sequence | np.ndarr
     """
     if not latents.any(-1).all():  # a zero vector has no direction
         return 0.0
-    if not shared:
-        return paired_precision(latents)
     by_place = {str(m): latents[:, m] for m in range(latents.shape[1])}
-    return shared_precision(by_place, {str(m): items for m, items in shared.items()})
+    return shared_precision(by_place, {str(m): items for m, items in (shared or {}).items()})
