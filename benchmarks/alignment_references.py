@@ -265,7 +265,7 @@ def digits(config: Config) -> Iterator[str]:
     """R@1 of six views of digits, mean over ordered pairs, against regularised multi-set canonical correlations."""
     views = ("fac", "fou", "kar", "mor", "pix", "zer")
     data = fold_datasets(load_pairs(config.digits, views, config.splits, hold_out=0.3))
-    weightings = [Weighting("contrast", CONTRAST), Weighting("with transport", CONTRAST | {"transport": 0.1})]
+    weightings = [Weighting("contrast", CONTRAST), Weighting("with Stein", CONTRAST | {"stein": 0.1})]
     training = AlignmentTraining(64, hidden_dim=256, seeds=1, epochs=60, batch_size=200)
     training = replace(training, learning_rate=2e-3, feature_dropout=0.2)
     ensembles = align(data, weightings, training)

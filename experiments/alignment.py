@@ -36,7 +36,7 @@ from mmfusion.data.folds import FoldedDataset
 from mmfusion.dataset import take
 from mmfusion.errors import InputError, check_numbers
 from mmfusion.metrics.format import mean_std
-from mmfusion.metrics.statistics import Contrast, Difference, combine
+from mmfusion.metrics.verdicts import Contrast, Difference, combine
 from mmfusion.training.align import AlignmentTraining, Weighting, align, mean_precision
 
 BASE = {"prior": 0.1, "reconstruction": 0.1}

@@ -1,7 +1,7 @@
 """Frame of every experiment: flags, the run's folder, table, figure, results.json, and a verdict by rule.
 
 An experiment is a function from a study to an `Outcome`; everything around it is here. A verdict is never written by
-hand: it follows from the contrasts' intervals (mmfusion.metrics.statistics.judge).
+hand: it follows from the contrasts' intervals (mmfusion.metrics.verdicts).
 """
 
 import contextlib
@@ -17,18 +17,20 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from mmfusion.cli import pick_device, run_command
-from mmfusion.data.folds import FoldedDataset
+from mmfusion.data.folds import FoldedDataset, cross_validated
 from mmfusion.data.registry import DataOptions, check_flags, load_folded
 from mmfusion.dataset import Task
 from mmfusion.distributed import end_process, join_processes, leave_processes
 from mmfusion.errors import InputError
 from mmfusion.files import write_atomically, write_text
-from mmfusion.metrics.statistics import Contrast, Difference, Verdict, corrected_contrasts, grouped
+from mmfusion.metrics.outcomes import PRIMARY
+from mmfusion.metrics.verdicts import Contrast, Difference, Verdict, corrected_contrasts
 from mmfusion.runs.folder import RunConfig, RunFolder, defaults_for
 from mmfusion.training.grid import Grid, Recipe, Setting, train_grid
 
@@ -43,6 +45,10 @@ class Options(DataOptions):
 
     seeds: int = 10
     """seeds 0 .. n - 1, shared by all settings, so that differences between settings are paired"""
+    cross_validate: int | None = None
+    """cut all examples anew into so many folds, in place of the data set's own split"""
+    repeats: int = 1
+    """of that, each with other folds and another start of every seed"""
     epochs: int | None = None
     """passes over the training part; default: 15, of a regression 60"""
     hidden_dim: int = Recipe.hidden_dim
@@ -84,13 +90,20 @@ class Run:
         """All seeds."""
         return list(range(self.options.seeds))
 
-    def grid(self, data: FoldedDataset, settings: Sequence[Setting], title: str, **shape: object) -> Grid:
+    def grid(
+        self,
+        data: FoldedDataset,
+        settings: Sequence[Setting],
+        title: str,
+        recipe: Recipe | None = None,
+        **shape: object,
+    ) -> Grid:
         """Train settings x seeds x folds in one call; a killed run goes on from the checkpoint of that title."""
         return train_grid(
             data,
             settings,
             self.seeds,
-            self.options.recipe(data.task),
+            recipe or self.options.recipe(data.task),
             compile=self.options.compile,
             device=self.device,
             checkpoint=self.checkpoints / f"{title.replace(' ', '-')}.safetensors",
@@ -142,18 +155,22 @@ class Experiment:
 def contrasts_on_test(
     data: FoldedDataset, named: dict[str, Difference], effect: float | dict[str, float] = SCORE_EFFECT
 ) -> list[Contrast]:
-    """Contrasts whose differences (S, n) run over the test examples, resampled by group where there are groups."""
+    """Contrasts of differences over the test examples or the folds, by the inference that the data allow.
+
+    Of several folds it is Nadeau and Bengio's; of one test part the bootstrap, of whole groups where there are any.
+    """
     groups = data.pool.metadata.get("group")
-    if groups is not None:
-        groups = [groups[row] for row in data.test_rows]
-    size = len(data.test_rows)
-    pooled = {
-        name: one._replace(values=grouped(one.values, groups))
-        if one.values.ndim == 2 and one.values.shape[1] == size
-        else one
-        for name, one in named.items()
-    }
-    return corrected_contrasts(pooled, effect)
+    clusters = None if groups is None else [groups[row] for row in data.test_rows]
+    return corrected_contrasts(named, effect, cut=data.cut, clusters=clusters)
+
+
+def outcomes(grid: Grid) -> dict[str, np.ndarray]:
+    """{outcome: (P, S, n)}: the task's primary outcomes by test examples and, of two classes, the accuracy.
+
+    The accuracy is that at the threshold which does best on each fold's dev part: it stands second.
+    """
+    found = {name: grid.outcome(name) for name in PRIMARY[grid.data.task]}
+    return found | ({"accuracy": grid.outcome("accuracy", threshold=True)} if grid.data.task == "binary" else {})
 
 
 # ---- command line ------------------------------------------------------------------------------------------------
@@ -195,6 +212,8 @@ def execute(experiment: Experiment, options: Options) -> None:
             raise InputError(
                 f"--dataset {options.dataset}: has no labels; {experiment.name} needs some, give other data"
             )
+        if options.cross_validate is not None:
+            data = cross_validated(data, options.cross_validate, options.repeats)
         experiment.check(data, options)
     goes_on = False
     with processes.together():
@@ -259,6 +278,7 @@ def record(
         "task": data.task,
         "examples": {part: len(rows) for part, rows in zip(("train", "dev", "test"), data.folds[0], strict=True)},
         "folds": len(data.folds),
+        "repeats": data.repeats,
         "seeds": seeds,
         "recipe": recipe,
         "verdict": outcome.verdict,
@@ -283,11 +303,17 @@ def record(
 def check_options(options: Options) -> None:
     """Raise InputError for flags out of range or without a use, before anything is loaded."""
     check_flags(options)
-    if options.seeds < 2:
+    if options.seeds < 2 and options.cross_validate is None:
         raise InputError(f"--seeds {options.seeds}: give at least 2; one seed has no spread")
     for name in ("epochs", "hidden_dim"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise InputError(f"--{name.replace('_', '-')} {value}: give at least 1")
+    if options.cross_validate is not None and not 2 <= options.cross_validate <= 100:
+        raise InputError(f"--cross-validate {options.cross_validate}: give a number of folds from 2 to 100")
+    if not 1 <= options.repeats <= 100:
+        raise InputError(f"--repeats {options.repeats}: give a number from 1 to 100")
+    if options.repeats > 1 and options.cross_validate is None:
+        raise InputError(f"--repeats {options.repeats}: repeats what --cross-validate cuts; give that, too")
     if not 0 <= options.weight_decay * Recipe.learning_rate < 1:
         raise InputError(f"--weight-decay {options.weight_decay}: give at least 0 and less than 1000")
 
@@ -303,10 +329,11 @@ def peak_memory_gb() -> float:
 
 def render(experiment: Experiment, data: FoldedDataset, seeds: int, outcome: Outcome) -> str:
     """The printed page: question, table, contrasts, verdict."""
-    folds = "" if len(data.folds) == 1 else f", {len(data.folds)} folds"
+    repeats = "" if data.repeats == 1 else f"{data.repeats} x "
+    folds = "" if len(data.folds) == 1 else f", {repeats}{len(data.folds) // data.repeats} folds"
     lines = [
         "",
-        f"{experiment.name} on {data.name}: {len(data.test_rows)} test examples{folds}, {seeds} seeds",
+        f"{experiment.name} on {data.name}: {len(data.test_rows.unique())} test examples{folds}, {seeds} seeds",
         experiment.question,
         "",
         outcome.table,
@@ -320,17 +347,17 @@ def render(experiment: Experiment, data: FoldedDataset, seeds: int, outcome: Out
 
 
 def contrast_table(contrasts: Sequence[Contrast]) -> str:
-    """One line per contrast: estimate, 95 % interval, Holm's p, verdict, seeds needed."""
+    """One line per contrast: estimate, 95 % interval, p, the two statements, power, verdict."""
     width = max((len(c.name) for c in contrasts), default=0)
-    lines = [
-        f"{'contrast (positive: as claimed)':{width}}  estimate [95 % interval]     p (Holm)  seeds needed  verdict"
-    ]
+    head = f"{'contrast (positive: as claimed)':{width}}  estimate [95 % interval]     p       "
+    lines = [f"{head}there is     it matters   power  verdict"]
     for c in contrasts:
-        needed = "-" if c.seeds < 2 else "no number" if c.seeds_needed is None else str(c.seeds_needed)
+        verdict = c.verdict if c.decides else f"({c.verdict})"
         lines.append(
-            f"{c.name:{width}}  {c.estimate:+.4f} [{c.low:+.4f}, {c.high:+.4f}]  {c.p_holm:8.4f}  "
-            f"{needed:>12}  {c.verdict} (effect of interest {c.effect:g})"
+            f"{c.name:{width}}  {c.estimate:+.4f} [{c.low:+.4f}, {c.high:+.4f}]  {c.p_corrected:6.4f}  {c.exists:11}"
+            f"  {c.matters:11}  {c.power:4.2f}  {verdict} (of interest: {c.effect:g})"
         )
+    lines.append("power: of finding an effect of interest of that size; in brackets: does not decide")
     return "\n".join(lines)
 
 

@@ -22,7 +22,7 @@ from experiments.experiment import SCORE_EFFECT, Experiment, Outcome, Run, contr
 from mmfusion.data.folds import FoldedDataset
 from mmfusion.metrics.format import mean_std
 from mmfusion.metrics.scores import example_scores
-from mmfusion.metrics.statistics import Contrast, Difference, Verdict, combine
+from mmfusion.metrics.verdicts import Contrast, Difference, Verdict, combine
 from mmfusion.models.decomposition import contributions, imbalance, variance_shares
 from mmfusion.training.grid import Grid, Setting, per_example
 

@@ -28,7 +28,7 @@ from experiments.experiment import Experiment, Options, Outcome, Run, contrasts_
 from mmfusion.data.folds import FoldedDataset
 from mmfusion.errors import InputError, check_numbers
 from mmfusion.metrics.format import mean_std
-from mmfusion.metrics.statistics import Difference, combine
+from mmfusion.metrics.verdicts import Difference, combine
 from mmfusion.models.alignment import AlignmentEnsemble
 from mmfusion.training.align import AlignmentTraining, Weighting, align
 

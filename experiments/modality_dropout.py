@@ -26,7 +26,7 @@ from experiments.experiment import SCORE_EFFECT, Experiment, Outcome, Run, contr
 from mmfusion.data.folds import FoldedDataset, targets
 from mmfusion.files import write_safetensors
 from mmfusion.metrics.scores import example_scores
-from mmfusion.metrics.statistics import Contrast, Difference, Verdict, combine
+from mmfusion.metrics.verdicts import Contrast, Difference, Verdict, combine
 from mmfusion.training.grid import JWAE, Grid, Setting, per_example, select
 
 RANK = 4

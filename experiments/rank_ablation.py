@@ -1,118 +1,183 @@
-"""Does a low rank generalise better? Ranks 1 to 32, with and without jWAE, and with a fused width that hides the rank.
+"""Does a low rank generalise better? Rank x start x weight decay x step size, with the rank that is really used.
 
-    python -m experiments.rank_ablation --dataset cmu_mosi --data cmu_mosi_utterances.npz
+    python -m experiments.rank_ablation --dataset cmu_mosi --data cmu_mosi_utterances.npz --cross-validate 5 --repeats 3
 
-The prediction is the LMF layer's own output, so R bounds the CP rank of the interaction. The control with a fused width
-(16 LMF outputs and a linear layer) has an interaction of rank up to 16 R: there the rank says little.
+The prediction is the LMF layer's own output, so R bounds the CP rank of the interaction. Beside each score stands the
+effective rank of the interaction that was learned (mmfusion.models.decomposition.interaction_rank): where it does not
+rise with R, a difference between ranks is not one of rank.
 
-The claim is tested as: with jWAE, ranks 2 to 4 (their mean) score higher on test than rank 1 and than rank 8, and
-rank 8 has a lower training loss than ranks 2 to 4. All three must hold. Where the latents of rank 8 vary in fewer than
-8 effective dimensions there is no verdict: no rank can bind. The recipe was chosen with rank 4.
+Claim, with jWAE, on AUROC or on log loss (regression: MAE or correlation; either will do, corrected for two): ranks 2
+and 4, their mean, do better on test than rank 1 and than rank 8, and rank 8 has a lower training loss than they have.
+
+Controls, which decide nothing. A higher rank moves faster under Adam, so that its last epoch is later in the same
+course: rank 4 over 8 and over 32 at *matched training loss* (rank 4 at its own step size; the other where its training
+loss, interpolated over four step sizes, is the same) and after temperature scaling on dev; random signs at the start in
+place of balanced ones; weight decay 0 and .1; without jWAE.
 """
+
+from dataclasses import replace
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.experiment import SCORE_EFFECT, Experiment, Outcome, Run, contrasts_on_test, main, verdict_of_rank
+from experiments.experiment import Experiment, Outcome, Run, contrasts_on_test, main, outcomes, verdict_of_rank
 from mmfusion.data.folds import FoldedDataset
 from mmfusion.metrics.format import mean_std
-from mmfusion.metrics.statistics import Difference, combine
-from mmfusion.training.grid import JWAE, PLAIN, Grid, Setting
+from mmfusion.metrics.outcomes import EFFECTS, PRIMARY, WORDS
+from mmfusion.metrics.scores import example_losses
+from mmfusion.metrics.verdicts import Difference, verdict_of
+from mmfusion.models.decomposition import interaction_rank
+from mmfusion.models.exact import exact_layer, latents_of
+from mmfusion.training.grid import JWAE, PLAIN, Grid, Setting, by_fold, by_repeat, per_example
 
-RANKS = (1, 2, 3, 4, 6, 8, 16, 32)
-LOW = (2, 3, 4)  # the ranks that the claim favours
-FUSED_DIM = 16
-DECAYS = (0.1, 1.0, 30.0)  # of the control at the largest rank, beside the recipe's
+RANKS = (1, 2, 4, 8, 32)
+LOW = (2, 4)  # the ranks that the claim favours
+DECAYS = (0.0, 0.1)
+STEPS = (0.25, 0.5, 2.0)  # times the recipe's learning rate
+COMPARED = (8, 32)  # with rank 4, at matched training loss
 LOSS_EFFECT = 0.05  # smallest ratio of training losses of interest: 5 %
-KINDS = {"jWAE": JWAE, "plain": PLAIN}
+
+
+def settings_of() -> list[Setting]:
+    """All rows that share the recipe's step size."""
+    rows = [Setting(f"jWAE, rank {rank}", rank, JWAE) for rank in RANKS]
+    rows += [Setting(f"plain, rank {rank}", rank, PLAIN) for rank in RANKS]
+    rows += [Setting(f"random start, rank {rank}", rank, JWAE, start="random") for rank in (*LOW, 8)]
+    return rows + [Setting(f"decay {d:g}, rank {rank}", rank, JWAE, d) for d in DECAYS for rank in (4, 8)]
 
 
 def measure(data: FoldedDataset, run: Run) -> Outcome:
-    """Train the grid and its fused-width control; contrasts are paired over seeds and test examples."""
-    settings = [Setting(f"{kind}, rank {rank}", rank, terms) for kind, terms in KINDS.items() for rank in RANKS]
-    settings += [Setting(f"decay {decay:g}, rank {RANKS[-1]}", RANKS[-1], JWAE, decay) for decay in DECAYS]
-    grid = run.grid(data, settings, "rank")
-    fused = run.grid(
-        data, [Setting(f"fused, rank {rank}", rank, JWAE) for rank in RANKS], "rank fused", fused_dim=FUSED_DIM
-    )
-    columns = summary(grid) | summary(fused)
-    named = differences(grid, fused)
-    effects = {name: LOSS_EFFECT if "training loss" in name else SCORE_EFFECT for name in named}
+    """Train all rows, rank by rank at other step sizes too; contrasts are paired over seeds and examples."""
+    grid = run.grid(data, settings_of(), "rank")
+    recipe = run.options.recipe(data.task)
+    paced = {1.0: grid}
+    for step in STEPS:
+        rows = [Setting(f"jWAE, rank {rank}", rank, JWAE) for rank in COMPARED]
+        faster = replace(recipe, learning_rate=step * recipe.learning_rate)
+        paced[step] = run.grid(data, rows, f"rank step {step:g}", faster)
+    named, effects = differences(grid, paced)
     contrasts = contrasts_on_test(data, named, effects)
-    verdict = combine([c.verdict for c in contrasts if c.decides], "all")
-    verdict, bound = verdict_of_rank(grid, "jWAE, rank 8", verdict)
-    best = max(RANKS, key=lambda rank: columns[f"jWAE, rank {rank}"]["test score"].mean())
+    verdict, bound = verdict_of_rank(grid, "jWAE, rank 8", verdict_of(contrasts))
+    columns = summary(grid)
+    first = PRIMARY[data.task][0]
+    best = max(RANKS, key=lambda rank: columns[f"jWAE, rank {rank}"][WORDS[first]].mean())
     least = min(RANKS, key=lambda rank: columns[f"jWAE, rank {rank}"]["train loss"].mean())
-    answer = (
-        f"With jWAE the best mean test score is at rank {best}, the lowest training loss at rank {least}; "
-        f"ranks 2-4 against rank 1: {contrasts[0].estimate:+.3f} [{contrasts[0].low:+.3f}, {contrasts[0].high:+.3f}], "
-        f"against rank 8: {contrasts[1].estimate:+.3f} [{contrasts[1].low:+.3f}, {contrasts[1].high:+.3f}]."
-        f"{bound}"
-    )
-    numbers = {label: {name: list(map(float, v)) for name, v in cells.items()} for label, cells in columns.items()}
+    shown = "; ".join(f"{c.name} {c.estimate:+.3f} [{c.low:+.3f}, {c.high:+.3f}]" for c in contrasts if c.decides)
     return Outcome(
         table(data, columns),
         contrasts,
         verdict,
-        answer,
-        numbers,
+        f"Best mean {WORDS[first]} at rank {best}, lowest training loss at rank {least}; {shown}.{bound}",
+        columns,
         lambda figure: draw(figure, data, columns),
         (13, 4.2),
     )
 
 
 def summary(grid: Grid) -> dict[str, dict[str, np.ndarray]]:
-    """{setting: {column: (S,)}}: loss and score in every part, and the ranking score on test."""
-    columns: dict[str, dict[str, np.ndarray]] = {setting.label: {} for setting in grid.settings}
-    for part in ("train", "dev", "test"):
-        losses, scores = grid.losses(part).mean(-1), grid.scores(part).mean(-1)  # (P, S)
-        for p, setting in enumerate(grid.settings):
-            columns[setting.label] |= {f"{part} loss": losses[p], f"{part} score": scores[p]}
+    """{setting: {column: (S * repeats,)}}: outcomes on test as they are, losses, the rank that is used."""
+    data, columns = grid.data, {}
+    of = {name: by_repeat(data, values) for name, values in outcomes(grid).items()}
+    losses = {part: by_repeat(data, grid.losses(part), part) for part in ("train", "test")}
+    for p, setting in enumerate(grid.settings):
+        columns[setting.label] = {WORDS[name]: np.abs(values[p]) for name, values in of.items()}
+        columns[setting.label] |= {f"{part} loss": values[p] for part, values in losses.items()}
+        columns[setting.label]["rank used"] = by_repeat(data, used_ranks(grid, p))
     return columns
 
 
-def differences(grid: Grid, fused: Grid) -> dict[str, Difference]:
-    """Contrasts as the claim orients them: (S, n) over test examples; (S,) log ratios of training losses."""
+def used_ranks(grid: Grid, place: int) -> np.ndarray:
+    """(S, F): effective rank of each member's interaction on its own training part; 0 of a single modality."""
+    folds = grid.data.folds
+    found = []
+    for k, model in enumerate(grid.members([place])):
+        rows = folds[k % len(folds)].train
+        latents = latents_of(model, {name: x[rows] for name, x in grid.data.pool.features.items()})
+        found.append(interaction_rank(exact_layer(model), latents) if len(latents) > 1 else 0.0)
+    return np.reshape(found, (len(grid.seeds), len(folds)))
+
+
+# ---- contrasts ---------------------------------------------------------------------------------------------------
+
+
+def differences(grid: Grid, paced: dict[float, Grid]) -> tuple[dict[str, Difference], dict[str, float]]:
+    """Contrasts as the claim orients them, with the effect of interest of each."""
+    data = grid.data
     named: dict[str, Difference] = {}
-    scores, losses = grid.scores(), np.log(grid.losses("train").mean(-1))  # a ratio means the same on every dataset
-    for kind in KINDS:
-        of = {rank: scores[grid.index(f"{kind}, rank {rank}")] for rank in RANKS}
-        loss = {rank: losses[grid.index(f"{kind}, rank {rank}")] for rank in RANKS}
-        low, own = np.mean([of[rank] for rank in LOW], axis=0), kind == "jWAE"  # the claim is about jWAE-LMF
-        named[f"{kind}: ranks 2-4 over rank 1"] = Difference(
-            low - of[1], "ranks 2 to 4 score higher on test than rank 1", own
-        )
-        named[f"{kind}: ranks 2-4 over rank 8"] = Difference(
-            low - of[8], "ranks 2 to 4 score higher on test than rank 8", own
-        )
-        named[f"{kind}: training loss of 2-4 over 8"] = Difference(
-            np.mean([loss[rank] for rank in LOW], axis=0) - loss[8],
-            "rank 8 has a lower training loss than ranks 2 to 4 (difference of logarithms)",
-            own,
-        )
-    for decay in DECAYS:
-        controlled = scores[grid.index(f"decay {decay:g}, rank {RANKS[-1]}")]
-        low = np.mean([scores[grid.index(f"jWAE, rank {rank}")] for rank in LOW], axis=0)
-        named[f"ranks 2-4 over rank 32, decay {decay:g}"] = Difference(
-            low - controlled,
-            f"ranks 2 to 4 score higher than rank 32 with weight decay {decay:g}",
-            False,
-        )
-    narrow = scores[grid.index("jWAE, rank 4")] - scores[grid.index("jWAE, rank 1")]
-    wide = fused.scores()[fused.index("fused, rank 4")] - fused.scores()[fused.index("fused, rank 1")]
-    named["gain of rank 4 over 1, less with fused width"] = Difference(
-        narrow - wide,
-        "rank 4 gains more over rank 1 where the output is the prediction than behind a fused width",
-        False,
-    )
-    return named
+    effects: dict[str, float] = {}
+
+    def add(name: str, values: np.ndarray, claim: str, effect: float, route: str | None = None) -> None:
+        named[name], effects[name] = Difference(values, claim, route is not None, route or ""), effect
+
+    # a ratio means the same on every data set
+    losses = np.log(by_fold(data, grid.losses("train"), "train"))
+    for outcome in PRIMARY[data.task]:
+        values, effect, word = grid.outcome(outcome), EFFECTS[outcome], WORDS[outcome]
+        for kind in ("jWAE", "plain"):
+            of = {rank: values[grid.index(f"{kind}, rank {rank}")] for rank in RANKS}
+            low = np.mean([of[rank] for rank in LOW], axis=0)
+            for rank in (1, 8):
+                text = f"ranks 2, 4 do better than rank {rank} ({word})"
+                add(f"{kind}, {word}: low over rank {rank}", low - of[rank], text, effect, _route(kind, word))
+            loss = {rank: losses[grid.index(f"{kind}, rank {rank}")] for rank in RANKS}
+            more = np.mean([loss[rank] for rank in LOW], axis=0) - loss[8]
+            text = "rank 8 has a lower training loss than ranks 2, 4 (difference of logarithms)"
+            add(f"{kind}, {word}: training loss of low over 8", more, text, LOSS_EFFECT, _route(kind, word))
+        for text, rows in (
+            ("random start", [f"random start, rank {r}" for r in (*LOW, 8)]),
+            *((f"decay {d:g}", [f"decay {d:g}, rank {r}" for r in (4, 8)]) for d in DECAYS),
+        ):
+            of_rows = values[[grid.index(row) for row in rows]]
+            gain = of_rows[:-1].mean(0) - of_rows[-1]
+            add(f"{text}, {word}: low over rank 8", gain, f"so they do with {text}", effect)
+        lottery = values[grid.index("jWAE, rank 4")] - values[grid.index("random start, rank 4")]
+        add(f"{word}: balanced over random start, rank 4", lottery, "balanced signs do better", effect)
+        for rank in COMPARED:
+            gain = by_fold(data, values[grid.index("jWAE, rank 4")]) - at_matched_loss(grid, paced, rank, outcome)
+            text = f"rank 4 does better than rank {rank} at its training loss"
+            add(f"{word}: rank 4 over {rank}, matched training loss", gain, text, effect)
+    if data.task != "regression":
+        tempered = -per_example(data, grid.tempered(), "test", example_losses)
+        for rank in COMPARED:
+            gain = tempered[grid.index("jWAE, rank 4")] - tempered[grid.index(f"jWAE, rank {rank}")]
+            text = f"rank 4 has the lower log loss than rank {rank}, both tempered"
+            add(f"log loss: rank 4 over {rank}, temperature scaled", gain, text, EFFECTS["log_loss"])
+    return named, effects
+
+
+def _route(kind: str, outcome: str) -> str | None:
+    """The claim is about jWAE-LMF, on either outcome."""
+    return outcome if kind == "jWAE" else None
+
+
+def at_matched_loss(grid: Grid, paced: dict[float, Grid], rank: int, outcome: str) -> np.ndarray:
+    """(S, F): a rank's outcome where its training loss is that of rank 4, interpolated over the step sizes.
+
+    Beyond the losses that the step sizes reach, that of the nearest one.
+    """
+    data, label = grid.data, f"jWAE, rank {rank}"
+    wanted = np.log(by_fold(data, grid.losses("train")[grid.index("jWAE, rank 4")], "train"))
+    reached, values = [], []
+    for one in paced.values():
+        place = one.index(label)
+        reached.append(np.log(by_fold(data, one.losses("train")[place], "train")))
+        values.append(by_fold(data, one.outcome(outcome)[place]))
+    reached, values = np.stack(reached, -1), np.stack(values, -1)  # (S, F, steps)
+    matched = np.empty_like(wanted)
+    for place in np.ndindex(wanted.shape):
+        order = np.argsort(reached[place])
+        matched[place] = np.interp(wanted[place], reached[place][order], values[place][order])
+    return matched
+
+
+# ---- text and figure ---------------------------------------------------------------------------------------------
 
 
 def table(data: FoldedDataset, columns: dict[str, dict[str, np.ndarray]]) -> str:
     """Fixed-width: one line per setting, mean +- std over seeds."""
     names = list(next(iter(columns.values())))
     width = max(map(len, columns))
-    lines = [f"score: {data.score_name}; loss: {data.loss_name}; mean +- std over seeds"]
+    lines = [f"loss: {data.loss_name}; rank used: effective rank of the interaction; mean +- std over seeds"]
     lines.append(f"{'':{width}}" + "".join(f"  {name:>16}" for name in names))
     for label, cells in columns.items():
         lines.append(f"{label:{width}}" + "".join(f"  {mean_std(cells[name]):>16}" for name in names))
@@ -120,29 +185,20 @@ def table(data: FoldedDataset, columns: dict[str, dict[str, np.ndarray]]) -> str
 
 
 def draw(figure: Figure, data: FoldedDataset, columns: dict[str, dict[str, np.ndarray]]) -> None:
-    """Three panels over the rank: training loss, test loss, test score; band: standard deviation over seeds."""
-    axes = figure.subplots(1, 3)
-    panels = {
-        "train loss": f"training {data.loss_name}",
-        "test loss": f"test {data.loss_name}",
-        "test score": f"test {data.score_name}",
-    }
-    kinds = {
-        "jWAE": ("jWAE-LMF", "C0"),
-        "plain": ("LMF without jWAE", "C1"),
-        "fused": (f"jWAE, width {FUSED_DIM}", "C2"),
-    }
-    for axis, (name, label) in zip(axes, panels.items(), strict=True):
-        for kind, (legend, color) in kinds.items():
+    """Over the rank: training loss, both primary outcomes, the rank that is used; band: std over seeds."""
+    names = ["train loss", *(WORDS[name] for name in PRIMARY[data.task]), "rank used"]
+    for axis, name in zip(figure.subplots(1, len(names)), names, strict=True):
+        for kind, legend, color in (("jWAE", "jWAE-LMF", "C0"), ("plain", "LMF without jWAE", "C1")):
             values = np.array([columns[f"{kind}, rank {rank}"][name] for rank in RANKS])  # (ranks, S)
-            mean, std = values.mean(1), values.std(1, ddof=1)
+            mean, std = values.mean(1), values.std(1, ddof=1) if values.shape[1] > 1 else 0.0
             axis.plot(RANKS, mean, "o-", color=color, label=legend, markersize=4)
             axis.fill_between(RANKS, mean - std, mean + std, color=color, alpha=0.15, linewidth=0)
         axis.set_xscale("log", base=2)
         axis.set_xticks(RANKS, [str(rank) for rank in RANKS])
         axis.minorticks_off()
-        axis.set(title=label, xlabel="rank R")
-    axes[0].legend(frameon=False)
+        axis.set(title=name if name in ("train loss", "rank used") else f"test {name}", xlabel="rank R")
+    figure.axes[-1].plot(RANKS, RANKS, ":", color="0.6", label="R itself")
+    figure.axes[-1].legend(frameon=False)
     figure.suptitle(f"{data.name}: rank ablation (mean and standard deviation over seeds)")
 
 

@@ -35,7 +35,7 @@ from experiments.experiment import (
 from mmfusion.data.folds import FoldedDataset, only
 from mmfusion.metrics.format import mean_std
 from mmfusion.metrics.scores import example_scores
-from mmfusion.metrics.statistics import Difference, combine
+from mmfusion.metrics.verdicts import Difference, combine
 from mmfusion.models.fusion import FusionModel
 from mmfusion.robustness.certificates import feature_path, gelu_slope, pair_norm
 from mmfusion.robustness.corruptions import add_noise

@@ -12,7 +12,7 @@ from mmfusion.files import write_atomically, write_text
 from mmfusion.runs.folder import PACKAGES, installed_version
 from mmfusion.runs.outputs import plain_cell
 
-COLUMNS = ("name", "claim", "estimate", "low", "high", "p", "p_holm", "effect", "seeds", "examples", "seeds_needed")
+COLUMNS = ("name", "claim", "estimate", "low", "high", "p", "p_corrected", "effect", "exists", "matters", "power")
 SHOWN_FIRST = ("mustard", "cmu_mosi", "pom", "mmmo", "hateful_memes", "digits", "demo", "synthetic")
 """the dataset whose figure stands for a question in RESULTS.md: the first that was run"""
 RULES = """\
@@ -142,7 +142,7 @@ def page(one: Finished) -> str:
         *([f"- the run: `{one.models}`"] if one.models else []),
         *(f"- {note}" for note in results["notes"]),
         "",
-        "| contrast (positive: as claimed) | estimate | 95 % interval | p (Holm) | decides | verdict |",
+        "| contrast (positive: as claimed) | estimate | 95 % interval | p | decides | verdict |",
         "|---|---|---|---|---|---|",
         *map(_contrast_row, results["contrasts"]),
         "",
@@ -158,7 +158,7 @@ def page(one: Finished) -> str:
 def _contrast_row(contrast: dict) -> str:
     return (
         f"| {contrast['name']} | {contrast['estimate']:+.4f} | [{contrast['low']:+.4f}, {contrast['high']:+.4f}] "
-        f"| {contrast['p_holm']:.4f} | {'yes' if contrast['decides'] else ''} | {contrast['verdict']} |"
+        f"| {contrast['p_corrected']:.4f} | {'yes' if contrast['decides'] else ''} | {contrast['verdict']} |"
     )
 
 

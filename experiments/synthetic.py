@@ -11,7 +11,7 @@ The additive row is the sum of the logits of two models, of one modality each. W
 (accuracy - chance) / (best accuracy - chance).
 
 Verdict: on "synergy" jWAE-LMF scores higher than the additive row, by the common rule. On "shared" (control) it must
-not: where it does, the additive row is badly trained there too, and the gap is not one of synergy: too few data.
+not: where it does, the additive row is badly trained there too, and the gap is not one of synergy: cannot tell.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ from mmfusion.data.synthetic_truth import PARTS, truth
 from mmfusion.errors import InputError
 from mmfusion.metrics.format import mean_std
 from mmfusion.metrics.scores import example_scores
-from mmfusion.metrics.statistics import Contrast, Difference, Verdict, corrected_contrasts
+from mmfusion.metrics.verdicts import Contrast, Difference, Verdict, corrected_contrasts
 from mmfusion.training.grid import JWAE, PLAIN, Setting, per_example
 
 RANK = 4
@@ -129,7 +129,7 @@ def judged(contrasts: Sequence[Contrast]) -> tuple[Verdict, list[str]]:
     """The verdict of the synergy contrast, unless the control shows that the additive row is simply worse."""
     synergy, control = contrasts[:2]
     if control.verdict == "supported":
-        return "too few data", [
+        return "cannot tell", [
             f"the control failed: where a sum is enough the additive row is worse by {control.estimate:.3f}, so that "
             "its gap on synergy may be one of training"
         ]

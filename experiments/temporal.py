@@ -29,8 +29,8 @@ from experiments.token_rows import Row, Trained, predictions_on_test, scores_on_
 from mmfusion.data.folds import FoldedDataset, targets
 from mmfusion.errors import InputError
 from mmfusion.metrics.format import mean_std
-from mmfusion.metrics.statistics import Difference, combine
 from mmfusion.metrics.tasks import probabilities, task_scores
+from mmfusion.metrics.verdicts import Difference, combine
 from mmfusion.models.token_ensemble import TokenConfig
 from mmfusion.runs.tokens import part_shares
 from mmfusion.sequences import Sequences
@@ -107,7 +107,7 @@ def measure(data: FoldedDataset, run: Run) -> Outcome:
     ]
     if gain < 0.1:
         notes.append("the control gained less than .1: these settings could not have shown that time matters")
-        verdict = "too few data"
+        verdict = "cannot tell"
     return Outcome(
         table(data, found),
         contrasts,

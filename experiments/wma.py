@@ -47,8 +47,8 @@ from mmfusion.data.folds import FoldedDataset, target_scale
 from mmfusion.dataset import take
 from mmfusion.errors import InputError, check_numbers
 from mmfusion.metrics.format import mean_std
-from mmfusion.metrics.statistics import Difference, combine
 from mmfusion.metrics.tasks import selection_score
+from mmfusion.metrics.verdicts import Difference, combine
 from mmfusion.models.token_ensemble import TokenConfig
 from mmfusion.runs.tokens import measure_tokens
 from mmfusion.sequences import Sequences
@@ -131,7 +131,7 @@ def measure(data: FoldedDataset, run: Run) -> Outcome:
     verdict = combine([c.verdict for c in deciding], "all")
     if gains[DROPPED] < SCORE_EFFECT:
         notes.append("in the control modality dropout gained nothing: these settings could not have shown a gain")
-        verdict = "too few data"
+        verdict = "cannot tell"
     lost = scores[ALONE]["clean"].mean() - scores[ALONE]["noise"].mean()
     if lost < 0.01:
         notes.append(f"the noise costs the transformer {lost:.3f}: there is next to nothing for the term to mend")

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from mmfusion.data.folds import constant_predictions, fold_datasets, only, targets, with_dev_in_training
+from mmfusion.data.folds import (
+    constant_predictions,
+    cross_validated,
+    fold_datasets,
+    only,
+    targets,
+    with_dev_in_training,
+)
 from mmfusion.dataset import Dataset, Split, Task, hold_out, take
 from mmfusion.errors import InputError
 
@@ -155,3 +162,37 @@ def test_output_that_never_varies_has_scale_one():
         part.target[:, 1] = 5
     data = fold_datasets([Dataset("toy", "regression", parts, "dev")])
     assert data.target_scale[1] == 1 and data.target_scale[0] > 1
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_cross_validation_tests_every_example_once_a_repeat_and_keeps_groups_whole(grouped):
+    several = [split(names(a, b)) for a, b in ((0, 120), (120, 140), (140, 200))]
+    if not grouped:
+        several = [replace(one, metadata={}) for one in several]
+    data = fold_datasets([dataset(train=several[0], dev=several[1], test=several[2])])
+    made = cross_validated(data, 5, 3)
+    assert (len(made.folds), made.repeats, sum(made.cut.sizes)) == (15, 3, 600)
+    group = made.pool.metadata.get("group")
+    for fold in made.folds:
+        parts = [set(part.tolist()) for part in fold]
+        assert set().union(*parts) == set(range(200)) and sum(map(len, parts)) == 200
+        assert min(map(len, parts)) >= 15
+        if grouped:
+            found = [{group[row] for row in part} for part in parts]
+            assert not found[0] & found[2] and not found[0] & found[1] and not found[1] & found[2]
+        else:
+            assert all(0.4 < made.pool.target[part].mean() < 0.6 for part in fold)
+    for repeat in range(3):
+        tested = torch.cat([fold.test for fold in made.folds[5 * repeat : 5 * repeat + 5]])
+        assert sorted(tested.tolist()) == list(range(200))
+    assert not torch.equal(made.folds[0].test, made.folds[5].test)
+    again = [torch.cat(list(fold)) for fold in cross_validated(data, 5, 3).folds]
+    assert all(torch.equal(torch.cat(list(a)), b) for a, b in zip(made.folds, again, strict=True))
+    assert made.cut.ratio == pytest.approx(np.mean([len(f.test) / len(f.train) for f in made.folds]))
+    assert data.cut is None
+
+
+def test_cross_validation_needs_enough_groups_or_examples():
+    data = fold_datasets([dataset(train=split(names(0, 30)), dev=split(names(30, 40)), test=split(names(40, 60)))])
+    with pytest.raises(InputError, match="--cross-validate 11: toy has 10"):
+        cross_validated(data, 11)

@@ -24,12 +24,12 @@ from experiments.modality_balance import (
 from lmf_module import LowRankMultimodalFusion
 from mmfusion.data.folds import FoldedDataset
 from mmfusion.dataset import Fold, Split
-from mmfusion.metrics.statistics import Contrast
+from mmfusion.metrics.verdicts import Difference, corrected_contrasts
 from mmfusion.models.decomposition import contributions, imbalance, variance_shares
 from mmfusion.models.fusion import FusionModel
 from mmfusion.training.grid import JWAE, Recipe, Setting, outputs_of, train_grid
 
-VERDICTS = ("supported", "not supported", "too few data", "not identified")
+VERDICTS = ("supported", "not supported", "cannot tell", "not identified")
 EXAMPLES = 90
 
 
@@ -46,7 +46,8 @@ def small_study(names=("audio", "text"), outputs=None, folds=1, seed=0):
 
 
 def contrast(name, verdict):
-    return Contrast(name, name, 0.1, 0.0, 0.2, 0.01, 0.01, 0.01, 2, 10, 1, verdict)
+    (made,) = corrected_contrasts({name: Difference(np.arange(9.0), name)}, 0.01)
+    return replace(made, verdict=verdict)
 
 
 # ---- contributions -----------------------------------------------------------------------------------------------
@@ -185,9 +186,9 @@ def test_verdict_needs_the_balance_and_one_pair():
     single = replace(contrast(OVER_SINGLE, "not supported"), decides=False)  # has no say
     for balance, pairs, expected in (
         ("supported", ("not supported", "supported"), "supported"),
-        ("supported", ("not supported", "too few data"), "too few data"),
+        ("supported", ("not supported", "cannot tell"), "cannot tell"),
         ("not supported", ("supported",), "not supported"),
-        ("too few data", (), "too few data"),
+        ("cannot tell", (), "cannot tell"),
         ("supported", (), "supported"),
     ):
         made = [contrast(BALANCE, balance), *(contrast(str(k), v) for k, v in enumerate(pairs)), single]

@@ -33,7 +33,7 @@ from mmfusion.dataset import Fold, Split
 from mmfusion.models.fusion import FusionModel
 from mmfusion.training.grid import Grid, Setting, outputs_of, select
 
-VERDICTS = ("supported", "not supported", "too few data", "not identified")
+VERDICTS = ("supported", "not supported", "cannot tell", "not identified")
 EXAMPLES = 90
 
 

@@ -1,4 +1,4 @@
-"""Bootstrap, correction and verdicts against SciPy, a simulated two-way model and what is known exactly."""
+"""Intervals against SciPy, a simulated two-way model, simulated folds and what is known exactly."""
 
 import warnings
 
@@ -7,20 +7,14 @@ import pytest
 from scipy import stats
 
 from mmfusion.metrics.statistics import (
-    Contrast,
-    Difference,
-    combine,
-    corrected_contrasts,
     crossed_bootstrap,
     grouped,
-    holm,
-    judge,
+    power_at,
+    resampled_student,
     seeds_needed,
     student,
     variance_components,
 )
-
-VERDICTS = ("not identified", "not supported", "too few data", "supported")
 
 
 def two_way(rng, seeds, examples, mean=0.0, seed_std=1.0, example_std=1.0, interaction_std=1.0):
@@ -134,20 +128,6 @@ def test_unfit_differences_are_an_error(differences, message):
         crossed_bootstrap(differences)
 
 
-def test_holm_equals_a_worked_example():
-    # sorted .01 .02 .03 .04 times 4 3 2 1 = .04 .06 .06 .04, made monotone .04 .06 .06 .06
-    np.testing.assert_allclose(holm([0.04, 0.01, 0.03, 0.02]), [0.06, 0.04, 0.06, 0.06])
-    np.testing.assert_allclose(holm([0.5, 0.9, 0.001]), [1.0, 1.0, 0.003])
-    assert holm([0.03]).tolist() == [0.03]
-    assert holm([]).size == 0
-
-
-@pytest.mark.parametrize("p", [[0.1, np.nan], [1.1], [-0.1], [[0.1]]])
-def test_holm_refuses_what_is_no_vector_of_probabilities(p):
-    with pytest.raises(ValueError, match="p-values"):
-        holm(p)
-
-
 def test_variance_components_are_those_of_the_simulated_model():
     rng = np.random.default_rng(6)
     found = [variance_components(two_way(rng, 12, 60, 0.4, seed_std=0.5, interaction_std=1.5)) for _ in range(300)]
@@ -197,82 +177,6 @@ def test_seeds_needed_refuses_one_seed_and_no_effect(differences, effect):
         seeds_needed(differences, effect)
 
 
-@pytest.mark.parametrize(
-    "estimate, low, high, p_holm, verdict",
-    [
-        (0.05, 0.03, 0.07, 0.001, "supported"),
-        (0.018, 0.015, 0.021, 0.001, "supported"),  # effects that matter are not ruled out
-        (-0.05, -0.07, -0.03, 0.001, "not supported"),
-        (0.01, 0.005, 0.015, 0.001, "not supported"),  # certain, and certainly too small to matter
-        (0.0, -0.01, 0.01, 0.9, "not supported"),  # an interval around 0 that is narrow enough
-        (-0.02, -0.05, 0.01, 0.3, "not supported"),
-        (0.01, -0.03, 0.05, 0.5, "too few data"),
-        (0.05, 0.001, 0.1, 0.06, "too few data"),  # the interval excludes 0, but not after Holm's correction
-        (-0.01, -0.06, 0.04, 0.5, "too few data"),
-        (0.01, -0.001, 0.02, 0.5, "too few data"),  # high == effect is not ruled out
-        (0.0, -0.1, 0.1, 0.01, "too few data"),  # significant in neither direction
-    ],
-)
-def test_verdict_follows_the_written_rule(estimate, low, high, p_holm, verdict):
-    assert judge(estimate, low, high, p_holm, effect=0.02) == verdict
-
-
-@pytest.mark.parametrize(
-    "arguments", [(0, -1, 1, 0.5, 0), (np.nan, -1, 1, 0.5, 1), (0, 1, -1, 0.5, 1), (0, -1, 1, np.nan, 1)]
-)
-def test_no_verdict_without_numbers(arguments):
-    with pytest.raises(ValueError):
-        judge(*arguments)
-
-
-def test_contrasts_are_corrected_together_and_judged_each():
-    rng = np.random.default_rng(9)
-    named = {
-        "better": Difference(rng.normal(0.5, 1, (8, 200)), "A is better"),
-        "worse": Difference(rng.normal(-0.5, 1, (8, 200)), "B is better"),
-        "same": Difference(rng.normal(0, 0.1, (8, 200)), "C is better"),
-        "unknown": Difference(rng.permutation([4.0, -4.0, 3.0, -3.0, 2.0, -2.0, 1.0, 0.0]), "D is better"),
-    }
-    made = corrected_contrasts(named, 0.1, seed=3)
-    assert [c.name for c in made] == list(named)
-    assert [c.verdict for c in made] == ["supported", "not supported", "not supported", "too few data"]
-    np.testing.assert_allclose([c.p_holm for c in made], holm([c.p for c in made]))
-    assert [c.p for c in made] != [c.p_holm for c in made]
-    assert (made[3].seeds, made[3].examples, made[0].seeds, made[0].examples) == (8, 1, 8, 200)
-    assert made[0].seeds_needed == seeds_needed(named["better"][0], 0.1)
-    first = crossed_bootstrap(named["better"][0], seed=3)
-    assert (made[0].estimate, made[0].low, made[0].high, made[0].p) == (
-        first.estimate,
-        first.low,
-        first.high,
-        first.p,
-    )
-
-
-def test_contrasts_take_an_effect_per_name_and_one_seed():
-    d = np.random.default_rng(10).normal(0.3, 1, (1, 400))
-    small, large = corrected_contrasts({"a": Difference(d, "x"), "b": Difference(d, "x")}, {"a": 0.1, "b": 5.0})
-    assert isinstance(small, Contrast)
-    assert (small.verdict, large.verdict) == ("supported", "not supported")
-    assert (small.effect, large.effect, small.seeds, small.seeds_needed) == (0.1, 5.0, 1, None)
-    with pytest.raises(ValueError, match="b"):
-        corrected_contrasts({"a": Difference(d, "x"), "b": Difference(d, "x")}, {"a": 0.1})
-    with pytest.raises(ValueError, match=r"'a'.*NaN"):
-        corrected_contrasts({"a": Difference(np.array([[np.nan, 1.0]]), "x")}, 0.1)
-
-
-def test_combination_takes_the_weakest_or_the_strongest_part():
-    for i, one in enumerate(VERDICTS):
-        assert combine([one], "all") == combine([one], "any") == one
-        for j, other in enumerate(VERDICTS):
-            unidentified = "not identified" in (one, other)
-            assert combine([one, other], "all") == VERDICTS[min(i, j)]
-            assert combine([one, other], "any") == VERDICTS[0 if unidentified else max(i, j)]
-    for verdicts, how in (([], "all"), (["perhaps"], "all"), (["supported"], "most")):
-        with pytest.raises(ValueError):
-            combine(verdicts, how)
-
-
 def test_student_is_scipys_t_test_and_keeps_its_level_for_few_seeds():
     d = np.random.default_rng(11).normal(0.2, 1, 6)
     test = stats.ttest_1samp(d, 0.0)
@@ -296,3 +200,56 @@ def test_groups_keep_the_mean_and_widen_the_interval_of_examples_that_are_alike(
     alone, by_group = crossed_bootstrap(d), crossed_bootstrap(pooled)
     assert by_group.high - by_group.low > 2 * (alone.high - alone.low)
     assert grouped(d, None) is d
+
+
+@pytest.mark.parametrize("seeds", [1, 6])
+def test_clusters_are_drawn_whole_and_weigh_by_their_size(seeds):
+    rng = np.random.default_rng(14)
+    sizes = rng.integers(1, 40, 25)
+    clusters = np.repeat([f"video {g}" for g in range(25)], sizes)
+    d = np.repeat(rng.normal(0, 1, 25), sizes) + rng.normal(0, 0.3, (seeds, len(clusters)))
+    made = crossed_bootstrap(d, clusters=clusters)
+    assert made.estimate == pytest.approx(d.mean())
+    # the ratio of two sums, by hand
+    sums, drawn = np.add.reduceat(d.mean(0), np.r_[0, np.cumsum(sizes)[:-1]]), rng.integers(0, 25, (4000, 25))
+    by_hand = sums[drawn].sum(1) / sizes[drawn].sum(1)
+    assert made.distribution.std() == pytest.approx(by_hand.std(), rel=0.1)
+    assert crossed_bootstrap(d, clusters=list(range(d.shape[1]))).standard_error == pytest.approx(
+        crossed_bootstrap(d).standard_error
+    )
+
+
+def test_resampled_student_is_the_published_formula():
+    d = np.random.default_rng(15).normal(0.3, 1, 15)
+    made = resampled_student(d, 0.25)
+    error = d.std(ddof=1) * (1 / 15 + 0.25) ** 0.5
+    wide, narrow = stats.t.ppf([0.975, 0.95], 14) * error
+    np.testing.assert_allclose(
+        (made.low, made.high, made.low_90, made.high_90),
+        (d.mean() - wide, d.mean() + wide, d.mean() - narrow, d.mean() + narrow),
+    )
+    assert made.p == pytest.approx(2 * stats.t.sf(abs(d.mean()) / error, 14))
+    for values, ratio in ((np.zeros((2, 3)), 0.2), (np.zeros(3), 0.0)):
+        with pytest.raises(ValueError, match="one difference per fold"):
+            resampled_student(values, ratio)
+
+
+def test_resampled_student_keeps_its_level_where_folds_go_together_and_student_does_not():
+    rng, ratio, folds = np.random.default_rng(16), 0.25, 15
+    rho = ratio / (1 + ratio)
+    nulls = rho**0.5 * rng.normal(size=(2000, 1)) + (1 - rho) ** 0.5 * rng.normal(size=(2000, folds))
+    assert np.mean([resampled_student(d, ratio).p < 0.05 for d in nulls]) == pytest.approx(0.05, abs=0.015)
+    assert np.mean([student(d).p < 0.05 for d in nulls]) > 0.25
+
+
+def test_power_is_that_of_simulated_t_tests():
+    rng = np.random.default_rng(17)
+    draws = rng.normal(0.8, 1, (4000, 10))
+    found = np.mean([student(d).low > 0 for d in draws])
+    assert power_at(0.8, 10**-0.5, 9) == pytest.approx(found, abs=0.025)
+    assert power_at(1.96, 1.0, np.inf) == pytest.approx(0.5, abs=1e-3)
+    for freedom in (1, 2, 9):
+        assert power_at(1e6, 1.0, freedom) == pytest.approx(1.0) and power_at(0.0, 1.0, freedom) == pytest.approx(
+            0.025, abs=1e-3
+        )
+    assert (power_at(0.1, 0.0, 9), power_at(0.0, 0.0, 9)) == (1.0, 0.0)

@@ -84,14 +84,14 @@ def test_the_additive_row_is_right_where_the_sum_of_the_single_logits_is(tmp_pat
         ({("synergy", MAIN): 0.8, ("shared", MAIN): 0.9, ("shared", ADDITIVE): 0.9}, "supported"),
         ({("synergy", MAIN): 0.4, ("synergy", ADDITIVE): 0.6}, "not supported"),
         ({}, "not supported"),  # exactly as good, on the same examples
-        ({("synergy", MAIN): 0.8, ("shared", MAIN): 0.9, ("shared", ADDITIVE): 0.7}, "too few data"),
+        ({("synergy", MAIN): 0.8, ("shared", MAIN): 0.9, ("shared", ADDITIVE): 0.7}, "cannot tell"),
     ],
 )
 def test_verdict_follows_the_synergy_contrast_unless_the_control_fails(tmp_path, monkeypatch, accuracy, verdict):
     monkeypatch.setattr(experiment, "scores_on", planted(accuracy))
     outcome = experiment.measure(None, run_in(tmp_path, SyntheticOptions(seeds=3, synthetic_examples=400)))
     assert outcome.verdict == verdict
-    assert bool(outcome.notes) == (verdict == "too few data")
+    assert bool(outcome.notes) == (verdict == "cannot tell")
     json.dumps(outcome.numbers, allow_nan=False)
     outcome.draw(Figure())
     if verdict == "supported":

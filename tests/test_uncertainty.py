@@ -206,7 +206,7 @@ def test_ensemble_is_the_mean_probability_and_never_loses_to_the_mean_member():
 def test_outcome_is_complete_and_json(task, outputs, folds):
     outcome = measured(FakeRun(toy_study(task, outputs, folds)))
     json.dumps(outcome.numbers, allow_nan=False)
-    assert outcome.verdict in ("supported", "not supported", "too few data")
+    assert outcome.verdict in ("supported", "not supported", "cannot tell")
     names = [c.name for c in outcome.contrasts]
     assert set(uncertainty.DECIDING) <= set(names) and "ensemble over member, NLL" in names
     assert len(outcome.numbers["corrupted"]) == 4  # two kinds, two levels; draws are averaged
@@ -267,7 +267,7 @@ def test_undisturbed_copies_are_detected_by_no_disagreement():
 )
 def test_without_its_comparison_the_claim_is_not_judged(change, made, said):
     outcome = measured(replace(FakeRun(), **change), made)
-    assert outcome.verdict == "too few data"
+    assert outcome.verdict == "cannot tell"
     assert any(said in note for note in outcome.notes)
     figure = Figure(figsize=outcome.size, layout="constrained")
     outcome.draw(figure)

@@ -24,7 +24,7 @@ from experiments.prior_strength.latents import latent_columns
 from experiments.prior_strength.report import draw, table
 from mmfusion.data.folds import FoldedDataset
 from mmfusion.metrics.calibration import aurc_parts
-from mmfusion.metrics.statistics import Difference, combine
+from mmfusion.metrics.verdicts import Difference, combine
 from mmfusion.training.grid import JWAE, Grid, Setting
 
 WEIGHTS = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)

@@ -15,7 +15,7 @@ With several outputs everything is done for each output; means over outputs and 
 Verdict: all of (a) components of different seeds, matched, correlate more than permuted ones, (b) for any probe, a
 component tells it beyond what the prediction tells, as an interval over seeds and as a permutation test over examples
 (Holm over the probes; added after a simulation: seeds share the test examples, and without it a probe of pure noise
-passes too often). (b) without probes, and (a) with two seeds, is "too few data"; three or more modalities without
+passes too often). (b) without probes, and (a) with two seeds, is "cannot tell"; three or more modalities without
 Kruskal's condition in every layer is "not identified". That the components are *distinct* stands in the table and is no
 part of the rule; nor is that what they tell is an *interaction*: rank terms of three modalities hold main effects too.
 """
@@ -42,7 +42,8 @@ from experiments.rank_semantics.lexicon import Probe, probe, probes_of
 from experiments.rank_semantics.planted_factors import Recovery, planted_recoveries
 from mmfusion.data.folds import FoldedDataset
 from mmfusion.metrics.format import mean_std
-from mmfusion.metrics.statistics import LEVEL, Contrast, Difference, Verdict, combine, holm
+from mmfusion.metrics.statistics import LEVEL
+from mmfusion.metrics.verdicts import Contrast, Difference, Verdict, combine, route_corrected
 from mmfusion.models.identifiability import EXACT
 from mmfusion.training.grid import JWAE, Setting
 
@@ -155,10 +156,12 @@ def judge_semantics(contrasts: Sequence[Contrast], result: SemanticsResult) -> V
     """The rule of the module's docstring."""
     of = {c.name: c.verdict for c in contrasts}
     probes: list[Verdict] = []
-    for name, p in zip(result.probes, holm([one.p for one in result.probes.values()]), strict=True):
+    p_values = np.array([one.p for one in result.probes.values()])
+    corrected = route_corrected(p_values, p_values > -1, list(result.probes)) if len(p_values) else p_values
+    for name, p in zip(result.probes, corrected, strict=True):
         over_seeds = of[TELLS.format(name)]
-        probes.append("too few data" if over_seeds == "supported" and p >= LEVEL else over_seeds)
-    parts: list[Verdict] = [of.get(STABLE, "too few data"), combine(probes, "any") if probes else "too few data"]
+        probes.append("cannot tell" if over_seeds == "supported" and p >= LEVEL else over_seeds)
+    parts: list[Verdict] = [of.get(STABLE, "cannot tell"), combine(probes, "any") if probes else "cannot tell"]
     return combine(parts if result.two or result.kruskal == 1 else [*parts, "not identified"], "all")
 
 

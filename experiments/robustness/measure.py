@@ -19,7 +19,7 @@ defines sizes rho).
 
 The claim is tested as: in every group of conditions that was measured, jWAE-LMF loses less than late fusion, its
 effective robustness being above 0. All groups must hold. Where late fusion does not score above a constant prediction
-by the smallest effect of interest it has nothing to lose: too few data. The other contrasts (rank 1, without the prior,
+by the smallest effect of interest it has nothing to lose: cannot tell. The other contrasts (rank 1, without the prior,
 concatenation) do not decide, and a row that scores less has less to lose. Differences run over seeds and test examples,
 means over the conditions of a group; draws are averaged.
 """
@@ -45,8 +45,8 @@ from mmfusion.errors import InputError
 from mmfusion.files import write_safetensors, write_text
 from mmfusion.metrics.format import mean_std
 from mmfusion.metrics.scores import example_scores
-from mmfusion.metrics.statistics import Difference, combine
 from mmfusion.metrics.tasks import SELECTION
+from mmfusion.metrics.verdicts import Difference, combine
 from mmfusion.robustness.worst_case import SIZES
 from mmfusion.runs.folder import RunFolder
 from mmfusion.runs.load import TrainedRun, load_run
@@ -165,7 +165,7 @@ def measure(predictor: Predictor, options: Options, wanted: Sequence[Condition])
     outcome = Outcome(
         table(run, result, worst, pixels),
         contrasts,
-        combine(deciding, "all") if deciding else "too few data",
+        combine(deciding, "all") if deciding else "cannot tell",
         answer(run, result, worst),
         numbers(result, worst, pixels),
         lambda figure: draw(figure, run, result, worst),

@@ -53,7 +53,8 @@ from mmfusion.errors import InputError
 from mmfusion.metrics import calibration
 from mmfusion.metrics.calibration import detection
 from mmfusion.metrics.scores import example_losses
-from mmfusion.metrics.statistics import Contrast, Difference, combine, grouped
+from mmfusion.metrics.statistics import grouped
+from mmfusion.metrics.verdicts import Contrast, Difference, combine
 from mmfusion.runs.folder import RunFolder
 from mmfusion.runs.load import TrainedRun, load_run
 
@@ -85,7 +86,7 @@ def measure(run: TrainedRun, predictor: Predictor, chosen: Sequence[Condition], 
     measure_corrupted(result, predictor, chosen, _groups(data, "test"))
     contrasts = contrasts_on_test(data, *differences(result))
     deciding = [c.verdict for c in contrasts if c.decides]
-    verdict = combine(deciding, "all") if len(deciding) == len(DECIDING) else "too few data"
+    verdict = combine(deciding, "all") if len(deciding) == len(DECIDING) else "cannot tell"
 
     def draw_all(figure: Figure) -> None:
         figure.suptitle(f"{data.name}: uncertainty of {len(run.seeds)} members and their ensemble, test")

@@ -1,6 +1,7 @@
 """Pooled examples and folds: which rows a model trains on, is selected on and is tested on.
 
-A dataset with fixed splits is one fold; MUStARD's five released folds are five. No example is tested in two folds.
+A dataset with fixed splits is one fold; MUStARD's five released folds are five; `cross_validated` cuts the pool anew,
+as often as asked for. No example is tested in two folds of one repeat.
 """
 
 from collections.abc import Sequence
@@ -8,10 +9,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from sklearn.model_selection import GroupKFold, KFold, StratifiedGroupKFold, StratifiedKFold
 from torch import Tensor
 
 from mmfusion.dataset import Dataset, Fold, Split, Task, take
 from mmfusion.errors import InputError
+from mmfusion.metrics.verdicts import Cut
 from mmfusion.sequences import Sequences, concatenate
 
 
@@ -29,6 +32,16 @@ class FoldedDataset:
     class_names: tuple[str, ...] = Dataset.class_names
     labelled: bool = True
     """as `Dataset.labelled`"""
+    repeats: int = 1
+    """of the cross-validation; folds are repeat-major"""
+
+    @property
+    def cut(self) -> Cut | None:
+        """The test parts of the folds; None for one test part."""
+        if len(self.folds) == 1:
+            return None
+        sizes = tuple(len(fold.test) for fold in self.folds)
+        return Cut(sizes, float(np.mean([len(fold.test) / len(fold.train) for fold in self.folds])))
 
     @property
     def input_dims(self) -> dict[str, int]:
@@ -112,6 +125,59 @@ def fold_datasets(datasets: Sequence[Dataset]) -> FoldedDataset:
     if data.task == "binary" and len(data.pool.target[tested].unique()) < 2:
         raise InputError(f"{first.name}: all {len(tested)} test examples are of one class; scores need both")
     return data
+
+
+DEV_PARTS = 8
+
+
+def cross_validated(data: FoldedDataset, folds: int, repeats: int = 1, seed: int = 0) -> FoldedDataset:
+    """The same examples, those that were trained, selected or tested on, cut anew: K folds, `repeats` times.
+
+    Classes are kept in proportion, groups (videos, speakers) whole. An eighth of what a fold trains on is its dev part,
+    cut the same way. What the data set says of its own split is left behind.
+
+    Raises InputError where there are fewer groups, or examples of a class, than folds.
+    """
+    rows = torch.cat([torch.cat(list(fold)) for fold in data.folds]).unique().numpy()
+    labels = data.pool.target.numpy() if data.task in ("binary", "multiclass") else None
+    column = data.pool.metadata.get("group")
+    groups = None if column is None else np.array([str(one) for one in column])
+    units = _least(labels, groups, rows)
+    if units < folds or len(rows) < 2 * DEV_PARTS:
+        raise InputError(
+            f"--cross-validate {folds}: {data.name} has {units} examples of a class, or groups, to share out; give a "
+            "smaller number"
+        )
+
+    def parts(of: np.ndarray, count: int, draw: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        stratified = labels is not None
+        kinds = {(True, True): StratifiedGroupKFold, (True, False): StratifiedKFold}
+        kinds |= {(False, True): GroupKFold, (False, False): KFold}
+        cutter = kinds[stratified, groups is not None](count, shuffle=True, random_state=draw)
+        found = cutter.split(of, None if labels is None else labels[of], None if groups is None else groups[of])
+        return [(of[train], of[test]) for train, test in found]
+
+    cuts = []
+    for repeat in range(repeats):
+        for k, (train, test) in enumerate(parts(rows, folds, seed + repeat)):
+            count = min(DEV_PARTS, max(2, _least(labels, groups, train)))
+            train, dev = parts(train, count, seed + 1000 * (k + 1) + repeat)[0]
+            cuts.append(Fold(*(torch.from_numpy(np.sort(part)) for part in (train, dev, test))))
+    note = f"{folds} folds, cut {repeats} times over all {len(rows)} examples" + (
+        "" if groups is None else ", by group"
+    )
+    provenance = data.provenance | {"cross_validate": folds, "repeats": repeats, "cross_validation_seed": seed}
+    return replace(data, folds=cuts, notes=[*data.notes, note], provenance=provenance, repeats=repeats)
+
+
+def _least(labels: np.ndarray | None, groups: np.ndarray | None, rows: np.ndarray) -> int:
+    """Of the smallest class, or of groups, how many there are among these rows."""
+    counts = [len(rows)]
+    if labels is not None:
+        counts.append(int(np.unique(labels[rows], return_counts=True)[1].min()))
+    if groups is not None:
+        counts.append(len(np.unique(groups[rows])))
+    return min(counts)
 
 
 class _Pool:

@@ -38,17 +38,8 @@ from mmfusion.diagnose.inner import (
     tested_groups,
 )
 from mmfusion.metrics.scores import example_losses
-from mmfusion.metrics.statistics import (
-    Contrast,
-    Difference,
-    Verdict,
-    combine,
-    corrected_contrasts,
-    crossed_bootstrap,
-    grouped,
-    seeds_needed,
-    variance_components,
-)
+from mmfusion.metrics.statistics import crossed_bootstrap, grouped, seeds_needed, variance_components
+from mmfusion.metrics.verdicts import Contrast, Difference, Verdict, combine, corrected_contrasts
 from mmfusion.models.decomposition import contributions, variance_shares
 from mmfusion.models.exact import exact_layer, latents_of
 from mmfusion.training.grid import Grid, per_example, train_grid
@@ -167,10 +158,11 @@ def diagnose(
     compared = [*(f"rank {rank}" for rank in ranks), *(f"{name} alone" for name in names if several)]
     over_chance = corrected_contrasts(
         {
-            f"{label} over a constant": Difference(grouped(scores[label] - chance, groups), f"{label} tells something")
+            f"{label} over a constant": Difference(scores[label] - chance, f"{label} tells something", route=label)
             for label in compared
         },
         budget.effect,
+        clusters=groups,
     )
 
     full = scores[f"rank {reference}"]
@@ -184,8 +176,8 @@ def diagnose(
             "fusion over its EMAP": "the model makes use of interactions",
             "fusion over a linear readout": "interactions are needed: a linear readout of the same latents does worse",
         }
-        named = {name: Difference(grouped(d, groups), claims[name]) for name, d in zip(claims, gaps, strict=True)}
-        interaction, over_readout = corrected_contrasts(named, budget.effect)
+        named = {name: Difference(d, claims[name]) for name, d in zip(claims, gaps, strict=True)}
+        interaction, over_readout = corrected_contrasts(named, budget.effect, clusters=groups)
         loss = float((per_example(data, additive, "test", example_losses) - grid.losses()[place]).mean())
         pairs = [(low, high) for k, low in enumerate(ranks) for high in ranks[k + 1 :]]
         rank_contrasts = _rank_contrasts(scores, pairs, groups, budget.effect)
@@ -229,11 +221,11 @@ def _rank_contrasts(
 ) -> list[Contrast]:
     named = {
         f"rank {high} over rank {low}": Difference(
-            grouped(scores[f"rank {high}"] - scores[f"rank {low}"], groups), f"rank {high} scores higher"
+            scores[f"rank {high}"] - scores[f"rank {low}"], f"rank {high} scores higher", route=f"{low}, {high}"
         )
         for low, high in pairs
     }
-    return corrected_contrasts(named, effect) if named else []
+    return corrected_contrasts(named, effect, clusters=groups) if named else []
 
 
 def _modalities(
@@ -251,15 +243,15 @@ def _modalities(
             for k, name in enumerate(names)
         }
         named = {
-            name: Difference(grouped(full - without, groups), f"{name} holds what the others do not")
+            name: Difference(full - without, f"{name} holds what the others do not", route=name)
             for name, without in others.items()
         }
-        lost = list(corrected_contrasts(named, effect))
+        lost = list(corrected_contrasts(named, effect, clusters=groups))
     shares = contributions(parts, len(names)) if parts else np.full(len(names), np.nan)
     found = []
     for m, name in enumerate(names):
         alone = scores[f"{name} alone"] if len(names) > 1 else full
-        interval = crossed_bootstrap(grouped(alone, groups))
+        interval = crossed_bootstrap(alone, clusters=groups)
         found.append(Modality(name, float(alone.mean()), (interval.low, interval.high), lost[m], float(shares[m])))
     return found
 

@@ -8,7 +8,7 @@ from mmfusion.diagnose.measure import Diagnosis
 from mmfusion.explain.page import STYLE
 from mmfusion.explain.text import plain
 from mmfusion.metrics.format import counted, mean_std
-from mmfusion.metrics.statistics import Contrast
+from mmfusion.metrics.verdicts import Contrast
 
 PAGE_STYLE = """
 section { max-width: 780px; } section h2 { margin-top: 1.4rem; } section h2::before { content: none; }
@@ -111,8 +111,8 @@ def _interaction(found: Diagnosis) -> Section:
         answer = f"No interaction worth {effect:g} is seen: {uses}, {needs}; late fusion may do as well."
     else:
         answer = f"It cannot be told from these data: {uses}, {needs}."
-    rows = [(c.name, _interval(c), f"{c.p_holm:.4f}") for c in (gap, found.over_readout)]
-    return Section(title, answer, ("", f"{found.score}, 95 % interval", "p (Holm)"), rows)
+    rows = [(c.name, _interval(c), f"{c.p_corrected:.4f}") for c in (gap, found.over_readout)]
+    return Section(title, answer, ("", f"{found.score}, 95 % interval", "p"), rows)
 
 
 def _rank(found: Diagnosis) -> Section:

@@ -1,4 +1,4 @@
-"""From paired differences to verdicts: crossed bootstrap, Holm's correction, and one written rule.
+"""Intervals of paired differences: crossed bootstrap over seeds and clusters, Student's t, and t of resampled folds.
 
 A claim ("A does better than B") is tested on differences d[s, n] = score of A - score of B, of seed s on example n,
 both settings with the same seeds and the same examples. With
@@ -7,18 +7,16 @@ both settings with the same seeds and the same examples. With
     Var(mean of d) = V_seed / S + V_example / N + V_interaction / (S N)
 
 more seeds lower only the first and the last term: on a fixed test set no number of seeds takes the second away.
+Verdicts are in mmfusion.metrics.verdicts.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
 
 import numpy as np
-from scipy.special import ndtri
-from scipy.stats import bootstrap, ttest_1samp
-
-Verdict = Literal["supported", "not supported", "too few data", "not identified"]
+from scipy.special import ndtri, stdtr, stdtrit
+from scipy.stats import bootstrap, chi2, nct, norm
 
 LEVEL = 0.05
 RESAMPLES = 9999
@@ -35,8 +33,13 @@ class Interval:
     low: float
     high: float
     """95 % interval"""
+    low_90: float
+    high_90: float
+    """90 % interval: its ends are one-sided bounds at 95 %"""
     p: float
     """two-sided, of no difference"""
+    freedom: float
+    """degrees of freedom of the standard error; infinite for a bootstrap"""
 
 
 @dataclass(frozen=True)
@@ -56,44 +59,9 @@ class VarianceComponents:
     interaction: float
 
 
-class Difference(NamedTuple):
-    """What a contrast is estimated from."""
-
-    values: np.ndarray
-    """(S, N) over seeds and examples, or (S,)"""
-    claim: str
-    """what a positive difference speaks for"""
-    decides: bool = True
-    """whether the experiment's verdict rests on it"""
-
-
-@dataclass(frozen=True)
-class Contrast:
-    """One claim, its estimate, and what the data say about it."""
-
-    name: str
-    claim: str
-    """what a positive estimate means"""
-    estimate: float
-    low: float
-    high: float
-    """95 % interval, not corrected for the number of contrasts"""
-    p: float
-    p_holm: float
-    """corrected for all contrasts that were tested together"""
-    effect: float
-    """smallest effect of interest, > 0, in the units of the estimate"""
-    seeds: int
-    examples: int
-    """1 where the differences are one number per seed"""
-    seeds_needed: int | None
-    """to see `effect` on these examples; None where no number of seeds would do, or one seed alone gives no spread"""
-    verdict: Verdict
-    decides: bool = True
-    """whether the experiment's verdict rests on it"""
-
-
-def crossed_bootstrap(differences: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> Bootstrap:
+def crossed_bootstrap(
+    differences: np.ndarray, resamples: int = RESAMPLES, seed: int = 0, clusters: Sequence[str] | None = None
+) -> Bootstrap:
     """Mean difference with the uncertainty from seeds and from examples together.
 
     Seeds and examples are resampled independently of each other, and every drawn seed meets every drawn example: the
@@ -111,26 +79,37 @@ def crossed_bootstrap(differences: np.ndarray, resamples: int = RESAMPLES, seed:
             nothing about it.
         resamples: size of the distribution; the smallest p that can be had is 2 / (resamples + 1).
         seed: of the resampling.
+        clusters: (N,) what each example belongs to: utterances of one video are alike, and are drawn together. Each
+            resample's mean is a ratio, the sum over the drawn clusters by their number of examples.
 
     Raises ValueError for another number of dimensions, fewer than two differences, NaN or infinity.
     """
     d = _checked(differences)
     if d.min() == d.max():  # exactly, which a mean of rounded products would miss
         return _summary(float(d.flat[0]), np.full(resamples, d.flat[0]))
+    estimate, sizes = float(d.mean()), np.ones(d.shape[1])
+    if clusters is not None:
+        members = _memberships(clusters)
+        d, sizes = d @ members, members.sum(0)  # sums (S, G), sizes (G,)
     seeds, examples = d.shape
     batch = max(1, _DRAWS_AT_ONCE // (seeds + examples))
     settings = {"n_resamples": resamples, "batch": batch, "vectorized": True, "method": "percentile"}
     rng = np.random.default_rng(seed)
     if min(seeds, examples) == 1:
-        result = bootstrap((d.ravel(),), np.mean, rng=rng, **settings)
+        whole = np.broadcast_to(sizes, d.shape) if seeds == 1 else np.full(d.shape, sizes.sum())
+
+        def ratio(values: np.ndarray, weights: np.ndarray, axis: int) -> np.ndarray:
+            return values.sum(axis) / weights.sum(axis)
+
+        result = bootstrap((d.ravel(), whole.ravel()), ratio, paired=True, rng=rng, **settings)
     else:
 
         def mean(example_draws: np.ndarray, seed_draws: np.ndarray, axis: int) -> np.ndarray:
             w, v = _counts(example_draws, examples), _counts(seed_draws, seeds)  # (B, N), (B, S)
-            return ((w @ d.T) * v).sum(axis) / d.size  # (B, N) @ (N, S) -> (B, S) -> (B,)
+            return ((w @ d.T) * v).sum(axis) / (seeds * (w @ sizes))  # (B, G) @ (G, S) -> (B, S) -> (B,)
 
         result = bootstrap((np.arange(examples), np.arange(seeds)), mean, paired=False, rng=rng, **settings)
-    return _summary(float(d.mean()), result.bootstrap_distribution)
+    return _summary(estimate, result.bootstrap_distribution)
 
 
 def student(differences: np.ndarray) -> Interval:
@@ -147,13 +126,41 @@ def student(differences: np.ndarray) -> Interval:
     d = _checked(differences)
     if d.shape[1] != 1:
         raise ValueError(f"one difference per seed is (S,) or (S, 1), not {d.shape}")
-    d, estimate = d.ravel(), float(d.mean())
-    if d.min() == d.max():
-        # equal to the last bit: a number that no seed moves, or too few seeds to tell
-        return Interval(estimate, 0.0, estimate, estimate, 1.0 if estimate == 0 or len(d) < 3 else 0.0)
-    test = ttest_1samp(d, 0.0)
-    low, high = test.confidence_interval(1 - LEVEL)
-    return Interval(estimate, float(d.std(ddof=1)) / len(d) ** 0.5, float(low), float(high), float(test.pvalue))
+    d = d.ravel()
+    return _student(d, float(d.std(ddof=1)) / len(d) ** 0.5)
+
+
+def resampled_student(values: np.ndarray, ratio: float) -> Interval:
+    """Mean of one difference per fold of a (repeated) cross-validation, with the interval of Nadeau and Bengio.
+
+    Folds share most of their training examples, and their differences go together: the variance of the mean is taken as
+    (1 / J + ratio) times that of a difference (Nadeau and Bengio, Inference for the generalization error, Machine
+    Learning 2003, eq. 6), with J - 1 degrees of freedom. It speaks of other training sets of that size, too.
+
+    Args:
+        values: (J,), J at least 2, of all repeats and folds.
+        ratio: number of examples tested over number trained on.
+
+    Raises ValueError for other shapes, NaN or infinity, or a ratio that is not positive.
+    """
+    d = _checked(values)
+    if d.shape[1] != 1 or not ratio > 0:
+        raise ValueError(f"one difference per fold is (J,), not {d.shape}, with a ratio above 0, not {ratio}")
+    d = d.ravel()
+    return _student(d, float(d.std(ddof=1)) * (1 / len(d) + ratio) ** 0.5)
+
+
+def power_at(effect: float, standard_error: float, freedom: float, level: float = LEVEL) -> float:
+    """Probability that a two-sided t test finds a true difference of `effect` with its sign; 1 if nothing varies."""
+    if not standard_error > 0:
+        return float(effect > 0)
+    if not np.isfinite(freedom):
+        return float(norm.sf(ndtri(1 - level / 2) - effect / standard_error))
+    threshold, shift = stdtrit(freedom, 1 - level / 2), effect / standard_error
+    if freedom == 1 or shift > 37:  # where SciPy's non-central t has no number, by its definition over chi
+        chi = chi2.ppf((np.arange(4000) + 0.5) / 4000, freedom) / freedom
+        return float(norm.cdf(shift - threshold * np.sqrt(chi)).mean())
+    return float(nct.sf(threshold, freedom, shift))
 
 
 def grouped(differences: np.ndarray, groups: Sequence[str] | None) -> np.ndarray:
@@ -164,29 +171,8 @@ def grouped(differences: np.ndarray, groups: Sequence[str] | None) -> np.ndarray
     """
     if groups is None:
         return differences
-    _, index = np.unique(np.asarray(groups), return_inverse=True)
-    members = np.eye(index.max() + 1)[index]  # (N, G)
+    members = _memberships(groups)
     return differences @ members * (members.shape[1] / members.shape[0])  # (S, N) @ (N, G)
-
-
-def holm(p_values: Sequence[float] | np.ndarray) -> np.ndarray:
-    """P-values corrected for their number k: the i-th smallest times k - i + 1, made monotone, at most 1 (Holm 1979).
-
-    Args:
-        p_values: (k,) in [0, 1].
-
-    Returns:
-        (k,) in the same order.
-
-    Raises ValueError where a p-value is outside [0, 1] or NaN.
-    """
-    p = np.asarray(p_values, np.float64)
-    if p.ndim != 1 or not ((p >= 0) & (p <= 1)).all():
-        raise ValueError(f"p-values are a vector of numbers in [0, 1], not {p_values!r}")
-    order = np.argsort(p, kind="stable")
-    adjusted = np.empty_like(p)
-    adjusted[order] = np.minimum(1.0, np.maximum.accumulate(p[order] * np.arange(p.size, 0, -1)))
-    return adjusted
 
 
 def variance_components(differences: np.ndarray) -> VarianceComponents:
@@ -243,100 +229,6 @@ def seeds_needed(differences: np.ndarray, effect: float, power: float = 0.8, lev
     return max(1, math.ceil((v.seed + v.interaction / examples) / allowed))
 
 
-def judge(estimate: float, low: float, high: float, p_holm: float, effect: float) -> Verdict:
-    """The verdict that an interval gives, by one rule written before any result; positive is as the claim says.
-
-    "supported": p_holm < .05 and estimate > 0 and high >= effect.
-    "not supported": p_holm < .05 and estimate < 0, or high < effect: the interval excludes every effect of the claimed
-        direction that would matter. A positive effect that is significant but provably smaller than that is here too.
-    "too few data": everything else; neither no effect nor one that would matter is ruled out.
-
-    "Not identified" is never the outcome: it belongs to a quantity that is shown to have no single value.
-
-    Args:
-        estimate, low, high: of the effect with its 95 % interval, low <= high.
-        p_holm: corrected for all contrasts tested together.
-        effect: smallest effect of interest, > 0.
-
-    Raises ValueError where an argument is NaN, low > high, or effect is not positive.
-    """
-    _check_effect(effect)
-    if np.isnan([estimate, low, high, p_holm]).any() or low > high:
-        raise ValueError(f"no verdict from estimate {estimate}, interval [{low}, {high}], p {p_holm}")
-    significant = p_holm < LEVEL
-    if high < effect or (significant and estimate < 0):
-        return "not supported"
-    return "supported" if significant and estimate > 0 else "too few data"
-
-
-def corrected_contrasts(
-    named: Mapping[str, Difference], effect: float | Mapping[str, float], seed: int = 0
-) -> list[Contrast]:
-    """Interval of each contrast, corrected over all of them (Holm), and its verdict.
-
-    Args:
-        named: differences, (S, N) for `crossed_bootstrap` or (S,) for `student`.
-        effect: smallest effect of interest, > 0, one for all or one per name.
-        seed: of the resampling.
-
-    Returns:
-        In the order of `named`.
-
-    Raises ValueError for a name without effect, and as `crossed_bootstrap`, with the name of the contrast.
-    """
-    effects = dict(effect) if isinstance(effect, Mapping) else dict.fromkeys(named, effect)
-    if missing := [name for name in named if name not in effects]:
-        raise ValueError(f"no smallest effect of interest for {missing}")
-    results = []
-    for name, (differences, *_) in named.items():
-        try:
-            alone = _checked(differences).shape[1] == 1
-            results.append(student(differences) if alone else crossed_bootstrap(differences, seed=seed))
-        except ValueError as error:
-            raise ValueError(f"contrast {name!r}: {error}") from error
-    adjusted = holm([result.p for result in results])
-    contrasts = []
-    for (name, (differences, claim, decides)), result, p_holm in zip(
-        named.items(), results, adjusted.tolist(), strict=True
-    ):
-        seeds, examples = _checked(differences).shape
-        contrasts.append(
-            Contrast(
-                name=name,
-                claim=claim,
-                estimate=result.estimate,
-                low=result.low,
-                high=result.high,
-                p=result.p,
-                p_holm=p_holm,
-                effect=effects[name],
-                seeds=seeds,
-                examples=examples,
-                seeds_needed=seeds_needed(differences, effects[name]) if seeds > 1 else None,
-                verdict=judge(result.estimate, result.low, result.high, p_holm, effects[name]),
-                decides=decides,
-            )
-        )
-    return contrasts
-
-
-def combine(verdicts: Sequence[Verdict], how: Literal["all", "any"]) -> Verdict:
-    """One verdict for a claim made of several parts, all of which, or any of which, must hold.
-
-    "Not identified" wins over everything. Then "all": the weakest part decides, in the order "not supported", "too few
-    data", "supported"; "any": the strongest.
-
-    Raises ValueError for no verdicts at all, an unknown verdict or an unknown `how`.
-    """
-    if not verdicts or not set(verdicts) <= set(get_args(Verdict)) or how not in ("all", "any"):
-        raise ValueError(f"cannot combine {list(verdicts)} by {how!r}")
-    order: tuple[Verdict, ...] = ("not supported", "too few data", "supported")
-    for verdict in ("not identified", *(order if how == "all" else reversed(order))):
-        if verdict in verdicts:
-            return verdict
-    raise AssertionError("every verdict is in the order above")
-
-
 def _checked(differences: np.ndarray) -> np.ndarray:
     d = np.asarray(differences, np.float64)
     if d.ndim not in (1, 2) or d.size < 2:
@@ -358,15 +250,36 @@ def _counts(draws: np.ndarray, n: int) -> np.ndarray:
     return np.bincount(flat.ravel(), minlength=rows * n).reshape(rows, n).astype(np.float64)
 
 
+def _memberships(groups: Sequence[str]) -> np.ndarray:
+    """(N, G) of 0 and 1: which group each example is of."""
+    _, index = np.unique(np.asarray(groups), return_inverse=True)
+    return np.eye(index.max() + 1)[index]
+
+
+def _student(d: np.ndarray, standard_error: float) -> Interval:
+    estimate, freedom = float(d.mean()), len(d) - 1
+    if d.min() == d.max():
+        # equal to the last bit: a number that no seed moves, or too few seeds to tell
+        p = 1.0 if estimate == 0 or len(d) < 3 else 0.0
+        return Interval(estimate, 0.0, *[estimate] * 4, p, freedom)
+    wide, narrow = (stdtrit(freedom, 1 - level / 2) * standard_error for level in (LEVEL, 2 * LEVEL))
+    p = 2 * float(stdtr(freedom, -abs(estimate) / standard_error))
+    ends = (estimate - wide, estimate + wide, estimate - narrow, estimate + narrow)
+    return Interval(estimate, standard_error, *map(float, ends), p, freedom)
+
+
 def _summary(estimate: float, distribution: np.ndarray) -> Bootstrap:
     # ties with 0 count on both sides; + 1 for the sample itself, so that p is never 0
     tails = [(np.count_nonzero(side) + 1) / (distribution.size + 1) for side in (distribution <= 0, distribution >= 0)]
-    low, high = np.percentile(distribution, [2.5, 97.5]).tolist()
+    low, high, low_90, high_90 = np.percentile(distribution, [2.5, 97.5, 5, 95]).tolist()
     return Bootstrap(
         estimate=estimate,
         standard_error=float(distribution.std(ddof=1)) if low < high else 0.0,
         low=low,
         high=high,
+        low_90=low_90,
+        high_90=high_90,
         p=min(1.0, 2 * min(tails)),
+        freedom=math.inf,
         distribution=distribution,
     )

@@ -196,6 +196,39 @@ def imbalance(contribution: np.ndarray) -> np.ndarray:
 
 
 @torch.no_grad()
+@torch.no_grad()
+def interaction_rank(layer: LowRankMultimodalFusion, latents: Sequence[Tensor]) -> float:
+    """Effective rank of the pairwise interactions: (sum_k s_k^2)^2 / sum_k s_k^4, mean over outputs and pairs.
+
+    s_k are the singular values of S_m^1/2 B S_n^1/2, B the bilinear map of latents m and n with the others at their
+    mean, S the latents' covariances: of two modalities `canonical_factors`' spectrum. 0 without an interaction; at most
+    the rank R, and the dimension in which the latents vary.
+
+    Args:
+        layer: left as it is.
+        latents: M >= 2 tensors (N, d_m).
+    """
+    means = [z.mean(0) for z in latents]
+    layer = recentred(layer, means).double()
+    linear, constant = [], []
+    for projection, z, mean in zip(layer.projections, latents, means, strict=True):
+        shape = (layer.rank, -1)
+        linear.append(((z - mean).double() @ projection.weight.T).unflatten(-1, shape))  # (N, R, O) or (N, R, 1)
+        constant.append(projection.bias.unflatten(-1, shape))
+    weights = layer.rank_weights.reshape(layer.rank, -1) * layer.rank_mask[:, None]
+    found = []
+    for m, n in itertools.combinations(range(len(latents)), 2):
+        scale = weights * math.prod([c for k, c in enumerate(constant) if k not in (m, n)], start=1)  # (R, O)
+        for o in range(layer.output_dim):
+            first, second = (linear[k][..., min(o, linear[k].shape[-1] - 1)] for k in (m, n))
+            own = scale[:, min(o, scale.shape[-1] - 1)]
+            triangles = [torch.linalg.qr(x, mode="r").R for x in (first, second)]
+            squares = torch.linalg.svdvals(triangles[0] * own @ triangles[1].T).square()
+            total = squares.square().sum()
+            found.append(float(squares.sum() ** 2 / total) if total > 0 else 0.0)
+    return sum(found) / len(found)
+
+
 def relevance_scores(layer: LowRankMultimodalFusion, latents: Sequence[Tensor]) -> dict[Subset, float]:
     """Relevance of each set of modalities after InTense (Varshneya et al., IJCAI 2024), with its norm p = 1.
 

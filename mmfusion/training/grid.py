@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -14,6 +15,8 @@ from tqdm import tqdm
 
 from mmfusion.data.folds import FoldedDataset, targets
 from mmfusion.dataset import Task
+from mmfusion.metrics.calibration import fit_temperature
+from mmfusion.metrics.outcomes import Outcome, example_outcome
 from mmfusion.metrics.prior import carried_dimension
 from mmfusion.metrics.scores import example_losses, example_scores
 from mmfusion.metrics.tasks import selection_score
@@ -41,10 +44,12 @@ class Setting:
     """weight of the prior where it is on; default: the recipe's"""
     feature_dropout: float | None = None
     """rate at which single features are set to their mean in training; default: the recipe's"""
+    start: Literal["balanced", "random"] = "balanced"
+    """signs of the rank factors: as the layer begins, or each drawn by itself, as in other implementations"""
 
 
 MEMBERS_AT_ONCE = 320  # keeps every experiment below 4 GB; the rest of a grid follows in further blocks
-MEMORY = 4 << 30  # bytes, of what uncertain latents need beside
+MEMORY = 4 << 30  # bytes: half of it for the members' numbers, or all for what uncertain latents need beside
 JWAE = ("mmd", "reconstruction", "alignment")
 PLAIN: tuple[str, ...] = ()
 
@@ -117,6 +122,76 @@ class Grid:
         """(P, S, n): loss of each example (mmfusion.metrics.scores.example_losses)."""
         return per_example(self.data, self.predictions(part), part, example_losses)
 
+    def outcome(self, name: Outcome, part: str = "test", threshold: bool = False) -> np.ndarray:
+        """(P, S, n): an outcome by examples, larger is better, its mean over a fold that fold's score.
+
+        `threshold`: of two classes, the accuracy at the threshold that does best on each fold's dev part.
+        """
+        predictions = self.predictions(part)
+        if threshold and self.data.task == "binary":
+            predictions = predictions - np.repeat(self.thresholds(), fold_sizes(self.data, part), axis=-1)
+        return per_example(self.data, predictions, part, partial(example_outcome, outcome=name))
+
+    def tempered(self) -> np.ndarray:
+        """(P, S, n[, O]): test logits over the temperature that each member's own dev part asks for; of classes."""
+        predictions, dev = self.predictions(), self.predictions("dev")
+        trailing, axis = [1] * (predictions.ndim - 2), 2
+        result, target = [], np.split(targets(self.data, "dev"), np.cumsum(fold_sizes(self.data, "dev"))[:-1])
+        parts = (
+            np.split(x, np.cumsum(fold_sizes(self.data, part))[:-1], axis)
+            for x, part in ((predictions, "test"), (dev, "dev"))
+        )
+        for test, seen, label in zip(*parts, target, strict=True):
+            members = seen.reshape(-1, *seen.shape[axis:])
+            found = np.array([fit_temperature(one, label) for one in members]).reshape(seen.shape[:axis])
+            result.append(test / found.reshape(*found.shape, *trailing))
+        return np.concatenate(result, axis)
+
+    def thresholds(self) -> np.ndarray:
+        """(P, S, F): logit at and above which most examples of dev are right when called positive; two classes."""
+        parts = np.split(self.predictions("dev"), np.cumsum(fold_sizes(self.data, "dev"))[:-1], axis=-1)
+        found = [
+            best_thresholds(part, self.data.pool.target[fold.dev].numpy())
+            for part, fold in zip(parts, self.data.folds, strict=True)
+        ]
+        return np.stack(found, -1)
+
+
+def best_thresholds(logits: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """(..., n) logits, (n,) of 0 and 1 -> (...): half way between the two logits where accuracy is largest.
+
+    Of several places the one nearest to 0.
+    """
+    order = np.argsort(logits, -1, kind="stable")
+    ascending = np.take_along_axis(logits, order, -1)
+    positive = np.take_along_axis(np.broadcast_to(target == 1, logits.shape), order, -1)
+    none = np.zeros_like(ascending[..., :1])
+    # cut k: the k lowest are called negative
+    right = np.concatenate([none, np.cumsum(~positive, -1)], -1)
+    right = right + positive.sum(-1, keepdims=True) - np.concatenate([none, np.cumsum(positive, -1)], -1)
+    ends = np.concatenate([ascending[..., :1] - 2, ascending, ascending[..., -1:] + 2], -1)
+    places = (ends[..., :-1] + ends[..., 1:]) / 2
+    best = right == right.max(-1, keepdims=True)
+    nearest = np.where(best, np.abs(places), np.inf).argmin(-1)
+    return np.take_along_axis(places, nearest[..., None], -1)[..., 0]
+
+
+def by_fold(data: FoldedDataset, values: np.ndarray, part: str = "test") -> np.ndarray:
+    """(..., n) over that part's examples, fold after fold -> (..., F): mean over each fold's."""
+    ends = np.cumsum(fold_sizes(data, part))[:-1]
+    return np.stack([one.mean(-1) for one in np.split(values, ends, axis=-1)], -1)
+
+
+def by_repeat(data: FoldedDataset, values: np.ndarray, part: str = "test") -> np.ndarray:
+    """(..., S, n) or (..., S, F) -> (..., S * repeats): one score for each seed and repeat, mean over its folds."""
+    folds = values if values.shape[-1] == len(data.folds) else by_fold(data, values, part)
+    return folds.reshape(*folds.shape[:-2], folds.shape[-2] * data.repeats, -1).mean(-1)
+
+
+def fold_sizes(data: FoldedDataset, part: str = "test") -> list[int]:
+    """Number of examples in that part of each fold."""
+    return [len(getattr(fold, part)) for fold in data.folds]
+
 
 def select(data: FoldedDataset, outputs: np.ndarray, part: str) -> np.ndarray:
     """(..., F, N[, O]) -> (..., n[, O]): each fold's own part of the pool, fold after fold."""
@@ -127,15 +202,24 @@ def select(data: FoldedDataset, outputs: np.ndarray, part: str) -> np.ndarray:
 
 
 def per_example(data: FoldedDataset, predictions: np.ndarray, part: str, of: Callable) -> np.ndarray:
-    """(..., n[, O]) -> (..., n) by `of` (example_scores or example_losses), in units of the target's deviation."""
+    """(..., n[, O]) -> (..., n) by `of`, fold by fold, in units of the target's deviation.
+
+    `of` is (members, examples[, O]), target, task -> (members, examples): example_scores, example_losses or
+    example_outcome of one name.
+    """
     target, scale = targets(data, part), data.target_scale.numpy()
     if data.task == "regression":  # so that outputs, and datasets, weigh alike
         scale = scale if target.ndim > 1 else scale[0]
         predictions, target = predictions / scale, target / scale
     own = 2 if data.has_columns else 1  # axes of one member's predictions
     lead = predictions.shape[:-own]
-    values = of(predictions.reshape(-1, *predictions.shape[-own:]), target, data.task)
-    return values.reshape(*lead, -1)
+    members = predictions.reshape(-1, *predictions.shape[-own:])
+    ends = np.cumsum(fold_sizes(data, part))
+    folds = [
+        of(members[:, b - k : b], target[b - k : b], data.task)
+        for b, k in zip(ends, fold_sizes(data, part), strict=True)
+    ]
+    return np.concatenate(folds, 1).reshape(*lead, -1)
 
 
 # a little over 60 lines: one call from settings to predictions, nothing in it of use elsewhere
@@ -170,6 +254,9 @@ def train_grid(
 
     def build(member: Member) -> FusionModel:
         model = FusionModel(**shape, active_rank=member.settings["rank"])
+        if member.settings.get("start") == "random":
+            with torch.no_grad():
+                model.fusion.rank_weights.mul_(torch.randint(2, model.fusion.rank_weights.shape) * 2 - 1)
         model.standardise.load_state_dict(fitted[member.fold].standardise.state_dict())
         model.rescale.load_state_dict(fitted[member.fold].rescale.state_dict())
         return model
@@ -209,26 +296,30 @@ def train_grid(
 def members_at_once(shape: Mapping[str, object], batch_size: int, task: Task) -> int:
     """Members whose training fits into memory together: at most MEMBERS_AT_ONCE.
 
-    The variance of an output takes R^2 O numbers an example, the covariance of classes R^2 O^2, about six times for
-    each modality until the gradient is known.
+    Of each number of the encoders and decoders there are six: the model, the stack, its gradient, Adam's moments, and
+    what is made on the way. The variance of an output takes R^2 O numbers an example, the covariance of classes
+    R^2 O^2, about six times for each modality until the gradient is known.
     """
+    weights = 2 * int(shape["hidden_dim"]) * sum(d + int(shape["latent_dim"]) for d in shape["input_dims"].values())
+    most = max(1, min(MEMBERS_AT_ONCE, MEMORY // (2 * 4 * 6 * weights)))
     if shape["noise"] == "none":
-        return MEMBERS_AT_ONCE
+        return most
     outputs = int(shape.get("fused_dim") or shape["output_dim"])
     joint = task == "multiclass" or bool(shape.get("fused_dim"))
     numbers = int(shape["rank"]) ** 2 * (outputs**2 if joint else outputs)
     examples = max(6 * batch_size * len(shape["input_dims"]), 4 * CHUNK_EXAMPLES)
-    return max(1, min(MEMBERS_AT_ONCE, MEMORY // (4 * numbers * examples)))
+    return max(1, min(most, MEMORY // (4 * numbers * examples)))
 
 
 def _members(data: FoldedDataset, settings: Sequence[Setting], seeds: Sequence[int], recipe: Recipe) -> list[Member]:
     """Every setting with every seed on every fold, in this order."""
+    apart = 1000 if data.repeats > 1 else 0  # another start for every repeat
     return [
         Member(
-            seed,
+            seed + apart * (fold // (len(data.folds) // data.repeats)),
             _objective(setting, recipe).loss_weights(data.task, data.input_dims, setting.terms),
             recipe.weight_decay if setting.weight_decay is None else setting.weight_decay,
-            {"rank": setting.rank},
+            {"rank": setting.rank} | ({} if setting.start == "balanced" else {"start": setting.start}),
             _dropout(setting, recipe, data),
             fold,
             recipe.feature_dropout if setting.feature_dropout is None else setting.feature_dropout,
