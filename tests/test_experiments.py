@@ -85,7 +85,7 @@ def write_mosi(path: Path, examples: int = 60) -> Path:
 # ---- grids -------------------------------------------------------------------------------------------------------
 
 
-def test_masked_member_of_a_grid_equals_the_same_setting_trained_alone():
+def test_member_of_a_grid_equals_the_same_setting_trained_alone():
     data = folded()
     settings = [Setting("rank 1", 1, PLAIN), Setting("rank 3", 3, JWAE), Setting("no decay", 3, JWAE, 0.0)]
     together = train_grid(data, settings, [0, 1], SMALL)
@@ -150,6 +150,7 @@ def test_heads_that_cannot_afford_noise_are_trained_without_it():
 @pytest.mark.parametrize("task", ["regression", "multiclass"])
 def test_members_at_once_are_fewer_where_variances_take_memory(task):
     shape = {"noise": "dimension", "rank": 32, "output_dim": 17, "input_dims": {"a": 3, "b": 3}}
+    shape |= {"hidden_dim": 8, "latent_dim": 4}
     certain = grids.members_at_once(shape | {"noise": "none"}, 64, task)
     few = grids.members_at_once(shape, 64, task)
     one = grids.members_at_once(shape | {"rank": 4, "output_dim": 1}, 64, task)
@@ -208,7 +209,7 @@ def test_blocks_change_nothing_but_rounding_and_resume_each_by_itself(tmp_path, 
     whole = train_grid(data, settings, [0, 1], SMALL)
     monkeypatch.setattr(grids, "MEMBERS_AT_ONCE", 6)
     blocks = train_grid(data, settings, [0, 1], SMALL, checkpoint=tmp_path / "grid.safetensors")
-    assert len(list(tmp_path.glob("grid-*.safetensors"))) == 3
+    assert len(list(tmp_path.glob("grid-*.safetensors"))) == 4  # two of each rank
     np.testing.assert_allclose(blocks.outputs, whole.outputs, rtol=1e-4, atol=1e-5)
     (tmp_path / "grid-2.safetensors").unlink()
     again = train_grid(data, settings, [0, 1], SMALL, checkpoint=tmp_path / "grid.safetensors")

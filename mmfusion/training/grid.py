@@ -1,6 +1,5 @@
 """Grid of settings x seeds x folds, trained in one call, with every member's predictions of the pool."""
 
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -66,13 +65,14 @@ class Grid:
     outputs: np.ndarray
     """(P, S, F, N) or (P, S, F, N, O): what each member says of every example of the pool"""
     shape: dict[str, object]
-    """arguments of every member's FusionModel, the active rank apart"""
+    """arguments of every member's FusionModel, the rank apart"""
 
     def ensemble(self, setting: int) -> FusionEnsemble:
         """All members of a setting, seed-major, then fold, as one model that saves and loads."""
         models = self.members([setting])
         shape = {name: value for name, value in self.shape.items() if name != "fused_dim"}
-        return FusionEnsemble.from_members(models, **shape, task=self.data.task)
+        rank = self.settings[setting].rank
+        return FusionEnsemble.from_members(models, **shape, rank=rank, task=self.data.task)
 
     def model(self, setting: int, seed: int, fold: int = 0) -> FusionModel:
         """The member of one setting, seed and fold, by their indices."""
@@ -235,7 +235,7 @@ def train_grid(
     title: str = "train",
     **shape: object,
 ) -> Grid:
-    """Train every setting with every seed on every fold, at once as many as `members_at_once` says.
+    """Train every setting with every seed on every fold; those of one rank at once, as many as `members_at_once` says.
 
     `shape` holds further arguments of every FusionModel: fusion, fused_dim, spectral_norm, noise (default: the
     recipe's; none where the head is no LMF, or one of fused width).
@@ -244,16 +244,15 @@ def train_grid(
         "input_dims": data.input_dims,
         "latent_dim": recipe.latent_dim,
         "hidden_dim": recipe.hidden_dim,
-        "rank": max(setting.rank for setting in settings),
         "output_dim": data.output_dim,
         # the covariance of the R * fused_dim products of an LMF of fused width takes a gigabyte for each member
         "noise": recipe.noise if shape.get("fusion", "lmf") == "lmf" and not shape.get("fused_dim") else "none",
         **shape,
     }
-    fitted = [_fitted(shape, data, fold.train) for fold in data.folds]
+    fitted = [_fitted({**shape, "rank": 1}, data, fold.train) for fold in data.folds]
 
     def build(member: Member) -> FusionModel:
-        model = FusionModel(**shape, active_rank=member.settings["rank"])
+        model = FusionModel(**shape, rank=member.settings["rank"])
         if member.settings.get("start") == "random":
             with torch.no_grad():
                 model.fusion.rank_weights.mul_(torch.randint(2, model.fusion.rank_weights.shape) * 2 - 1)
@@ -278,19 +277,32 @@ def train_grid(
     )
     pool = TrainingData(data.pool, data.pool, data.folds)
     members = _members(data, settings, seeds, recipe)
-    models: list[FusionModel] = []
-    # blocks of equal size, so that compilation meets one shape, or two
-    count = math.ceil(len(members) / members_at_once(shape, recipe.batch_size, data.task))
-    bounds = [round(len(members) * k / count) for k in range(count + 1)]
+    blocks = _blocks(members, lambda rank: members_at_once({**shape, "rank": rank}, recipe.batch_size, data.task))
+    models: list[FusionModel] = [None] * len(members)  # type: ignore[list-item]
     text = f"{title}, {len(members)} trainings"
-    with tqdm(total=count * recipe.epochs, desc=text, unit="epoch", mininterval=0.5) as bar:
-        for number, (start, stop) in enumerate(itertools.pairwise(bounds), 1):
+    with tqdm(total=len(members) * recipe.epochs, desc=text, unit="epoch", mininterval=0.5) as bar:
+        for number, block in enumerate(blocks, 1):
             file = checkpoint and checkpoint.with_stem(f"{checkpoint.stem}-{number}")
-            step = {"device": device, "checkpoint": file, "on_epoch": lambda record: bar.update()}
-            models += train(problem, members[start:stop], pool, schedule, **step).models
+            count = len(block)
+            step = {"device": device, "checkpoint": file, "on_epoch": lambda _, count=count: bar.update(count)}
+            trained = train(problem, [members[k] for k in block], pool, schedule, **step).models
+            for place, model in zip(block, trained, strict=True):
+                models[place] = model
     outputs = outputs_of(data, models)
     outputs = outputs.reshape(len(settings), len(seeds), len(data.folds), *outputs.shape[1:])
     return Grid(data, list(settings), list(seeds), models, outputs, shape)
+
+
+def _blocks(members: Sequence[Member], most: Callable[[int], int]) -> list[list[int]]:
+    """Places of the members that are trained together: of one rank, as what an output's variance takes goes with R^2.
+
+    Blocks of one rank are of equal size, so that compilation meets one shape, or two.
+    """
+    blocks = []
+    for rank in dict.fromkeys(member.settings["rank"] for member in members):
+        places = [k for k, member in enumerate(members) if member.settings["rank"] == rank]
+        blocks += [part.tolist() for part in np.array_split(places, math.ceil(len(places) / most(int(rank))))]
+    return blocks
 
 
 def members_at_once(shape: Mapping[str, object], batch_size: int, task: Task) -> int:
