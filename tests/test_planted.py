@@ -1,5 +1,6 @@
 """Planted labels: whoever knows the truth reaches the stated scores, and nobody finds what is not there."""
 
+import itertools
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -105,6 +106,16 @@ def test_components_do_not_hang_on_rounding():
         np.testing.assert_allclose(components_of(noisy), components_of(shape), atol=1e-3)
 
 
+def test_signs_of_components_are_fixed_and_one_wild_value_is_no_component():
+    x = np.random.default_rng(0).standard_normal((300, 10)) * np.arange(1, 11)
+    x = x @ np.linalg.qr(np.random.default_rng(1).standard_normal((10, 10)))[0]
+    loadings = ((x - x.mean(0)) / x.std(0)).T @ components_of(x)
+    assert (loadings[np.abs(loadings).argmax(0), np.arange(8)] > 0).all()
+    x[:, 3] = 0
+    x[7, 3] = 1e6  # of deviation 1 once standardised, all of it in one example
+    assert np.abs(components_of(x)).max() < 5
+
+
 def test_components_of_few_examples_and_of_few_directions():
     rng = np.random.default_rng(0)
     wide = components_of(rng.standard_normal((20, 300)))
@@ -133,9 +144,23 @@ def test_expected_auroc_of_certain_labels_is_the_plain_one():
     assert expected_auroc(scores, labels) == pytest.approx(roc_auc_score(labels, scores))
 
 
+def test_expected_auroc_counts_pairs_over_all_draws_of_six_labels():
+    p, scores = np.array([0.1, 0.3, 0.5, 0.6, 0.8, 0.9]), np.array([1.0, 3, 2, 2, 5, 4])
+    ordered = pairs = 0.0
+    for labels in itertools.product((0, 1), repeat=6):
+        weight = np.where(labels, p, 1 - p).prod()
+        for i, j in itertools.product(range(6), repeat=2):
+            if labels[i] > labels[j]:
+                pairs += weight
+                ordered += weight * ((scores[i] > scores[j]) + 0.5 * (scores[i] == scores[j]))
+    assert expected_auroc(scores, p) == pytest.approx(ordered / pairs)
+
+
 def test_prediction_without_a_modality_is_the_mean_over_its_residuals():
     """Against two loops, for the first and the second of the multiplied modalities, and a third."""
-    _, truth = plant(folded(60, names=("a", "b", "c")), PlantedConfig(strength=0.6))
+    own = folded(60, names=("a", "b", "c"))
+    features = own.pool.features | {"a": own.pool.features["a"][:, :5]}  # 5 components: B is not square
+    _, truth = plant(replace(own, pool=replace(own.pool, features=features)), PlantedConfig(strength=0.6))
     for name in truth.components:
         others = np.hstack([z for other, z in truth.components.items() if other != name])
         z = truth.components[name]

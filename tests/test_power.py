@@ -127,6 +127,13 @@ def test_one_refuted_contrast_refutes_its_group_and_no_other():
     assert VERDICTS[int(verdict_of_folds(open_group, RATIO, ["a", "b"], [0.01, 0.01]))] == "cannot tell"
 
 
+def test_a_small_effect_that_exists_refutes_no_group():
+    """Beside one that is open; alone it supports, though smaller than the effect of interest."""
+    x = np.stack([pilot(1)[0] + 0.05, pilot(1)[0]])
+    assert VERDICTS[int(verdict_of_folds(x[:1], RATIO, ["a"], [0.5]))] == "supported"
+    assert VERDICTS[int(verdict_of_folds(x, RATIO, ["a", "a"], [0.5, 0.01]))] == "cannot tell"
+
+
 def test_size_needed_has_the_power_asked_for():
     values, effects = pilot(1), [0.01]
     size = size_needed(values, RATIO, ["a"], effects, 500)

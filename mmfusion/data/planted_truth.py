@@ -8,7 +8,7 @@ mean over j of sigmoid(f / noise) is predicted. That is the best prediction wher
 other modalities, and else a prediction that can be had: a lower bound of the best.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.special import expit, ndtr, xlogy
@@ -82,7 +82,7 @@ class Truth:
         others = np.hstack([z for name, z in self.components.items() if name != modality])  # (N, Q)
         guess = others @ np.linalg.lstsq(others, self.components[modality], rcond=None)[0]  # (N, q)
         residual = self.components[modality] - guess  # mean 0, as all z have
-        alpha = _replaced(self, modality, guess).logit  # (N,)
+        alpha = replace(self, components={**self.components, modality: guess}).logit  # (N,)
         if self.task == "regression":
             return alpha
         beta = np.broadcast_to(self.linear[modality], guess.shape)
@@ -144,15 +144,3 @@ def variance_one(
     cuts = np.cumsum([1, *(z.shape[1] for z in components.values())])
     removed = {name: -weights[a:b] / deviation for name, a, b in zip(components, cuts, cuts[1:], strict=False)}
     return -float(weights[0]) / deviation, removed, deviation
-
-
-def _replaced(truth: Truth, modality: str, components: np.ndarray) -> Truth:
-    return Truth(
-        truth.task,
-        {**truth.components, modality: components},
-        truth.constant,
-        truth.linear,
-        truth.pair,
-        truth.bilinear,
-        truth.noise,
-    )
