@@ -20,6 +20,7 @@ from mmfusion.data.memes import MemesConfig, MemesSource, find_source, load_meme
 from mmfusion.data.mmmo import load_mmmo
 from mmfusion.data.mustard import load_mustard
 from mmfusion.data.pairs import BOUNDS, load_pairs
+from mmfusion.data.planted import PlantedConfig, PlantedKind, plant
 from mmfusion.data.pom import load_pom
 from mmfusion.data.synthetic import SyntheticConfig, synthetic
 from mmfusion.data.synthetic_truth import truth
@@ -244,17 +245,46 @@ class DataOptions:
     """memes: MODALITY=FILE of vectors that were encoded elsewhere, by img key; image or text then needs no encoder"""
     cache_dir: Path = Path("cache")
     """where encoded texts and images (and the demo) are kept between runs"""
+    plant: PlantedKind | None = None
+    """experiments: labels of known truth in place of the data's own, features as they are: a positive control"""
+    plant_rank: int = PlantedConfig.rank
+    """rank of a planted interaction"""
+    plant_strength: float = PlantedConfig.strength
+    """0 to 1: share of an interaction in the logit's variance, of one modality in it, or of chance in calibration"""
+    plant_seed: int = PlantedConfig.seed
+    """of the planted function and its labels"""
+    plant_noise: float = PlantedConfig.noise
+    """noise of planted labels beside a signal of deviation 1"""
+    plant_modality: str | None = PlantedConfig.modality
+    """planted imbalance or dropout: the modality that matters; default: audio, or the first"""
+
+
+PLANT_FLAGS = ("plant_rank", "plant_strength", "plant_seed", "plant_noise", "plant_modality")
 
 
 def load_folded(options: DataOptions, device: str = "cpu") -> FoldedDataset:
-    """The data set that the flags name. Raises InputError naming the flag or the file."""
-    return fold_datasets(load_datasets(options, device))
+    """The data set that the flags name, with its planted labels. Raises InputError naming the flag or the file."""
+    config = planted_config(options)
+    data = fold_datasets(load_datasets(replace(options, plant=None), device))
+    return data if config is None else plant(data, config)[0]
+
+
+def planted_config(options: DataOptions) -> PlantedConfig | None:
+    """What the flags plant; None for nothing. Raises InputError naming a flag out of range."""
+    if options.plant is None:
+        return None
+    values = {name.removeprefix("plant_"): getattr(options, name) for name in PLANT_FLAGS}
+    config = PlantedConfig(options.plant, **values)
+    config.check()
+    return config
 
 
 def load_datasets(options: DataOptions, device: str = "cpu") -> list[Dataset]:
     """The data set that the flags name, one dataset per fold. Raises InputError naming the flag or the file."""
     if options.dataset not in DRAWN and options.data is None:
         raise InputError(f"--data: --dataset {options.dataset} needs the path of its file")
+    if options.plant is not None:
+        raise InputError(f"--plant {options.plant}: labels are planted for experiments alone; leave the flag out")
     if options.tokens:
         _check_use("tokens", options.dataset)
     if options.dataset in DRAWN and options.data is not None:
@@ -299,6 +329,9 @@ def check_flags(options: DataOptions) -> None:
     for one in fields(DataOptions):
         if one.name in known and getattr(options, one.name) != one.default:
             _check_use(one.name, options.dataset)
+        if one.name in PLANT_FLAGS and options.plant is None and getattr(options, one.name) != one.default:
+            raise InputError(f"--{one.name.replace('_', '-')}: has no use without --plant; give both, or neither")
+    planted_config(options)
 
 
 def _check_use(name: str, dataset: str) -> None:
