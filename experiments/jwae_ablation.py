@@ -83,12 +83,13 @@ def differences(data: FoldedDataset, grids: dict[str, Grid]) -> tuple[dict[str, 
                 claim = (f"cost of jWAE {place}, {word}", -change, f"jWAE does worse {place}", effect)
             elif band == "high":
                 route = outcome
-                claim = (f"plain no worse {place}, {word}", effect - change, f"off at most {effect} worse {place}", 0)
+                claim = (f"plain no worse {place}, {word}", effect - change, f"off hardly worse {place}", effect)
             else:
                 route = outcome
                 claim = (f"gain of jWAE {place}, {word}", change, f"jWAE does better {place}", effect)
             name, difference, text, effects[claim[0]] = claim
-            named[name] = Difference(difference, text, route is not None, route or "")
+            is_bound = name.startswith("plain no worse")
+            named[name] = Difference(difference, text, route is not None, route or "", is_bound)
         for level, base in (("weak", "off"), ("noise alone", "off"), ("enforced", "noise alone")):
             name = f"{level} over {base}, all ranks, {word}"
             named[name] = Difference(gain(level, RANKS, base=base), f"{level} does better than {base}", False)

@@ -26,6 +26,7 @@ from scipy.stats import binomtest
 
 from experiments.experiment import Experiment, Options, Run, check_options, options_of
 from mmfusion.cli import pick_device, run_command
+from mmfusion.data.folds import cross_validated
 from mmfusion.data.registry import load_folded
 from mmfusion.distributed import current_processes
 from mmfusion.errors import InputError
@@ -60,14 +61,16 @@ class Design:
     values: np.ndarray
     """(C, J) over folds"""
     ratio: float
-    groups: list[str]
+    routes: list[str]
     effects: np.ndarray
     """(C,)"""
+    floors: np.ndarray
+    """(C,) 0 where a contrast is about its sign alone"""
 
     @property
     def rule(self) -> tuple[np.ndarray, float, list[str], np.ndarray]:
         """Arguments that every function of mmfusion.metrics.power begins with."""
-        return self.values, self.ratio, self.groups, self.effects
+        return self.values, self.ratio, self.routes, self.effects
 
 
 def design_of(contrasts: Sequence[Mapping[str, object]], where: str) -> Design:
@@ -79,16 +82,17 @@ def design_of(contrasts: Sequence[Mapping[str, object]], where: str) -> Design:
         values = np.array([c["fold_values"] for c in deciding], np.float64)
         ratios = {float(c["ratio"]) for c in deciding}
         effects = np.array([c["effect"] for c in deciding], np.float64)
-        groups = [str(c["group"]) for c in deciding]
+        routes = [str(c["route"]) for c in deciding]
         if len(ratios) != 1:
             raise ValueError("contrasts over folds of different sizes")
-        checked_claim(checked_values(values).shape[1], min(ratios), groups, effects)
+        checked_claim(checked_values(values).shape[1], min(ratios), routes, effects)
     except (KeyError, TypeError, ValueError):
         raise InputError(
             f"{where}: its deciding contrasts hold no values over two folds or more, the same for all; run the "
             "experiment anew"
         ) from None
-    return Design(values, ratios.pop(), groups, effects)
+    floors = effects * [not c["sign_only"] for c in deciding]
+    return Design(values, ratios.pop(), routes, effects, floors)
 
 
 # ---- finished runs -----------------------------------------------------------------------------------------------
@@ -120,10 +124,10 @@ def report(config: Config) -> None:
         key = (results["experiment"], results["dataset"])
         if key in curves:  # the same question once more
             key = (results["experiment"], f"{results['dataset']} ({run.name})")
-        curves[key] = power_curve(*design.rule, CURVE, draws=config.draws)[:, SUPPORTED]
-        powers = power_curve(*design.rule, STRENGTHS, draws=config.draws)[:, SUPPORTED]
-        wrong = false_support(*design.rule, draws=config.draws)
-        needed = size_needed(*design.rule, examples, POWER, config.draws)
+        curves[key] = power_curve(*design.rule, CURVE, draws=config.draws, floors=design.floors)[:, SUPPORTED]
+        powers = power_curve(*design.rule, STRENGTHS, draws=config.draws, floors=design.floors)[:, SUPPORTED]
+        wrong = false_support(*design.rule, draws=config.draws, floors=design.floors)
+        needed = size_needed(*design.rule, examples, POWER, config.draws, floors=design.floors)
         rows.append((*key, results["verdict"], powers, wrong, examples, needed))
     print(table(rows))
     figure = Figure(layout="constrained")
@@ -191,6 +195,8 @@ def check(experiment: Experiment, options: Options) -> None:
 def planted_outcome(experiment: Experiment, options: Options, device: torch.device) -> tuple[str, Design]:
     """Verdict and deciding contrasts on one planting. Raises InputError as the experiment does."""
     data = load_folded(replace(options, tokens=True) if experiment.tokens else options, str(device))
+    if options.cross_validate is not None:
+        data = cross_validated(data, options.cross_validate, options.repeats)
     if len(data.input_dims) < experiment.modalities:
         raise InputError(f"--dataset {options.dataset}: {experiment.name} needs {experiment.modalities} modalities")
     experiment.check(data, options)
@@ -209,7 +215,9 @@ def summary(verdicts: Sequence[str], designs: Sequence[Design]) -> str:
     count = sum(verdict == "supported" for verdict in verdicts)
     found = binomtest(count, len(verdicts)).proportion_ci()
     true = np.mean([design.values.mean(1) for design in designs], axis=0)  # (C,)
-    at = np.mean([simulate(*design.rule, np.stack([true, 0 * true]))[:, SUPPORTED] for design in designs], axis=0)
+    at = np.mean(
+        [simulate(*one.rule, np.stack([true, 0 * true]), floors=one.floors)[:, SUPPORTED] for one in designs], axis=0
+    )
     agrees = found.low <= at[0] <= found.high
     return (
         f"supported in {count} of {len(verdicts)} plantings: {count / len(verdicts):.2f} "

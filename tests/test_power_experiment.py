@@ -26,7 +26,14 @@ class FoldContrast:
 
 def contrast(seed: int = 0, **changes) -> dict:
     values = 0.02 * np.random.default_rng(seed).standard_normal(FOLDS)
-    found = {"fold_values": values.tolist(), "ratio": RATIO, "group": "a", "decides": True, "effect": 0.01}
+    found = {
+        "fold_values": values.tolist(),
+        "ratio": RATIO,
+        "route": "a",
+        "decides": True,
+        "effect": 0.01,
+        "sign_only": False,
+    }
     return found | changes
 
 
@@ -122,7 +129,9 @@ def test_check_counts_the_verdicts_on_other_plantings(effect, expected, capsys, 
 
 
 def test_summary_says_where_the_simulation_is_contradicted():
-    design = power.Design(0.02 * np.random.default_rng(0).standard_normal((1, FOLDS)), RATIO, ["a"], np.array([0.01]))
+    design = power.Design(
+        0.02 * np.random.default_rng(0).standard_normal((1, FOLDS)), RATIO, ["a"], np.array([0.01]), np.array([0.01])
+    )
     always = power.summary(["supported"] * 10, [design] * 10)
     assert "10 of 10 plantings: 1.00 [0.69, 1.00]" in always and always.endswith("outside the interval")
     assert power.summary(["cannot tell"] * 10, [design] * 10).endswith("inside the interval")

@@ -11,11 +11,7 @@ of the diagonal of S, the mean has the variance S (rho + (1 - rho) / J), and (me
 Student's t with J - 1 degrees of freedom. S is estimated from the fold values of a run, its correlations shrunk towards
 0 (Schaefer and Strimmer 2005), since J is about the number of contrasts.
 
-**The rule** (`verdict_of_statistics`). A contrast is supported where its 95 % interval lies above 0 (an effect exists,
-however small); else refuted where that lies below 0, or the upper end of its 90 % interval below the effect of
-interest. A group of contrasts is supported where all of them are (intersection-union, uncorrected), with 1 - .05 / G in
-place of 95 % for G groups, which is the first step of Holm's correction; refuted where one of its contrasts is. A claim
-is "supported" where a group is, "not supported" where all groups are refuted, else "cannot tell".
+The rule that is simulated is the one that judges experiments: mmfusion.metrics.verdicts.
 """
 
 import itertools
@@ -23,11 +19,12 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.stats import t as student_t
+from scipy.special import stdtr, stdtrit
 
-VERDICTS = ("not supported", "cannot tell", "supported")
-"""a verdict's code is its place here"""
-LEVEL = 0.05
+from mmfusion.metrics.statistics import LEVEL
+from mmfusion.metrics.verdicts import CODES, Verdict, claim_code, judge, route_corrected
+
+VERDICTS: tuple[Verdict, ...] = tuple(CODES[code] for code in (-1, 0, 1))
 DRAWS = 10_000
 MOST_EDGES = 256
 """edges of the null at which false support is simulated; where there are more, as many of them at random"""
@@ -42,63 +39,59 @@ def verdict_of_statistics(
     deviations: np.ndarray,
     folds: int,
     ratio: float,
-    groups: Sequence[str | None],
-    effects: Sequence[float] | np.ndarray,
+    routes: Sequence[str | None],
+    floors: Sequence[float] | np.ndarray,
 ) -> np.ndarray:
-    """Verdict of a claim from the mean and spread of its contrasts over folds, by the rule of the module.
+    """Verdict of a claim from the mean and spread of its contrasts over folds.
 
     Args:
         means, deviations: (..., C) mean and sample standard deviation over J folds; they broadcast.
         folds: J, at least 2.
         ratio: n_test / n_train, > 0.
-        groups: (C,) group of each contrast; None: it does not decide.
-        effects: (C,) smallest effect of interest, > 0.
+        routes: (C,) route of each contrast; None: it does not decide.
+        floors: (C,) smallest effect of interest, or 0 where a contrast is about its sign alone.
 
     Returns:
-        (...) codes of VERDICTS.
+        (...) places in VERDICTS.
 
     Raises ValueError for shapes or numbers out of range.
     """
-    groups, effects = checked_claim(folds, ratio, groups, effects)
+    routes, floors = checked_claim(folds, ratio, routes, floors)
     means, deviations = np.broadcast_arrays(means, deviations)
-    if means.shape[-1:] != effects.shape:
-        raise ValueError(f"means of shape {means.shape} of {len(effects)} contrasts")
-    names = sorted({group for group in groups if group is not None})
+    if means.shape[-1:] != floors.shape:
+        raise ValueError(f"means of shape {means.shape} of {len(floors)} contrasts")
+    own = [c for c, route in enumerate(routes) if route is not None]
+    means, deviations, names = means[..., own], deviations[..., own], [routes[c] for c in own]
     error = deviations * (1 / folds + ratio) ** 0.5
-    quantile = lambda level: student_t.ppf(1 - level / 2, folds - 1)  # noqa: E731, of a two-sided interval
-    holds = means - quantile(LEVEL / len(names)) * error > 0
-    is_small = means + quantile(2 * LEVEL) * error < effects
-    fails = ~holds & (is_small | (means + quantile(LEVEL) * error < 0))
-    columns = [[c for c, group in enumerate(groups) if group == name] for name in names]
-    supported = np.stack([holds[..., own].all(-1) for own in columns], -1).any(-1)
-    refuted = np.stack([fails[..., own].any(-1) for own in columns], -1).all(-1)
-    return np.where(supported, 2, np.where(refuted, 0, 1))
+    wide, narrow = (stdtrit(folds - 1, 1 - level / 2) * error for level in (LEVEL, 2 * LEVEL))
+    t = np.divide(np.abs(means), error, out=np.where(means == 0, 0.0, np.inf), where=error > 0)
+    p = route_corrected(2 * stdtr(folds - 1, -t), means > 0, names)
+    codes = judge(means, means - wide, means + wide, means + narrow, p, floors[own])
+    return claim_code(codes, names) + 1
 
 
 def verdict_of_folds(
-    values: np.ndarray, ratio: float, groups: Sequence[str | None], effects: Sequence[float] | np.ndarray
+    values: np.ndarray, ratio: float, routes: Sequence[str | None], floors: Sequence[float] | np.ndarray
 ) -> np.ndarray:
     """Verdict codes (...) of fold values (..., C, J); arguments and errors as `verdict_of_statistics`."""
     values = np.asarray(values, np.float64)
-    return verdict_of_statistics(
-        values.mean(-1), values.std(-1, ddof=1), values.shape[-1], ratio, groups, np.asarray(effects)
-    )
+    return verdict_of_statistics(values.mean(-1), values.std(-1, ddof=1), values.shape[-1], ratio, routes, floors)
 
 
 def checked_claim(
-    folds: int, ratio: float, groups: Sequence[str | None], effects: Sequence[float] | np.ndarray
+    folds: int, ratio: float, routes: Sequence[str | None], effects: Sequence[float] | np.ndarray
 ) -> tuple[list[str | None], np.ndarray]:
     """Groups and effects (C,); raises ValueError where a number is out of range or nothing decides."""
-    groups, effects = list(groups), np.asarray(effects, np.float64)
+    routes, effects = list(routes), np.asarray(effects, np.float64)
     if folds < 2 or not 0 < ratio < np.inf:
         raise ValueError(f"{folds} folds with a ratio of {ratio}: give at least 2 folds, a ratio above 0")
-    if effects.shape != (len(groups),) or not (np.isfinite(effects) & (effects > 0)).all():
+    if effects.shape != (len(routes),) or not (np.isfinite(effects) & (effects >= 0)).all():
         raise ValueError(
-            f"smallest effects of interest {effects.tolist()} of {len(groups)} contrasts: one > 0 for each"
+            f"smallest effects of interest {effects.tolist()} of {len(routes)} contrasts: one >= 0 for each"
         )
-    if all(group is None for group in groups):
-        raise ValueError("no contrast decides: a claim has at least one group")
-    return groups, effects
+    if all(route is None for route in routes):
+        raise ValueError("no contrast decides: a claim has at least one route")
+    return routes, effects
 
 
 # ---- simulation --------------------------------------------------------------------------------------------------
@@ -107,11 +100,12 @@ def checked_claim(
 def simulate(
     fold_values: np.ndarray,
     ratio: float,
-    groups: Sequence[str | None],
+    routes: Sequence[str | None],
     effects: Sequence[float] | np.ndarray,
     true: np.ndarray,
     draws: int = DRAWS,
     seed: int = 0,
+    floors: Sequence[float] | None = None,
 ) -> np.ndarray:
     """Probability of each verdict if the contrasts' true means were `true`.
 
@@ -119,8 +113,9 @@ def simulate(
 
     Args:
         fold_values: (C, J) of a finished run; from them the covariance, never the mean.
-        ratio, groups, effects: as `verdict_of_statistics`.
+        ratio, routes, effects: as `verdict_of_statistics`.
         true: (..., C) true means.
+        floors: (C,) 0 where a contrast is about its sign alone; default: `effects`.
         draws: simulated runs; a probability p has a standard error of sqrt(p (1 - p) / draws).
         seed: of the draws.
 
@@ -130,13 +125,14 @@ def simulate(
     Raises ValueError for shapes or numbers out of range, NaN or infinity.
     """
     x = checked_values(fold_values)
-    groups, effects = checked_claim(x.shape[1], ratio, groups, effects)
+    routes, effects = checked_claim(x.shape[1], ratio, routes, effects)
     true = np.asarray(true, np.float64)
-    if true.shape[-1:] != (len(x),) or len(groups) != len(x) or draws < 1:
-        raise ValueError(f"true means {true.shape}, {len(groups)} groups, {draws} draws for {len(x)} contrasts")
+    if true.shape[-1:] != (len(x),) or len(routes) != len(x) or draws < 1:
+        raise ValueError(f"true means {true.shape}, {len(routes)} routes, {draws} draws for {len(x)} contrasts")
     means, deviations = simulated_statistics(x, ratio, draws, seed)  # (draws, C) each
-    deciding = [c for c, group in enumerate(groups) if group is not None]
-    rule = (x.shape[1], ratio, [groups[c] for c in deciding], effects[deciding])
+    deciding = [c for c, route in enumerate(routes) if route is not None]
+    floors = effects if floors is None else np.asarray(floors, np.float64)
+    rule = (x.shape[1], ratio, [routes[c] for c in deciding], floors[deciding])
     rows = true.reshape(-1, len(x))[:, deciding]
     codes = [verdict_of_statistics(means[:, deciding] + row, deviations[:, deciding], *rule) for row in rows]
     shares = np.stack([np.bincount(one, minlength=len(VERDICTS)) / draws for one in codes])
@@ -186,36 +182,38 @@ def shrunk_correlation(values: np.ndarray) -> np.ndarray:
 def power_curve(
     fold_values: np.ndarray,
     ratio: float,
-    groups: Sequence[str | None],
+    routes: Sequence[str | None],
     effects: Sequence[float] | np.ndarray,
     multiples: Sequence[float] | np.ndarray,
     draws: int = DRAWS,
     seed: int = 0,
+    floors: Sequence[float] | None = None,
 ) -> np.ndarray:
     """(K, 3) probability of each verdict where every true mean is that multiple (K,) of its effect of interest."""
     true = np.asarray(multiples, np.float64)[:, None] * np.asarray(effects, np.float64)
-    return simulate(fold_values, ratio, groups, effects, true, draws, seed)
+    return simulate(fold_values, ratio, routes, effects, true, draws, seed, floors)
 
 
 def false_support(
     fold_values: np.ndarray,
     ratio: float,
-    groups: Sequence[str | None],
+    routes: Sequence[str | None],
     effects: Sequence[float] | np.ndarray,
     draws: int = DRAWS,
     seed: int = 0,
+    floors: Sequence[float] | None = None,
 ) -> float:
     """Largest probability of "supported" where the claim does not hold.
 
-    It does not hold where every group has a contrast whose true mean is at most 0. The worst of these is at an edge: in
-    each group one contrast at 0, the others far above; all at 0 beside. A maximum over simulated probabilities, so up
+    It does not hold where every route has a contrast whose true mean is at most 0. The worst of these is at an edge: in
+    each route one contrast at 0, the others far above; all at 0 beside. A maximum over simulated probabilities, so up
     to two or three of their standard errors too large.
     """
     x = checked_values(fold_values)
-    groups, effects = checked_claim(x.shape[1], ratio, groups, effects)
+    routes, effects = checked_claim(x.shape[1], ratio, routes, effects)
     far = 1e3 * (float(x.std(1, ddof=1).max()) + float(effects.max()))
-    names = sorted({group for group in groups if group is not None})
-    members = [[c for c, group in enumerate(groups) if group == name] for name in names]
+    names = sorted({route for route in routes if route is not None})
+    members = [[c for c, route in enumerate(routes) if route == name] for name in names]
     if math.prod(map(len, members)) <= MOST_EDGES:
         edges = list(itertools.product(*members))
     else:
@@ -225,18 +223,19 @@ def false_support(
     true[-1] = 0
     for row, edge in zip(true, edges, strict=False):
         row[list(edge)] = 0
-    return float(simulate(x, ratio, groups, effects, true, draws, seed)[:, 2].max())
+    return float(simulate(x, ratio, routes, effects, true, draws, seed, floors)[:, 2].max())
 
 
 def size_needed(
     fold_values: np.ndarray,
     ratio: float,
-    groups: Sequence[str | None],
+    routes: Sequence[str | None],
     effects: Sequence[float] | np.ndarray,
     examples: int,
     power: float = 0.8,
     draws: int = DRAWS,
     seed: int = 0,
+    floors: Sequence[float] | None = None,
 ) -> int | None:
     """Number of examples in the pool with which the true effects of interest would be supported, same R and K.
 
@@ -244,7 +243,7 @@ def size_needed(
     seeds add falls more slowly, and where the mean itself changes with the size of training nothing is said of it.
 
     Args:
-        fold_values, ratio, groups, effects, draws, seed: as `simulate`.
+        fold_values, ratio, routes, effects, draws, seed: as `simulate`.
         examples: of the pool that the fold values come from.
         power: probability of "supported" that is asked for, < 1.
 
@@ -256,11 +255,12 @@ def size_needed(
     if not 0 < power < 1 or examples < 1:
         raise ValueError(f"power {power} with {examples} examples: give a power between 0 and 1, at least one example")
     x = checked_values(fold_values)
-    groups, effects = checked_claim(x.shape[1], ratio, groups, effects)
+    routes, effects = checked_claim(x.shape[1], ratio, routes, effects)
 
     def reached(size: int) -> bool:  # a mean in units of its error is what counts, so the mean is scaled instead
-        true = effects * (size / examples) ** 0.5
-        return bool(simulate(x, ratio, groups, effects, true, draws, seed)[2] >= power)
+        scale = (size / examples) ** 0.5
+        least = (effects if floors is None else np.asarray(floors, np.float64)) * scale
+        return bool(simulate(x, ratio, routes, effects, scale * effects, draws, seed, least)[2] >= power)
 
     low, high = 0, 1
     while not reached(high):

@@ -38,6 +38,8 @@ class Difference(NamedTuple):
     """whether the experiment's verdict rests on it"""
     route: str = ""
     """by which the claim may hold: all of a route must, any route will do"""
+    sign_only: bool = False
+    """no value above 0 is too small to matter: of "no worse than by an effect of interest", which is in the value"""
 
 
 class Cut(NamedTuple):
@@ -71,7 +73,9 @@ class Contrast:
     p_corrected: float
     """after Holm over the claim's routes"""
     effect: float
-    """smallest effect of interest, at least 0, in the units of the estimate"""
+    """smallest effect of interest, > 0, in the units of the estimate"""
+    sign_only: bool
+    """as in `Difference`"""
     exists: Statement
     matters: Statement
     power: float
@@ -98,7 +102,7 @@ def corrected_contrasts(
     Args:
         named: differences; (S,) for `student`; with `cut` (S, N) or (S, J), and the interval is Nadeau and Bengio's
             over the folds; without it (S, N) for `crossed_bootstrap`.
-        effect: smallest effect of interest, at least 0, one for all or one per name; 0 asks for a sign alone.
+        effect: smallest effect of interest, > 0, one for all or one per name.
         cut: of a cross-validation.
         clusters: (N,) what each test example is resampled with, where there is no cut.
         seed: of the resampling.
@@ -111,8 +115,8 @@ def corrected_contrasts(
     effects = dict(effect) if isinstance(effect, Mapping) else dict.fromkeys(named, effect)
     if missing := [name for name in named if name not in effects]:
         raise ValueError(f"no smallest effect of interest for {missing}")
-    if negative := [name for name in named if not effects[name] >= 0]:
-        raise ValueError(f"the smallest effect of interest is at least 0: {negative}")
+    if wrong := [name for name in named if not effects[name] > 0]:
+        raise ValueError(f"the smallest effect of interest is above 0, not so of {wrong}")
     intervals, folds = [], []
     for name, difference in named.items():
         try:
@@ -181,7 +185,7 @@ def judge(
     Args:
         estimate, low, high, high_90: with the ends of the 95 % interval and the upper end of the 90 % interval.
         p: two-sided, corrected.
-        effect: smallest effect of interest, at least 0.
+        effect: smallest effect of interest; 0 where any effect matters.
 
     Raises ValueError where an argument is NaN, an interval is reversed, or an effect is negative.
     """
@@ -248,7 +252,8 @@ def _contrast(
 ) -> Contrast:
     estimate, low, high, high_90 = interval.estimate, interval.low, interval.high, interval.high_90
     exists = 1 if p_corrected < LEVEL and estimate > 0 else -1 if high < 0 else 0
-    matters = 1 if interval.low_90 >= effect else -1 if high_90 < effect else 0
+    floor = 0.0 if difference.sign_only else effect
+    matters = 1 if interval.low_90 >= floor else -1 if high_90 < floor else 0
     return Contrast(
         name=name,
         claim=difference.claim,
@@ -263,10 +268,11 @@ def _contrast(
         p=interval.p,
         p_corrected=p_corrected,
         effect=effect,
+        sign_only=difference.sign_only,
         exists=STATEMENTS[exists],
         matters=STATEMENTS[matters],
         power=power_at(effect, interval.standard_error, interval.freedom),
-        verdict=CODES[int(judge(estimate, low, high, high_90, p_corrected, effect))],
+        verdict=CODES[int(judge(estimate, low, high, high_90, p_corrected, floor))],
         decides=difference.decides,
         fold_values=None if folds is None else tuple(folds.tolist()),
         ratio=None if folds is None else cut.ratio,
