@@ -9,7 +9,9 @@ labels), outliers cut, white, turned at random. Over the pool, L and I have mean
 
 a_m are unit vectors, u_r orthonormal, v_r too; g = 1. What the strength is, from 0 to 1:
 
-    interaction     s, the share of the logit's variance that is a product of two modalities, of rank k; 0: none
+    interaction     s, the share of the logit's variance that is a product of two modalities, of rank k; 0: none. No
+                    interaction is not rank 1: a sum z_1 + z_2 is a product of (1 + e z_m) less a constant in the limit
+                    of small e alone, so a fusion of rank 1 may lag behind higher ones at 0 too
     imbalance       share of one modality in L, from 1 / M at 0 (balanced) to 1 at 1; no interaction
     dropout         share of one modality in L, from 0 (it says nothing) to 1 (it alone says something); no interaction
     calibration     1 - g: at 1 labels are thrown with a coin, and all confidence is overconfidence; no interaction.
