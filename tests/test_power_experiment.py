@@ -19,9 +19,10 @@ class FoldContrast:
 
     fold_values: list[float]
     ratio: float = RATIO
-    group: str | None = "a"
+    route: str = "a"
     decides: bool = True
     effect: float = 0.01
+    sign_only: bool = False
 
 
 def contrast(seed: int = 0, **changes) -> dict:
@@ -51,7 +52,7 @@ def write_run(folder, contrasts) -> str:
 
 
 def test_report_prints_the_power_of_the_deciding_contrasts_and_draws_it(tmp_path, capsys):
-    contrasts = [contrast(0), contrast(1, group=None, decides=False, fold_values=None)]
+    contrasts = [contrast(0), contrast(1, decides=False, fold_values=None)]
     runs = [write_run(tmp_path / name, contrasts) for name in ("one", "two")]
     assert power.run([*runs, "--figure", str(tmp_path / "p.png"), "--draws", "2000"]) == 0
     printed = capsys.readouterr().out
