@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
+from threadpoolctl import threadpool_limits  # scikit-learn needs it too
 from torch import Tensor
 
 from mmfusion.data.folds import FoldedDataset
@@ -35,9 +36,11 @@ Scores = dict[str, np.ndarray]
 def scored(data: FoldedDataset, ensemble: AlignmentEnsemble) -> Scores:
     """{"R@1" | "accuracy" | "invariance, noise" ...: (S, n) of the test examples; "gap" | "unique" ...: (S, folds)}."""
     folds = []
-    for f, fold in enumerate(data.folds):
-        seeds = [_of_member(data, member, fold) for member in ensemble.part(f, len(data.folds)).members]
-        folds.append({name: np.stack([np.atleast_1d(one[name]) for one in seeds]) for name in seeds[0]})
+    # small matrices: more threads gain nothing, and where another process has a core they wait for each other
+    with threadpool_limits(1, "blas"):
+        for f, fold in enumerate(data.folds):
+            seeds = [_of_member(data, member, fold) for member in ensemble.part(f, len(data.folds)).members]
+            folds.append({name: np.stack([np.atleast_1d(one[name]) for one in seeds]) for name in seeds[0]})
     return {name: np.concatenate([of[name] for of in folds], 1) for name in folds[0]}
 
 
