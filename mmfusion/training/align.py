@@ -70,8 +70,12 @@ def alignment_terms(
     wanted: Collection[str],
     options: Mapping[str, Mapping[str, object]],
     aligned_dim: int | None = None,
+    items: bool = False,
 ) -> dict[str, Tensor]:
-    """The wanted terms of one model on one batch, scalars; alignments see the first `aligned_dim` latents."""
+    """The wanted terms of one model on one batch, scalars; alignments see the first `aligned_dim` latents.
+
+    With `items` the target says which rows are of one item: no contrast makes them rivals.
+    """
     output = model(batch.features, present=batch.present, kept=batch.kept)
     aligned = {name: z[:, :aligned_dim] for name, z in output.latents.items()}
     terms = {}
@@ -81,8 +85,9 @@ def alignment_terms(
         elif name == "reconstruction":
             terms[name] = reconstruction_error(output.standardised, output.reconstructions)
         else:
-            learned = {"temperature": output.temperature} if name in TEMPERED else {}
-            terms[name] = ALIGNMENTS[name](aligned, **learned, **options.get(name, {}))
+            of_contrast = {"temperature": output.temperature, "items": batch.target if items else None}
+            given = (of_contrast if name in TEMPERED else {}) | dict(options.get(name, {}))
+            terms[name] = ALIGNMENTS[name](aligned, **given)
     return terms
 
 
@@ -135,11 +140,12 @@ def align(
     places = [place for place, name in enumerate(features) if name in data.pool.shared]
     parts, count = TrainingData(pool, pool, data.folds), training.seeds * len(data.folds)
     groups, ensembles = _by_terms(weightings), {}
+    given = {"options": training.options, "aligned_dim": training.aligned_dim}
     for number, (terms, rows) in enumerate(groups.items()):
         terms = terms or wanted  # a row without a loss: 0 times those of the others
         problem = Problem(
             build,
-            partial(alignment_terms, wanted=terms, options=training.options, aligned_dim=training.aligned_dim),
+            partial(alignment_terms, wanted=terms, items=bool(places), **given),
             lambda model, features: torch.stack(list(model(features).latents.values()), 1),  # (N, M, L)
             lambda latents, items: mean_precision(latents[..., : training.aligned_dim], dict.fromkeys(places, items)),
         )
@@ -153,7 +159,7 @@ def align(
 
 
 def _items(pool: Split) -> Tensor:
-    """(N,) numbers that tell the score on dev, as a target, which rows have an item in common; 0 without any."""
+    """(N,) numbers that tell losses and the score on dev, as a target, which rows have an item in common; else 0."""
     items = [torch.from_numpy(distinct_items(names)[1]) for names in pool.shared.values()]
     return items[0].float() if items else torch.zeros(len(pool))
 
