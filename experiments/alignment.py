@@ -24,6 +24,7 @@ stands beside decides nothing, and Holm's correction counts it apart: the differ
 R@1, invariance with local terms, what alignment costs of the unique, and gap and clusters against R@1.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -47,12 +48,17 @@ MOST, LEAST = 0.1, 0.3  # fall of accuracy, of the clean one: expected with all 
 SPARED = 0.2  # the difference of these
 MARGIN = 0.001  # by how much a fall keeps to these, to count
 RATES = (0.2, 0.5, 0.8)
+STEPS, EPOCHS = 100, 15  # of training, at least
 
 
 @dataclass(frozen=True)
 class AlignmentOptions(Options):
     """Flags of this experiment."""
 
+    seeds: int = 3
+    """seeds 0 .. n - 1, shared by all rows, so that differences between rows are paired"""
+    epochs: int | None = None
+    """passes over the training part; default: as many as make 100 steps, at least 15"""
     width: int = 32
     """of the shared space"""
     affine: bool = False
@@ -103,7 +109,7 @@ def measure(data: FoldedDataset, run: Run) -> Outcome:
     ensembles = align(
         data,
         rows(weights, len(data.input_dims)),
-        training_of(options, options.seeds),
+        training_of(data, options, options.seeds),
         device=run.device,
         checkpoint=run.checkpoints / "alignment.safetensors",
     )
@@ -133,14 +139,16 @@ def measure(data: FoldedDataset, run: Run) -> Outcome:
 # ---- training ----------------------------------------------------------------------------------------------------
 
 
-def training_of(options: AlignmentOptions, seeds: int) -> AlignmentTraining:
-    """How all rows are trained."""
+def training_of(data: FoldedDataset, options: AlignmentOptions, seeds: int) -> AlignmentTraining:
+    """How all rows are trained: of few examples an epoch is few steps, and takes more epochs."""
+    smallest = min(len(fold.train) for fold in data.folds)
+    steps = max(1, smallest // AlignmentTraining.batch_size)  # of an epoch
     return AlignmentTraining(
         latent_dim=options.width,
         hidden_dim=0 if options.affine or options.identity else options.hidden_dim,
         identity=options.identity,
         seeds=seeds,
-        epochs=options.epochs or 60,
+        epochs=options.epochs or max(EPOCHS, math.ceil(STEPS / steps)),
         learning_rate=options.rate,
     )
 
@@ -154,7 +162,7 @@ def tune(data: FoldedDataset, run: Run) -> tuple[dict[str, float], dict[str, flo
         for kind, names in terms.items()
         for weight in TRIED
     ]
-    training = training_of(run.options, min(2, run.options.seeds))
+    training = training_of(data, run.options, min(2, run.options.seeds))
     checkpoint = run.checkpoints / "tune.safetensors"
     trained = align(first, candidates, training, device=run.device, checkpoint=checkpoint)
     dev, names = first.folds[0].dev, list(first.input_dims)

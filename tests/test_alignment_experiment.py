@@ -68,7 +68,7 @@ def measured(data: FoldedDataset, folder: Path, **changes) -> Outcome:
 
 @pytest.fixture(scope="module")
 def ensemble():
-    return align(toy(), [Weighting("x", {"info_nce": 1.0})], training_of(AlignmentOptions(**SMALL), 2))["x"]
+    return align(toy(), [Weighting("x", {"info_nce": 1.0})], training_of(toy(), AlignmentOptions(**SMALL), 2))["x"]
 
 
 def test_every_row_stands_in_both_blocks_of_the_table_with_every_score(outcome):
@@ -282,6 +282,14 @@ def test_falls_are_judged_in_parts_of_the_clean_accuracy():
     missing, noise = falls(found)
     assert "none 15.0 +- 0.0, 37.5 +- 0.0, 60.0 +- 0.0; contrast 0.0" in missing
     assert "hybrid 3.0 +- 0.0, 7.5 +- 0.0, 12.0 +- 0.0" in missing and "none 0.0" in noise
+
+
+@pytest.mark.parametrize(
+    ("train", "given", "epochs"), [(45, None, 100), (300, None, 50), (5000, None, 15), (300, 7, 7)]
+)
+def test_few_examples_are_trained_for_more_epochs_unless_epochs_are_given(train, given, epochs):
+    cuts = [Fold(torch.arange(n), torch.arange(9), torch.arange(9)) for n in (train, 9999)]
+    assert training_of(replace(toy(), folds=cuts), AlignmentOptions(epochs=given), 2).epochs == epochs
 
 
 def test_fall_at_a_rate_is_that_of_the_mixture():
