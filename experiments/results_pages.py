@@ -13,7 +13,7 @@ from mmfusion.runs.folder import PACKAGES, installed_version
 from mmfusion.runs.outputs import plain_cell
 
 COLUMNS = ("name", "claim", "estimate", "low", "high", "p", "p_holm", "effect", "seeds", "examples", "seeds_needed")
-SHOWN_FIRST = ("mustard", "cmu_mosi", "pom", "mmmo", "hateful_memes", "digits", "demo", "synthetic")
+SHOWN_FIRST = ("mustard", "cmu_mosi", "pom", "mmmo", "hateful_memes", "digits", "clip", "cells", "demo", "synthetic")
 """the dataset whose figure stands for a question in RESULTS.md: the first that was run"""
 RULES = """\
 Differences are paired: same seeds, same test examples. Intervals are 95 %: of scores from a bootstrap that resamples
