@@ -52,6 +52,19 @@ def fall(of: Scores, kind: str, rate: float) -> np.ndarray:
     return rate / RATE * (of["accuracy"] - of[f"accuracy, {RATE:.0%} {kind}"])
 
 
+def in_reach(of: Scores, share: float, guessed: float) -> bool:
+    """Whether a fall down to guessing, of the share `RATE` of the examples, is more than `share` of the accuracy."""
+    clean = float(of["accuracy"].mean())
+    return RATE * (clean - guessed) > share * clean
+
+
+def largest_class(data: FoldedDataset) -> float:
+    """Share of the test examples that guessing their largest class gets right; 0 without classes."""
+    if data.task not in ("binary", "multiclass"):
+        return 0.0
+    return float(np.bincount(data.pool.target[data.test_rows].numpy().astype(int)).max() / len(data.test_rows))
+
+
 @torch.inference_mode()
 def latents_of(
     data: FoldedDataset, member: AlignmentModel, examples: Tensor, damaged: str | None = None, kind: Damage = "noise"
