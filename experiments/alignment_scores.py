@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
+from threadpoolctl import threadpool_limits  # scikit-learn needs it too
 from torch import Tensor
 
 from mmfusion.data.folds import FoldedDataset
@@ -35,9 +36,11 @@ Scores = dict[str, np.ndarray]
 def scored(data: FoldedDataset, ensemble: AlignmentEnsemble) -> Scores:
     """{"R@1" | "accuracy" | "invariance, noise" ...: (S, n) of the test examples; "gap" | "unique" ...: (S, folds)}."""
     folds = []
-    for f, fold in enumerate(data.folds):
-        seeds = [_of_member(data, member, fold) for member in ensemble.part(f, len(data.folds)).members]
-        folds.append({name: np.stack([np.atleast_1d(one[name]) for one in seeds]) for name in seeds[0]})
+    # small matrices: more threads gain nothing, and where another process has a core they wait for each other
+    with threadpool_limits(1, "blas"):
+        for f, fold in enumerate(data.folds):
+            seeds = [_of_member(data, member, fold) for member in ensemble.part(f, len(data.folds)).members]
+            folds.append({name: np.stack([np.atleast_1d(one[name]) for one in seeds]) for name in seeds[0]})
     return {name: np.concatenate([of[name] for of in folds], 1) for name in folds[0]}
 
 
@@ -47,6 +50,19 @@ def fall(of: Scores, kind: str, rate: float) -> np.ndarray:
     Which examples are hit is drawn: the expected accuracy is a mixture, so that the fall is proportional to the rate.
     """
     return rate / RATE * (of["accuracy"] - of[f"accuracy, {RATE:.0%} {kind}"])
+
+
+def in_reach(of: Scores, share: float, guessed: float) -> bool:
+    """Whether a fall down to guessing, of the share `RATE` of the examples, is more than `share` of the accuracy."""
+    clean = float(of["accuracy"].mean())
+    return RATE * (clean - guessed) > share * clean
+
+
+def largest_class(data: FoldedDataset) -> float:
+    """Share of the test examples that guessing their largest class gets right; 0 without classes."""
+    if data.task not in ("binary", "multiclass"):
+        return 0.0
+    return float(np.bincount(data.pool.target[data.test_rows].numpy().astype(int)).max() / len(data.test_rows))
 
 
 @torch.inference_mode()

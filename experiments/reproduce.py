@@ -41,10 +41,24 @@ EXPERIMENTS = (
     "synthetic",
 )
 # of these data sets alone: the others have no labels to keep, or too few modalities
-GEOMETRY = {"alignment": ("demo", "mustard", "pom", "digits"), "modality_count": ("digits",)}
-# arrays without a loader of their own, and what is asked of them alone
+GEOMETRY = {
+    "alignment": ("demo", "mustard", "pom", "digits", "clip", "cells"),
+    "modality_count": ("digits",),
+}
+# files without a loader of their own, how they are read, and what is asked of them alone
 ARRAYS = {"digits": ("--target", "digit", "--hold-out", "0.5")}
-OF_ARRAYS = {("alignment", "digits"): ("--modalities", "fou", "kar"), ("modality_count", "digits"): ()}
+PAIRS = {
+    "clip": ("--modalities", "image", "text", "--identity", "--width", "512", "--rate", "1e-4"),
+    "cells": ("--modalities", "chromatin", "expression", "--folds", "2"),
+}
+OF_FILES = {
+    ("alignment", "digits"): ("--modalities", "fou", "kar"),
+    ("modality_count", "digits"): (),
+    ("alignment", "clip"): (),
+    ("alignment", "cells"): (),
+}
+# no more seeds than these: every row is trained anew, and its differences are paired over the test examples too
+SEEDS = {"alignment": 3}
 # these draw their own data, once, whatever data sets are found
 OF_ITS_OWN = ("synthetic",)
 # these need sequences of tokens or steps, which these data sets have
@@ -62,6 +76,8 @@ FILES = {
     "pom": ("pom*.npz",),
     "mmmo": ("mmmo*.npz",),
     "digits": ("mfeat_digits*.npz",),
+    "clip": ("clip_coco_pairs*.npz",),
+    "cells": ("snareseq*.npz",),
     "hateful_memes": ("train.jsonl", "*/train.jsonl"),
 }
 
@@ -77,7 +93,7 @@ class Config:
     only: tuple[str, ...] = ()
     """experiments or data sets to run; default: all"""
     seeds: int = 10
-    """seeds of every experiment"""
+    """seeds of every experiment; of alignment at most 3"""
     epochs: int | None = Options.epochs
     """passes over the training part, of every experiment; default: the recipe's"""
     compile: bool = False
@@ -199,11 +215,17 @@ def find_jobs(config: Config) -> Iterator[Job]:
 
 def fits(experiment: str, dataset: str) -> bool:
     """Whether a data set has what an experiment needs."""
-    if dataset in ARRAYS:
-        return (experiment, dataset) in OF_ARRAYS
+    if dataset in (*ARRAYS, *PAIRS):
+        return (experiment, dataset) in OF_FILES
     if experiment in GEOMETRY:
         return dataset in GEOMETRY[experiment]
     return experiment not in OF_TOKENS or dataset in WITH_TOKENS
+
+
+def of_file(job: Job) -> list[str]:
+    """How a file without a loader of its own is read, and what is asked of it."""
+    known = {**ARRAYS, **PAIRS}.get(job.dataset, ())
+    return [*known, *OF_FILES.get((job.experiment, job.dataset), ())]
 
 
 def flags(job: Job, config: Config) -> list[str]:
@@ -212,13 +234,13 @@ def flags(job: Job, config: Config) -> list[str]:
         inputs = ["input"] if job.dataset in WITH_INPUTS and not config.skip_inputs else []
         groups = ["--groups", *inputs, "features", "latents", "missing"]
         return [str(job.models.folder), *groups, "--name", job.folder.name]
-    flags = ["--dataset", "arrays" if job.dataset in ARRAYS else job.dataset]
+    flags = ["--dataset", "arrays" if job.dataset in ARRAYS else "pairs" if job.dataset in PAIRS else job.dataset]
     if job.data is not None:
         flags += ["--data", str(job.data)]
-    flags += [*ARRAYS.get(job.dataset, ()), *OF_ARRAYS.get((job.experiment, job.dataset), ())]
+    flags += of_file(job)
     if job.dataset in ("mustard", "hateful_memes") and config.text_encoder is not None:
         flags += ["--text-encoder", config.text_encoder]
-    flags += ["--seeds", str(config.seeds)]
+    flags += ["--seeds", str(min(config.seeds, SEEDS.get(job.experiment, config.seeds)))]
     flags += [] if config.epochs is None else ["--epochs", str(config.epochs)]
     flags += ["--compile"] if config.compile else []
     flags += ["--hold-out-dev"] if job.experiment == MODELS else []
@@ -247,7 +269,7 @@ def command(job: Job) -> str:
     shown = [f"python -m {job.module} --dataset {settings['dataset']}"]
     if settings["data"]:
         shown.append(f"--data {Path(settings['data']).name}")
-    shown += [*ARRAYS.get(job.dataset, ()), *OF_ARRAYS.get((job.experiment, job.dataset), ())]
+    shown += of_file(job)
     for name in ("text_encoder", "seeds", "epochs", "hidden_dim", "weight_decay", "compile"):
         value = settings[name]
         if value != getattr(Options, name):

@@ -127,6 +127,61 @@ def test_multilinear_contrast_of_two_modalities_is_info_nce():
     torch.testing.assert_close(multilinear_contrast(latents, 0.2), info_nce(latents, 0.2), **EXACT)
 
 
+CONTRASTS = ("info_nce", "gram", "multilinear")
+
+
+@pytest.mark.parametrize("name", CONTRASTS)
+@pytest.mark.parametrize("modalities", [2, 3])
+def test_items_of_one_row_each_change_no_bit(name, modalities):
+    latents = draw(modalities)
+    assert torch.equal(LOSSES[name](latents, items=torch.arange(9.0)), LOSSES[name](latents))
+
+
+@pytest.mark.parametrize("name", CONTRASTS)
+def test_contrast_of_items_equals_a_loop_that_leaves_out_rows_of_the_same_item(name):
+    latents, items = draw(2), torch.tensor([0.0, 1, 0, 2, 1, 0, 3, 4, 5])
+    a, b = (z / z.norm(dim=1, keepdim=True) for z in latents.values())
+    cosines = (a @ b.T).numpy()
+    table = (-np.sqrt(1 - cosines**2 + 1e-6) if name == "gram" else cosines) / 0.3
+    found = []
+    for logits in (table, table.T):
+        for i in range(9):
+            rivals = [j for j in range(9) if j == i or items[j] != items[i]]
+            found.append(np.log(np.exp(logits[i, rivals]).sum()) - logits[i, i])
+    assert LOSSES[name](latents, 0.3, items=items).item() == pytest.approx(np.mean(found), rel=1e-9)
+
+
+def test_mixed_tuple_of_the_anchors_item_is_no_negative_and_one_of_other_items_is():
+    latents, items = draw(3, batch=6), torch.tensor([0, 0, 1, 1, 2, 2])
+    swapped = dict.fromkeys(latents, torch.tensor([1, 0, 3, 2, 5, 4]))  # mixed tuple j: the other row of j's item
+    assert multilinear_contrast(latents, permutations=swapped, items=items) > 0
+    assert multilinear_contrast(latents, permutations=swapped, items=items * 0) == 0
+    rows = {m: z / z.norm(dim=1, keepdim=True) * 4 ** (1 / 6) for m, z in latents.items()}
+    expected = []
+    for anchor in latents:
+        x, y = (z for m, z in rows.items() if m != anchor)
+        for i in range(6):
+            own = math.exp((rows[anchor][i] * x[i] * y[i]).sum() / 0.4)
+            tuples = [swapped[anchor][j] for j in range(6) if j // 2 != i // 2]
+            mixed = sum(math.exp((rows[anchor][i] * x[j] * y[j]).sum() / 0.4) for j in tuples)
+            expected.append(math.log(own + mixed) - math.log(own))
+    found = multilinear_contrast(latents, 0.4, permutations=swapped, items=items)
+    assert found.item() == pytest.approx(np.mean(expected), rel=1e-9)
+
+
+@pytest.mark.parametrize("name", CONTRASTS)
+@pytest.mark.parametrize("modalities", [2, 3])
+def test_rows_of_one_item_do_not_push_each_other_in_a_stack_of_members(name, modalities):
+    stacked = {m: torch.stack([z, 2 * z.flip(0)]) for m, z in draw(modalities).items()}
+    items = torch.stack([torch.zeros(9), torch.arange(9.0)])  # all of one item; each its own
+    slopes = vmap(grad(lambda z, items: LOSSES[name](z, items=items)))(stacked, items)
+    assert all(not g[0].any() for g in slopes.values())
+    alone = grad(LOSSES[name])({m: z[1] for m, z in stacked.items()})
+    for m, g in slopes.items():
+        torch.testing.assert_close(g[1], alone[m], **EXACT)
+        assert g[1].any()
+
+
 def critic(modalities: int = 3, width: int = 4, rank: int | None = None) -> MultilinearCritic:
     torch.manual_seed(0)
     return MultilinearCritic(NAMES[:modalities], width, rank).double()

@@ -8,10 +8,12 @@ import torch.nn.functional as F
 from mmfusion.data.folds import FoldedDataset
 from mmfusion.dataset import Fold, Split
 from mmfusion.errors import InputError
+from mmfusion.losses.alignment import ALIGNMENTS
 from mmfusion.metrics.retrieval import cross_retrieval
 from mmfusion.models.alignment import LEAST_TEMPERATURE, TEMPERATURE, AlignmentEnsemble, AlignmentModel
 from mmfusion.models.fusion import FusionEnsemble
 from mmfusion.training.align import AlignmentTraining, Weighting, align, mean_precision
+from mmfusion.training.trainer import train
 
 DIMS = {"a": 6, "b": 5, "c": 4}
 SHORT = AlignmentTraining(latent_dim=4, hidden_dim=8, seeds=2, epochs=3, batch_size=16, patience=3)
@@ -174,6 +176,40 @@ def test_members_of_a_stack_equal_members_trained_alone():
         for one, other in zip(together[row.label].members, alone.members, strict=True):
             for (name, x), y in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
                 torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_loss_that_a_row_does_not_weigh_is_not_computed_for_it(monkeypatch):
+    """Rows of the same losses are one stack; a loss that fails spoils the rows that weigh it alone."""
+    stacks = []
+
+    def failing(latents, **_):
+        raise RuntimeError("computed")
+
+    def recorded(problem, members, *args, **options):
+        stacks.append([member.settings["weighting"] for member in members[:: SHORT.seeds]])
+        return train(problem, members, *args, **options)
+
+    monkeypatch.setitem(ALIGNMENTS, "transport", failing)
+    monkeypatch.setattr("mmfusion.training.align.train", recorded)
+    rows = [
+        Weighting("one", {"info_nce": 1.0}),
+        Weighting("two", {"info_nce": 1.0, "coral": 1.0, "transport": 0.0}),
+        Weighting("three", {"info_nce": 2.0, "transport": 0.0}),
+    ]
+    assert list(align(toy(), rows, SHORT)) == ["one", "two", "three"]
+    assert stacks == [["one", "three"], ["two"]]
+    with pytest.raises(RuntimeError, match="computed"):
+        align(toy(), [Weighting("four", {"transport": 1.0})], SHORT)
+
+
+def test_training_in_groups_goes_on_from_a_checkpoint_of_each(tmp_path):
+    rows = [Weighting("one", {"info_nce": 1.0}), Weighting("two", {"coral": 1.0})]
+    first = align(toy(), rows, SHORT, checkpoint=tmp_path / "a.safetensors")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a-0.safetensors", "a-1.safetensors"]
+    again = align(toy(), rows, SHORT, checkpoint=tmp_path / "a.safetensors")
+    for label in ("one", "two"):
+        for x, y in zip(first[label].state_dict().values(), again[label].state_dict().values(), strict=True):
+            assert torch.equal(x, y)
 
 
 def test_members_are_seed_major_then_fold_and_standardised_on_their_own_training_part():

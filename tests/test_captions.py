@@ -21,6 +21,8 @@ from mmfusion.data.registry import DataOptions, load_datasets
 from mmfusion.dataset import Dataset
 from mmfusion.encoders.cache import FeatureCache, text_digest
 from mmfusion.errors import InputError
+from mmfusion.losses.alignment import ALIGNMENTS
+from mmfusion.losses.contrastive import info_nce
 from mmfusion.metrics.retrieval import cross_retrieval, retrieval_scores
 from mmfusion.metrics.shared_retrieval import distinct_items, shared_precision, shared_retrieval
 from mmfusion.training.align import AlignmentTraining, Weighting, align, mean_precision
@@ -344,6 +346,25 @@ def test_alignment_selects_epochs_by_the_retrieval_of_distinct_images(monkeypatc
     assert list(shared) == [0]  # image, of image and text
     assert [names[a] == names[0] for a in range(len(names))] == (shared[0] == shared[0][0]).tolist()
     assert len(set(shared[0].tolist())) == 8 and z.shape == (40, 2, 4)
+
+
+def test_captions_of_an_image_are_no_rivals_in_training_and_other_data_have_none(monkeypatch):
+    seen, training = [], AlignmentTraining(4, 0, seeds=1, epochs=1, batch_size=8)
+
+    def recorded(latents, temperature, items):
+        seen.append(items is not None)
+        return info_nce(latents, temperature, items=items)
+
+    monkeypatch.setitem(ALIGNMENTS, "info_nce", recorded)
+    captions = fold_datasets([_tiny()])
+    plain = replace(captions, pool=replace(captions.pool, metadata={}))
+    models = []
+    for data in (captions, plain):
+        models.append(align(data, [Weighting("x", {"info_nce": 1.0})], training)["x"].members[0])
+        assert set(seen) == {data is captions}
+        seen.clear()
+    weights = [model.jwae.encoders["image"].state_dict() for model in models]
+    assert any(not torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
 # ---- refusals ----------------------------------------------------------------------------------------------------

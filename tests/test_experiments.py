@@ -330,8 +330,8 @@ def finished_in_small(experiment: str, dataset: str, code: str = "abc", **change
     return Finished(experiment, dataset, Path("runs/x"), results, "python -m x", None, code, "cpu")
 
 
-def test_results_of_seven_datasets_fit_into_180_lines_and_say_their_code():
-    datasets = ("demo", "cmu_mosi", "mustard", "pom", "mmmo", "hateful_memes", "digits")
+def test_results_of_nine_datasets_fit_into_180_lines_and_say_their_code():
+    datasets = ("demo", "cmu_mosi", "mustard", "pom", "mmmo", "hateful_memes", "digits", "clip", "cells")
     all_of_them = [
         finished_in_small(name, dataset)
         for name in reproduce.EXPERIMENTS
@@ -463,3 +463,13 @@ def test_digits_are_arrays_on_which_alignment_alone_is_asked_for(tmp_path):
     assert "--modalities" not in second
     for job, of_job in zip(jobs, (first, second), strict=True):
         assert parse(job.options, of_job).dataset == "arrays"
+
+
+@pytest.mark.parametrize(("name", "file"), [("clip", "clip_coco_pairs.npz"), ("cells", "snareseq_cells.npz")])
+def test_pairs_are_aligned_and_nothing_else_and_by_few_seeds(tmp_path, name, file):
+    (tmp_path / file).write_bytes(b"x")
+    (job,) = reproduce.find_jobs(reproduce.Config(data_root=tmp_path, only=(name,)))
+    options = parse(job.options, reproduce.flags(job, reproduce.Config()))
+    assert (job.experiment, options.dataset, options.data.name, options.seeds) == ("alignment", "pairs", file, 3)
+    assert len(options.modalities) == 2 and options.identity == (name == "clip")
+    assert parse(job.options, reproduce.flags(job, reproduce.Config(seeds=2))).seeds == 2

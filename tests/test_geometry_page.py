@@ -1,8 +1,10 @@
 """The geometry page of a run: its coordinates and maps against slow references, and the command as a user meets it."""
 
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -141,6 +143,26 @@ def test_maps_are_finite_and_the_same_for_the_same_seed(kind, n, width):
     for a, b in zip(maps[0].together + maps[0].apart, maps[1].together + maps[1].apart, strict=True):
         assert a.shape == (n, 2) and np.isfinite(a).all()
         np.testing.assert_array_equal(a, b)
+
+
+def test_umap_is_seeded_and_looks_at_no_more_neighbours_than_there_are(monkeypatch):
+    asked = []
+
+    class Umap:
+        """Of the package that few have: the first two coordinates."""
+
+        def __init__(self, **settings):
+            asked.append(settings)
+
+        def fit_transform(self, z):
+            return z[:, :2].astype(np.float32)
+
+    monkeypatch.setitem(sys.modules, "umap", SimpleNamespace(UMAP=Umap))
+    x, y = np.random.default_rng(0).normal(size=(2, 9, 4))
+    found = planar_map(x, y, "umap", seed=3)
+    np.testing.assert_allclose(np.concatenate(found.together), np.concatenate([x, y])[:, :2], rtol=1e-6)
+    # with a seed and more jobs than one umap warns
+    assert asked == [{"n_neighbors": k, "random_state": 3, "n_jobs": 1} for k in (15, 8, 8)]
 
 
 def test_maps_side_by_side_are_turned_such_that_partners_lie_at_like_places():

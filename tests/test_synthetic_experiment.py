@@ -11,7 +11,18 @@ from matplotlib.figure import Figure
 from experiments import experiment as frame
 from experiments import synthetic as experiment
 from experiments.experiment import Run
-from experiments.synthetic import ADDITIVE, ALONE, CONCATENATION, LOWEST, MAIN, SyntheticOptions
+from experiments.synthetic import (
+    ADDITIVE,
+    ADDITIVE_FREE,
+    ALONE,
+    CONCATENATION_FREE,
+    LOWEST,
+    MAIN,
+    MAIN_FREE,
+    NO_DROPOUT,
+    ROWS,
+    SyntheticOptions,
+)
 from mmfusion.data.folds import targets
 from mmfusion.errors import InputError
 
@@ -30,8 +41,7 @@ def planted(accuracy: dict[tuple[str, str], float]):
         rng = np.random.default_rng(len(column.name))
         shape = (len(run.seeds), len(targets(column.data)))
         uniform = rng.random(shape)  # paired: rows that are as good are right on the same examples
-        rows = (MAIN, LOWEST, CONCATENATION, ADDITIVE, *ALONE)
-        return {row: (uniform < accuracy.get((column.name, row), 0.5)).astype(float) for row in rows}
+        return {row: (uniform < accuracy.get((column.name, row), 0.5)).astype(float) for row in ROWS}
 
     return scores_on
 
@@ -51,7 +61,7 @@ def test_columns_move_the_whole_of_the_shares_to_one_kind_of_factor():
 @pytest.mark.parametrize("name", ["mix", "XOR"])
 def test_the_additive_row_is_right_where_the_sum_of_the_single_logits_is(tmp_path, monkeypatch, name):
     column = next(c for c in experiment.columns(SMALL) if c.name == name)
-    run, seen, rng = run_in(tmp_path), {}, np.random.default_rng(0)
+    run, seen, drops, rng = run_in(tmp_path), {}, {}, np.random.default_rng(0)
 
     class Grid:
         """Of logits that are drawn, not trained."""
@@ -59,7 +69,9 @@ def test_the_additive_row_is_right_where_the_sum_of_the_single_logits_is(tmp_pat
         def __init__(self, data, settings, title, **shape):
             outputs = (data.output_dim,) if data.has_columns else ()
             self.logits = rng.normal(size=(len(settings), len(run.seeds), len(targets(data)), *outputs))
+            self.settings = settings
             seen[title] = (self.logits, list(data.input_dims), shape)
+            drops.update({setting.label: (setting.dropout, setting.feature_dropout) for setting in settings})
 
         def predictions(self) -> np.ndarray:
             return self.logits
@@ -68,23 +80,32 @@ def test_the_additive_row_is_right_where_the_sum_of_the_single_logits_is(tmp_pat
     scores = experiment.scores_on(column, run)
     first, second = (seen[f"{name} {row}"] for row in ALONE)
     assert [first[1], second[1]] == [[modality] for modality in column.data.input_dims]
-    summed = first[0][0] + second[0][0]
-    guess = summed.argmax(-1) if name == "XOR" else summed >= 0
-    np.testing.assert_array_equal(scores[ADDITIVE], guess == targets(column.data))
-    main, lowest = seen[f"{name} LMF"][0]
-    for row, logits in ((MAIN, main), (LOWEST, lowest), (ALONE[1], second[0][0])):
+    main, free, lowest = seen[f"{name} LMF"][0]
+    expected = {
+        ADDITIVE: first[0][0] + second[0][0],
+        ADDITIVE_FREE: first[0][1] + second[0][1],
+        MAIN: main,
+        MAIN_FREE: free,
+        LOWEST: lowest,
+        CONCATENATION_FREE: seen[f"{name} concatenation"][0][1],
+        ALONE[1]: second[0][0],
+    }
+    for row, logits in expected.items():
         guess = logits.argmax(-1) if name == "XOR" else logits >= 0
         np.testing.assert_array_equal(scores[row], guess == targets(column.data))
+    # no dropout at all, or the recipe's
+    assert {row.endswith(NO_DROPOUT): values for row, values in drops.items()} == {True: ({}, 0.0), False: (None, None)}
     assert seen[f"{name} concatenation"][2] == {"fusion": "concatenation"}
 
 
 @pytest.mark.parametrize(
     ("accuracy", "verdict"),
     [
-        ({("synergy", MAIN): 0.8, ("shared", MAIN): 0.9, ("shared", ADDITIVE): 0.9}, "supported"),
-        ({("synergy", MAIN): 0.4, ("synergy", ADDITIVE): 0.6}, "not supported"),
+        ({("synergy", MAIN_FREE): 0.8, ("shared", MAIN_FREE): 0.9, ("shared", ADDITIVE_FREE): 0.9}, "supported"),
+        ({("synergy", MAIN_FREE): 0.4, ("synergy", ADDITIVE_FREE): 0.6}, "not supported"),
         ({}, "not supported"),  # exactly as good, on the same examples
-        ({("synergy", MAIN): 0.8, ("shared", MAIN): 0.9, ("shared", ADDITIVE): 0.7}, "cannot tell"),
+        ({("synergy", MAIN): 0.8}, "not supported"),  # the recipe's row decides nothing
+        ({("synergy", MAIN_FREE): 0.8, ("shared", MAIN_FREE): 0.9, ("shared", ADDITIVE_FREE): 0.7}, "cannot tell"),
     ],
 )
 def test_verdict_follows_the_synergy_contrast_unless_the_control_fails(tmp_path, monkeypatch, accuracy, verdict):
@@ -95,8 +116,10 @@ def test_verdict_follows_the_synergy_contrast_unless_the_control_fails(tmp_path,
     json.dumps(outcome.numbers, allow_nan=False)
     outcome.draw(Figure())
     if verdict == "supported":
-        row = next(line for line in outcome.table.split("share recovered")[1].splitlines() if line.startswith(MAIN))
-        synergy = np.mean(outcome.numbers["synergy"][MAIN])
+        row = next(
+            line for line in outcome.table.split("share recovered")[1].splitlines() if line.startswith(MAIN_FREE)
+        )
+        synergy = np.mean(outcome.numbers["synergy"][MAIN_FREE])
         assert f"{(synergy - 0.5) / (outcome.numbers['synergy']['best'] - 0.5):.2f} +-" in row
 
 
@@ -115,4 +138,4 @@ def test_command_trains_every_column_and_ends_in_a_verdict(tmp_path, monkeypatch
     said = capsys.readouterr().out
     assert "verdict: " in said and "no accuracy can be above 0.8928" in said
     results = json.loads((tmp_path / "runs/synthetic-synthetic/results.json").read_text())
-    assert {*results["numbers"]} >= {*experiment.PLANTED, "PID synergy", "XOR"} and len(results["contrasts"]) == 4
+    assert {*results["numbers"]} >= {*experiment.PLANTED, "PID synergy", "XOR"} and len(results["contrasts"]) == 7

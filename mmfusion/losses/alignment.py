@@ -36,4 +36,4 @@ ALIGNMENTS: dict[str, Callable[[Mapping[str, Tensor]], Tensor]] = {
     "multilinear": multilinear_contrast,
 }
 TEMPERED = ("info_nce", "gram", "multilinear")
-"""those that take a temperature, which a model may learn"""
+"""those that take a temperature, which a model may learn, and the rows' items"""

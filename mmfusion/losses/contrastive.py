@@ -2,6 +2,8 @@
 
 Of pairs of modalities: symmetric InfoNCE, and the jWAE paper's margin ranking. Of tuples of all M modalities: the
 volume that they span (GRAM), their multilinear inner product (Symile), and an LMF layer as a critic in its place.
+
+Where several rows are of one item, as the captions of one image, `items` says so: these are no rivals of each other.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,13 +18,19 @@ from lmf_module import LowRankMultimodalFusion
 from mmfusion.losses.modality_pairs import hub_place, paired, stacked
 
 
-def info_nce(latents: Mapping[str, Tensor], temperature: float | Tensor = 0.07, hub: str | None = None) -> Tensor:
+def info_nce(
+    latents: Mapping[str, Tensor],
+    temperature: float | Tensor = 0.07,
+    hub: str | None = None,
+    items: Tensor | None = None,
+) -> Tensor:
     """Symmetric InfoNCE on cosine similarities: each row must pick its partner among the B rows of the other modality.
 
     Args:
         latents: (B, L) by modality; row i of every modality belongs to example i.
         temperature: divides the similarities, a scalar; 0.07 is where CLIP (Radford et al., 2021) starts.
         hub: compare each modality with this one alone, M - 1 pairs; default all M (M - 1) / 2.
+        items: (B,) number of each row's item; default: every row is an item of its own.
 
     Returns:
         A scalar, the mean over both directions and all pairs of modalities; log B when nothing is aligned, 0 for one
@@ -34,7 +42,7 @@ def info_nce(latents: Mapping[str, Tensor], temperature: float | Tensor = 0.07, 
     similarities, matched = _pair_similarities(latents, hub)
     if not len(matched):
         return matched.sum()
-    return _both_directions(similarities / temperature)  # (P, B, B)
+    return _both_directions(similarities / temperature, items)  # (P, B, B)
 
 
 def margin_ranking(latents: Mapping[str, Tensor], margin: float = 0.2) -> Tensor:
@@ -69,6 +77,7 @@ def gram_volume_contrast(
     temperature: float | Tensor = 0.07,
     hub: str | None = None,
     epsilon: float = 1e-6,
+    items: Tensor | None = None,
 ) -> Tensor:
     """GRAM (Cicchetti et al., ICLR 2025): an example's M unit vectors must span less volume than mixed ones.
 
@@ -84,6 +93,7 @@ def gram_volume_contrast(
         temperature: divides the volumes, which lie in [0, 1].
         hub: the anchor; default each modality in turn, at M times the cost.
         epsilon: inside the root, which has no gradient at volume 0; above what float32 rounding leaves of det G.
+        items: as `info_nce`.
 
     Returns:
         A scalar, mean over both directions and the anchors; log B when nothing is aligned, 0 for one modality.
@@ -103,7 +113,7 @@ def gram_volume_contrast(
         # det [[1, c^T], [c, G]] = det G - c^T adj(G) c, without a division that a singular G would not allow
         squared = determinant - (products(c, adjugate) * c).sum(-1).T  # (B_i, B_j)
         logits.append(-(squared.clamp_min(0) + epsilon).sqrt() / temperature)
-    return _both_directions(torch.stack(logits))
+    return _both_directions(torch.stack(logits), items)
 
 
 def multilinear_contrast(
@@ -111,6 +121,7 @@ def multilinear_contrast(
     temperature: float | Tensor = 0.07,
     hub: str | None = None,
     permutations: Mapping[str, Tensor] | None = None,
+    items: Tensor | None = None,
 ) -> Tensor:
     """Symile (Saporta et al., NeurIPS 2024): InfoNCE whose similarity is the inner product of M vectors.
 
@@ -130,6 +141,7 @@ def multilinear_contrast(
         permutations: of the B rows, (B,) integers by modality. Default cyclic shifts by 1, 2, ..., M in the order of
             the modalities, none for two modalities (then it is `info_nce`). For three or more the loss is unchanged by
             renaming modalities where permutations are handed in, else on average over shuffled batches.
+        items: as `info_nce`; a mixed tuple all of whose rows are of the anchor's item is no rival.
 
     Returns:
         A scalar; log B when nothing is aligned, 0 for one modality.
@@ -138,7 +150,7 @@ def multilinear_contrast(
         ValueError: latents that are not (B, L) alike, a hub that is none of them, or permutations that do not fit.
     """
     rows = _multilinear_rows(stacked(latents))
-    return _multilinear_loss(rows, None, latents, temperature, hub, permutations)
+    return _multilinear_loss(rows, None, latents, temperature, hub, permutations, items)
 
 
 class MultilinearCritic(nn.Module):
@@ -187,13 +199,14 @@ class MultilinearCritic(nn.Module):
         temperature: float | Tensor = 0.07,
         hub: str | None = None,
         permutations: Mapping[str, Tensor] | None = None,
+        items: Tensor | None = None,
     ) -> Tensor:
         """`multilinear_contrast` of the critic's scores, a scalar; arguments and errors as there."""
         latents = self._ordered(latents)
         rows = _multilinear_rows(stacked(latents))
         factors = [upcast(project(z)) for z, project in zip(rows, self.layer.projections, strict=True)]  # M of (B, R)
         weights = self.layer.rank_weights * self.layer.rank_mask  # (R,); the bias would cancel
-        return _multilinear_loss(factors, weights, latents, temperature, hub, permutations)
+        return _multilinear_loss(factors, weights, latents, temperature, hub, permutations, items)
 
     def _ordered(self, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if latents.keys() != set(self.modalities):
@@ -213,6 +226,7 @@ def _multilinear_loss(
     temperature: float | Tensor,
     hub: str | None,
     permutations: Mapping[str, Tensor] | None,
+    items: Tensor | None,
 ) -> Tensor:
     """Mean over anchors of the cross-entropy of sum_r w_r prod_m p_mr, factors p, M of (B, R), and weights (R,)."""
     if len(factors) < 2:
@@ -221,13 +235,14 @@ def _multilinear_loss(
     places = _permutations(names, batch, permutations, device)  # (M, B)
     rows = torch.arange(batch, device=device)
     mixed = [p[place] for p, place in zip(factors, places, strict=True)]  # M of (B, R)
+    items = rows if items is None else items
     own = rows[:, None] == rows  # (B, B)
     losses = []
     for anchor, others in _anchors(names, hub):
         first = factors[anchor] if weights is None else factors[anchor] * weights  # (B, R)
         positive = (first * _product(factors, others)).sum(-1)  # (B,)
         logits = torch.where(own, positive[:, None], products(first, _product(mixed, others)))  # (B, B)
-        false_negative = (places[others][:, None] == rows[:, None]).all(0) & ~own
+        false_negative = (items[places[others]][:, None] == items[:, None]).all(0) & ~own
         logits = (logits / temperature).masked_fill(false_negative, -torch.inf)
         losses.append(F.cross_entropy(logits, rows))
     return torch.stack(losses).mean()
@@ -277,9 +292,13 @@ def _adjugate(matrices: Tensor) -> tuple[Tensor, Tensor]:
     return ((-1) ** (size - 1) * partial).to(dtype), ((-1) ** size * coefficient).to(dtype)
 
 
-def _both_directions(logits: Tensor) -> Tensor:
+def _both_directions(logits: Tensor, items: Tensor | None = None) -> Tensor:
     """Cross-entropy of rows and of columns, mean over problems (P, B, B) whose partners are on the diagonal."""
-    partner = torch.arange(logits.shape[-1], device=logits.device).repeat(len(logits))
+    rows = torch.arange(logits.shape[-1], device=logits.device)
+    if items is not None:
+        false_negative = (items[:, None] == items) & (rows[:, None] != rows)  # (B, B)
+        logits = logits.masked_fill(false_negative, -torch.inf)
+    partner = rows.repeat(len(logits))
     both = [F.cross_entropy(rows.flatten(0, 1), partner) for rows in (logits, logits.mT)]
     return (both[0] + both[1]) / 2
 

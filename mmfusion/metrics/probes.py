@@ -30,10 +30,11 @@ def probe_score(latents: Arrays, target: np.ndarray, dev_latents: Arrays, dev_ta
 
 
 def unique_share(features: Arrays, latents: Arrays, dev_features: Arrays, dev_latents: Arrays) -> float:
-    """What a modality's latents say of its features and the others' do not, mean over modalities; at most 1.
+    """What a modality's latents say of its features and the others' do not, mean over modalities.
 
     R^2 on dev of a modality's features by ridge regression on all latents, less R^2 by the latents of the others alone.
-    0 where these say all that its own do, whether latents are equal or say nothing; below 0 by chance.
+    0 where these say all that its own do, whether latents are equal or say nothing; below 0 by chance. At most 1, but
+    where the others' R^2 is negative: a regression on more latents than examples says less than the mean.
 
     Args:
         features, dev_features: (n, d_m) by modality; R^2 pools the columns, each in units of its deviation in training.

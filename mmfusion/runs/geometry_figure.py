@@ -96,7 +96,8 @@ def _tsne(z: np.ndarray, seed: int) -> np.ndarray:
 def _umap(z: np.ndarray, seed: int) -> np.ndarray:
     from umap import UMAP  # for those who have it
 
-    return UMAP(n_neighbors=min(15, len(z) - 1), random_state=seed).fit_transform(z).astype(np.float64)
+    # one job: with a seed it takes no more, and warns where it was not told so
+    return UMAP(n_neighbors=min(15, len(z) - 1), random_state=seed, n_jobs=1).fit_transform(z).astype(np.float64)
 
 
 def colours_of(dataset: Dataset, split: Split) -> Colours | None:

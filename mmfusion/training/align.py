@@ -1,4 +1,4 @@
-"""Align M modalities without labels: all weightings of the losses and all seeds trained at once.
+"""Align M modalities without labels: all seeds, and all weightings of the same losses, trained at once.
 
 ensembles = align(data, [Weighting("contrast", {"info_nce": 1.0})], AlignmentTraining(seeds=5))
 ensembles["contrast"].encode(data.pool.features)  # {modality: (S, N, L)}, S seeds x folds
@@ -6,6 +6,7 @@ ensembles["contrast"].encode(data.pool.features)  # {modality: (S, N, L)}, S see
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from jwae_module import mmd_penalty, reconstruction_error
 from mmfusion.data.folds import FoldedDataset
-from mmfusion.dataset import Fold
+from mmfusion.dataset import Fold, Split
 from mmfusion.losses.alignment import ALIGNMENTS, TEMPERED
 from mmfusion.metrics.shared_retrieval import distinct_items, shared_precision
 from mmfusion.models.alignment import AlignmentEnsemble, AlignmentModel
@@ -69,8 +70,12 @@ def alignment_terms(
     wanted: Collection[str],
     options: Mapping[str, Mapping[str, object]],
     aligned_dim: int | None = None,
+    items: bool = False,
 ) -> dict[str, Tensor]:
-    """The wanted terms of one model on one batch, scalars; alignments see the first `aligned_dim` latents."""
+    """The wanted terms of one model on one batch, scalars; alignments see the first `aligned_dim` latents.
+
+    With `items` the target says which rows are of one item: no contrast makes them rivals.
+    """
     output = model(batch.features, present=batch.present, kept=batch.kept)
     aligned = {name: z[:, :aligned_dim] for name, z in output.latents.items()}
     terms = {}
@@ -80,8 +85,9 @@ def alignment_terms(
         elif name == "reconstruction":
             terms[name] = reconstruction_error(output.standardised, output.reconstructions)
         else:
-            learned = {"temperature": output.temperature} if name in TEMPERED else {}
-            terms[name] = ALIGNMENTS[name](aligned, **learned, **options.get(name, {}))
+            of_contrast = {"temperature": output.temperature, "items": batch.target if items else None}
+            given = (of_contrast if name in TEMPERED else {}) | dict(options.get(name, {}))
+            terms[name] = ALIGNMENTS[name](aligned, **given)
     return terms
 
 
@@ -95,13 +101,17 @@ def align(
     checkpoint: Path | None = None,
     on_epoch: Callable[[dict], None] | None = None,
 ) -> dict[str, AlignmentEnsemble]:
-    """Train every weighting with every seed on every fold at once; {label: its members, seed-major, then fold}.
+    """Train every weighting with every seed on every fold; {label: its members, seed-major, then fold}.
+
+    Rows that weigh the same losses are trained at once, one such group after another: what a row does not weigh is
+    not computed for it.
 
     Args:
         data: vectors (N, d_m) of two modalities or more; targets are not looked at.
-        weightings: the rows; what no row weighs is not computed.
+        weightings: the rows.
         modalities: those that are aligned; default: all.
-        checkpoint, on_epoch: as `mmfusion.training.trainer.train`.
+        checkpoint, on_epoch: as `mmfusion.training.trainer.train`, of each group in turn; of several, each has a
+            checkpoint with its number.
 
     Raises ValueError for an unknown loss, a single modality, or an `aligned_dim` that is not 1 to L; NonFiniteLoss and
     InputError as `train`.
@@ -126,28 +136,64 @@ def align(
             model.start_at_identity()
         return model
 
-    members = [
+    pool = replace(data.pool, features=features, target=_items(data.pool))
+    places = [place for place, name in enumerate(features) if name in data.pool.shared]
+    parts, count = TrainingData(pool, pool, data.folds), training.seeds * len(data.folds)
+    groups, ensembles = _by_terms(weightings), {}
+    given = {"options": training.options, "aligned_dim": training.aligned_dim}
+    for number, (terms, rows) in enumerate(groups.items()):
+        terms = terms or wanted  # a row without a loss: 0 times those of the others
+        problem = Problem(
+            build,
+            partial(alignment_terms, wanted=terms, items=bool(places), **given),
+            lambda model, features: torch.stack(list(model(features).latents.values()), 1),  # (N, M, L)
+            lambda latents, items: mean_precision(latents[..., : training.aligned_dim], dict.fromkeys(places, items)),
+        )
+        file = checkpoint and (checkpoint.with_stem(f"{checkpoint.stem}-{number}") if len(groups) > 1 else checkpoint)
+        members = _members(rows, terms, training, list(dims), len(data.folds))
+        options = {"device": device, "checkpoint": file, "on_epoch": on_epoch}
+        models = train(problem, members, parts, _schedule(training), **options).models
+        for i, row in enumerate(rows):
+            ensembles[row.label] = AlignmentEnsemble.from_members(models[i * count : (i + 1) * count], **shape)
+    return {one.label: ensembles[one.label] for one in weightings}
+
+
+def _items(pool: Split) -> Tensor:
+    """(N,) numbers that tell losses and the score on dev, as a target, which rows have an item in common; else 0."""
+    items = [torch.from_numpy(distinct_items(names)[1]) for names in pool.shared.values()]
+    return items[0].float() if items else torch.zeros(len(pool))
+
+
+def _by_terms(weightings: Sequence[Weighting]) -> dict[tuple[str, ...], list[Weighting]]:
+    """Rows by the losses that they weigh, in alphabetical order."""
+    groups: dict[tuple[str, ...], list[Weighting]] = {}
+    for one in weightings:
+        groups.setdefault(tuple(sorted(name for name, weight in one.weights.items() if weight)), []).append(one)
+    return groups
+
+
+def _members(
+    rows: Sequence[Weighting], terms: Sequence[str], training: AlignmentTraining, modalities: Sequence[str], folds: int
+) -> list[Member]:
+    """Of every row every seed on every fold."""
+    return [
         Member(
             seed,
-            {name: float(one.weights.get(name, 0.0)) for name in wanted},
+            {name: float(one.weights.get(name, 0.0)) for name in terms},
             training.weight_decay,
             {"weighting": one.label},
-            {name: one.masking for name in dims if one.masking},
+            {name: one.masking for name in modalities if one.masking},
             fold,
             training.feature_dropout,
         )
-        for one in weightings
+        for one in rows
         for seed in range(training.seeds)
-        for fold in range(len(data.folds))
+        for fold in range(folds)
     ]
-    places = [place for place, name in enumerate(features) if name in data.pool.shared]
-    problem = Problem(
-        build,
-        lambda model, batch: alignment_terms(model, batch, wanted, training.options, training.aligned_dim),
-        lambda model, features: torch.stack(list(model(features).latents.values()), 1),  # (N, M, L)
-        lambda latents, items: mean_precision(latents[..., : training.aligned_dim], dict.fromkeys(places, items)),
-    )
-    schedule = Schedule(
+
+
+def _schedule(training: AlignmentTraining) -> Schedule:
+    return Schedule(
         epochs=training.epochs,
         batch_size=training.batch_size,
         learning_rate=training.learning_rate,
@@ -155,17 +201,6 @@ def align(
         patience=training.patience,
         keep=training.keep,
     )
-    # the target tells the score on dev which rows have an item in common
-    items = [torch.from_numpy(distinct_items(names)[1]) for names in data.pool.shared.values()]
-    target = items[0].float() if items else torch.zeros(len(data.pool))
-    pool = replace(data.pool, features=features, target=target)
-    parts = TrainingData(pool, pool, data.folds)
-    trained = train(problem, members, parts, schedule, device=device, checkpoint=checkpoint, on_epoch=on_epoch)
-    count = training.seeds * len(data.folds)
-    return {
-        one.label: AlignmentEnsemble.from_members(trained.models[i * count : (i + 1) * count], **shape)
-        for i, one in enumerate(weightings)
-    }
 
 
 def _standardised(shape: Mapping[str, object], features: Mapping[str, Tensor], fold: Fold) -> AlignmentModel:
