@@ -3,8 +3,9 @@
     python -m experiments.reproduce --data-root FOLDER --text-encoder MODEL_FOLDER
     python -m experiments.reproduce                        the embedded demo alone
 
-Each experiment is a process of its own, run by the very command that RESULTS.md shows; one that is complete is not run
-again with --resume.
+A data set is cut anew into folds, twice, over all of its examples: three times the test examples of its own split, and
+intervals that speak of other training sets. Each experiment is a process of its own, run by the very command that
+RESULTS.md shows; one that is complete is not run again with --resume.
 """
 
 import importlib
@@ -12,8 +13,9 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from experiments.experiment import Options
@@ -24,7 +26,7 @@ from mmfusion.errors import InputError
 from mmfusion.runs.folder import MARK_OF_COMPLETION, RUNS, code_digest
 from mmfusion.runs.settings import check_settings, read_run, settings_of
 
-EXPERIMENTS = (
+LABELLED = (
     "baselines",
     "rank_ablation",
     "jwae_ablation",
@@ -34,51 +36,79 @@ EXPERIMENTS = (
     "robustness",
     "rank_robustness",
     "uncertainty",
-    "temporal",
-    "wma",
-    "alignment",
-    "modality_count",
-    "synthetic",
 )
-# of these data sets alone: the others have no labels to keep, or too few modalities
-GEOMETRY = {
-    "alignment": ("demo", "mustard", "pom", "digits", "clip", "cells"),
-    "modality_count": ("digits",),
-}
-# files without a loader of their own, how they are read, and what is asked of them alone
-ARRAYS = {"digits": ("--target", "digit", "--hold-out", "0.5")}
-PAIRS = {
-    "clip": ("--modalities", "image", "text", "--identity", "--width", "512", "--rate", "1e-4"),
-    "cells": ("--modalities", "chromatin", "expression", "--folds", "2"),
-}
-OF_FILES = {
-    ("alignment", "digits"): ("--modalities", "fou", "kar"),
-    ("modality_count", "digits"): (),
-    ("alignment", "clip"): (),
-    ("alignment", "cells"): (),
-}
-# no more seeds than these: every row is trained anew, and its differences are paired over the test examples too
-SEEDS = {"alignment": 3}
-# these draw their own data, once, whatever data sets are found
-OF_ITS_OWN = ("synthetic",)
-# these need sequences of tokens or steps, which these data sets have
-OF_TOKENS = ("temporal", "wma")
-WITH_TOKENS = ("demo", "mustard", "pom", "mmmo", "hateful_memes")
+EXPERIMENTS = (*LABELLED, "temporal", "wma", "alignment", "modality_count", "synthetic")
 # these measure a trained run: one of experiments.baselines with dev held out, trained for them
 OF_A_RUN = ("robustness", "uncertainty")
 MODELS = "models"
-# whose pictures or texts can be corrupted and encoded anew
-WITH_INPUTS = ("demo", "mustard", "hateful_memes")
-# the first file that fits is taken
-FILES = {
-    "cmu_mosi": ("cmu_mosi*.npz", "mosi*.npz", "*mosi*.pkl", "aligned_50.pkl", "unaligned_50.pkl"),
-    "mustard": ("sarcasm_data.json", "*sarcasm_data.json"),
-    "pom": ("pom*.npz",),
-    "mmmo": ("mmmo*.npz",),
-    "digits": ("mfeat_digits*.npz",),
-    "clip": ("clip_coco_pairs*.npz",),
-    "cells": ("snareseq*.npz",),
-    "hateful_memes": ("train.jsonl", "*/train.jsonl"),
+MEMBERS = 3  # of an ensemble, in each fold of such a run
+# these draw their own data, once, whatever data sets are found
+OF_ITS_OWN = ("synthetic",)
+# these take folds of their own, or none: their differences are paired over seeds and test examples too
+OWN_SEEDS = {"alignment": 3, "modality_count": 5, "synthetic": 5, "temporal": 3, "wma": 3}
+FIXED_SEEDS = 5  # on a data set with a test part of its own
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A data set of the study: where it is found, how it is read, and what is asked of it."""
+
+    patterns: tuple[str, ...]
+    """of its file; the first that fits is taken"""
+    asked: tuple[str, ...]
+    """experiments"""
+    dataset: str | None = None
+    """name in the registry; default: its own"""
+    flags: tuple[str, ...] = ()
+    """of its loader"""
+    own_flags: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """further ones, by experiment"""
+    encodes_text: bool = False
+    """takes --text-encoder"""
+    inputs: bool = False
+    """its pictures or texts can be corrupted and encoded anew"""
+    is_split: bool = False
+    """it has a test part that others report on: it is not cut anew"""
+
+
+CORPORA = {
+    "demo": Corpus((), (*LABELLED, "temporal", "wma", "alignment"), inputs=True),
+    "cmu_mosi": Corpus(
+        ("cmu_mosi*.npz", "mosi*.npz", "*mosi*.pkl", "aligned_50.pkl", "unaligned_50.pkl"), LABELLED, encodes_text=True
+    ),
+    "mustard": Corpus(
+        ("sarcasm_data.json", "*sarcasm_data.json"),
+        (*LABELLED, "temporal", "alignment"),
+        encodes_text=True,
+        inputs=True,
+    ),
+    "pom": Corpus(("pom*.npz",), (*LABELLED, "temporal", "wma", "alignment")),
+    "mmmo": Corpus(("mmmo*.npz",), (*LABELLED, "temporal")),
+    "photo_tweets": Corpus(("photo_tweets*.npz",), LABELLED, "arrays"),
+    "digits": Corpus(
+        ("mfeat_digits*.npz",),
+        ("alignment", "modality_count"),
+        "arrays",
+        ("--target", "digit", "--hold-out", "0.5"),
+        {"alignment": ("--modalities", "fou", "kar")},
+    ),
+    "clip": Corpus(
+        ("clip_coco_pairs*.npz",),
+        ("alignment",),
+        "pairs",
+        ("--modalities", "image", "text"),
+        {"alignment": ("--identity", "--width", "512", "--rate", "1e-4")},
+    ),
+    "cells": Corpus(
+        ("snareseq*.npz",), ("alignment",), "pairs", ("--modalities", "chromatin", "expression", "--folds", "2")
+    ),
+    "hateful_memes": Corpus(
+        ("train.jsonl", "*/train.jsonl"),
+        (*LABELLED, "temporal", "wma"),
+        encodes_text=True,
+        inputs=True,
+        is_split=True,
+    ),
 }
 
 
@@ -89,11 +119,16 @@ class Config:
     data_root: Path | None = None
     """folder with the data sets' files; without it the demo alone is run"""
     text_encoder: str | None = None
-    """for MUStARD and memes: a Hugging Face name (default bert-base-uncased) or a local model folder"""
+    """for MUStARD, memes, and the transcripts of CMU-MOSI, which is left out without (its own vectors were fitted on
+    labels): a Hugging Face name (default bert-base-uncased) or a local model folder"""
     only: tuple[str, ...] = ()
     """experiments or data sets to run; default: all"""
-    seeds: int = 10
-    """seeds of every experiment; of alignment at most 3"""
+    folds: int = 5
+    """of the cross-validation, cut over all examples of a data set without a test part that others report on"""
+    repeats: int = 2
+    """of that"""
+    seeds: int = 1
+    """in every fold; of a data set that is not cut 5 times as many"""
     epochs: int | None = Options.epochs
     """passes over the training part, of every experiment; default: the recipe's"""
     compile: bool = False
@@ -148,6 +183,7 @@ def main(config: Config) -> None:
     check_outputs(config)
     if not config.resume and (begun := next((job.folder for job in jobs if job.folder.exists()), None)):
         raise InputError(f"{begun}: exists; give --resume to go on with it, or move it away to begin anew")
+    begun, done = time.perf_counter(), 0
     for number, job in enumerate(jobs, 1):
         if job.folder.exists() and not (job.folder / "run.json").exists():
             shutil.rmtree(job.folder)  # killed before it had begun
@@ -155,7 +191,14 @@ def main(config: Config) -> None:
             # a finished run of other settings must not stand under this command
             check_finished(job, config)
             continue
-        print(f"\n[{number}/{len(jobs)}] {job.experiment} on {job.dataset}", flush=True)
+        minutes = (time.perf_counter() - begun) / 60
+        left = (
+            f", {minutes:.0f} minutes so far, about {minutes / done * (len(jobs) - number + 1):.0f} left"
+            if done
+            else ""
+        )
+        print(f"\n[{number}/{len(jobs)}] {job.experiment} on {job.dataset}{left}", flush=True)
+        done += 1
         arguments = flags(job, config) + (["--resume"] if (job.folder / "run.json").exists() else [])
         status = subprocess.run([sys.executable, "-m", job.module, *arguments]).returncode
         if status:
@@ -185,66 +228,74 @@ def check_outputs(config: Config) -> None:
 
 def find_jobs(config: Config) -> Iterator[Job]:
     """Every experiment on the demo and on every data set found, data set by data set; last, what draws its own."""
-    known = {*EXPERIMENTS, *FILES, "demo"}
-    if unknown := set(config.only) - known:
-        raise InputError(f"--only {' '.join(sorted(unknown))}: choose from {' '.join(sorted(known))}")
-    found: dict[str, Path | None] = {"demo": None}
-    if config.data_root is not None:
-        if not config.data_root.is_dir():
-            raise InputError(f"--data-root {config.data_root}: no such folder")
-        for dataset, patterns in FILES.items():
-            paths = [path for pattern in patterns for path in sorted(config.data_root.glob(pattern))]
-            if paths:
-                found[dataset] = paths[0]
-        if len(found) == 1:
-            names = ", ".join(patterns[0] for patterns in FILES.values())
-            raise InputError(f"--data-root {config.data_root}: holds no data set; expected one of {names}")
-    datasets = [name for name in found if not set(config.only) & {*FILES, "demo"} or name in config.only]
-    missing = set(config.only) & set(FILES) - set(found)
-    if missing:
+    if unknown := set(config.only) - {*EXPERIMENTS, *CORPORA}:
+        known = sorted({*EXPERIMENTS, *CORPORA})
+        raise InputError(f"--only {' '.join(sorted(unknown))}: choose from {' '.join(known)}")
+    found = find_files(config)
+    only_data, only = set(config.only) & set(CORPORA), set(config.only) & set(EXPERIMENTS)
+    if missing := only_data - set(found):
         raise InputError(f"--only {' '.join(sorted(missing))}: not found; name the folder of its file with --data-root")
-    experiments = [e for e in EXPERIMENTS if not set(config.only) & set(EXPERIMENTS) or e in config.only]
-    for dataset in datasets:
-        here = [e for e in experiments if e not in OF_ITS_OWN]
-        jobs = [Job(experiment, dataset, found[dataset]) for experiment in here if fits(experiment, dataset)]
+    experiments = [name for name in EXPERIMENTS if not only or name in only]
+    for name, path in found.items():
+        if only_data and name not in only_data:
+            continue
+        jobs = [Job(experiment, name, path) for experiment in experiments if experiment in CORPORA[name].asked]
         measured = [job for job in jobs if job.experiment in OF_A_RUN]
         yield from ([measured[0].models] if measured else []) + jobs
-    if not set(config.only) & {*FILES, "demo"}:
+    if not only_data:
         yield from (Job(experiment, experiment, None) for experiment in experiments if experiment in OF_ITS_OWN)
 
 
-def fits(experiment: str, dataset: str) -> bool:
-    """Whether a data set has what an experiment needs."""
-    if dataset in (*ARRAYS, *PAIRS):
-        return (experiment, dataset) in OF_FILES
-    if experiment in GEOMETRY:
-        return dataset in GEOMETRY[experiment]
-    return experiment not in OF_TOKENS or dataset in WITH_TOKENS
-
-
-def of_file(job: Job) -> list[str]:
-    """How a file without a loader of its own is read, and what is asked of it."""
-    known = {**ARRAYS, **PAIRS}.get(job.dataset, ())
-    return [*known, *OF_FILES.get((job.experiment, job.dataset), ())]
+def find_files(config: Config) -> dict[str, Path | None]:
+    """The demo, and the file of each data set below --data-root. Raises InputError where there is none."""
+    found: dict[str, Path | None] = {"demo": None}
+    if config.data_root is None:
+        return found
+    if not config.data_root.is_dir():
+        raise InputError(f"--data-root {config.data_root}: no such folder")
+    for name, corpus in CORPORA.items():
+        paths = [path for pattern in corpus.patterns for path in sorted(config.data_root.glob(pattern))]
+        if paths:
+            found[name] = paths[0]
+    if len(found) == 1:
+        names = ", ".join(corpus.patterns[0] for corpus in CORPORA.values() if corpus.patterns)
+        raise InputError(f"--data-root {config.data_root}: holds no data set; expected one of {names}")
+    if "cmu_mosi" in found and config.text_encoder is None:
+        print(
+            f"note: {found.pop('cmu_mosi')} is left out without --text-encoder: its own vectors were fitted on labels"
+        )
+    return found
 
 
 def flags(job: Job, config: Config) -> list[str]:
     """Flags of the experiment's command."""
+    corpus = CORPORA.get(job.dataset, Corpus((), ()))
     if job.experiment in OF_A_RUN:
-        inputs = ["input"] if job.dataset in WITH_INPUTS and not config.skip_inputs else []
+        inputs = ["input"] if corpus.inputs and not config.skip_inputs else []
         groups = ["--groups", *inputs, "features", "latents", "missing"]
         return [str(job.models.folder), *groups, "--name", job.folder.name]
-    flags = ["--dataset", "arrays" if job.dataset in ARRAYS else "pairs" if job.dataset in PAIRS else job.dataset]
+    flags = ["--dataset", corpus.dataset or job.dataset, *of_file(job)]
     if job.data is not None:
         flags += ["--data", str(job.data)]
-    flags += of_file(job)
-    if job.dataset in ("mustard", "hateful_memes") and config.text_encoder is not None:
+    if corpus.encodes_text and config.text_encoder is not None:
         flags += ["--text-encoder", config.text_encoder]
-    flags += ["--seeds", str(min(config.seeds, SEEDS.get(job.experiment, config.seeds)))]
+    if job.experiment in OWN_SEEDS:
+        flags += ["--seeds", str(max(2, OWN_SEEDS[job.experiment] if config.epochs is None else config.seeds))]
+    elif corpus.is_split:
+        flags += ["--seeds", str(FIXED_SEEDS * config.seeds)]
+    else:
+        repeats, seeds = (1, MEMBERS) if job.experiment == MODELS else (config.repeats, config.seeds)
+        flags += ["--cross-validate", str(config.folds), "--repeats", str(repeats), "--seeds", str(seeds)]
     flags += [] if config.epochs is None else ["--epochs", str(config.epochs)]
     flags += ["--compile"] if config.compile else []
     flags += ["--hold-out-dev"] if job.experiment == MODELS else []
     return [*flags, "--cache-dir", str(config.cache_dir), "--name", job.folder.name]
+
+
+def of_file(job: Job) -> list[str]:
+    """How the data set's file is read, and what the experiment asks of it alone."""
+    corpus = CORPORA.get(job.dataset)
+    return [] if corpus is None else [*corpus.flags, *corpus.own_flags.get(job.experiment, ())]
 
 
 def check_finished(job: Job, config: Config) -> None:
@@ -270,7 +321,16 @@ def command(job: Job) -> str:
     if settings["data"]:
         shown.append(f"--data {Path(settings['data']).name}")
     shown += of_file(job)
-    for name in ("text_encoder", "seeds", "epochs", "hidden_dim", "weight_decay", "compile"):
+    for name in (
+        "text_encoder",
+        "cross_validate",
+        "repeats",
+        "seeds",
+        "epochs",
+        "hidden_dim",
+        "weight_decay",
+        "compile",
+    ):
         value = settings[name]
         if value != getattr(Options, name):
             is_folder = name == "text_encoder" and Path(value).exists()
