@@ -6,6 +6,7 @@ hand: it follows from the contrasts' intervals (mmfusion.metrics.verdicts).
 
 import contextlib
 import io
+import json
 import platform
 import resource
 import shutil
@@ -28,7 +29,7 @@ from mmfusion.data.registry import DataOptions, check_flags, load_folded
 from mmfusion.dataset import Task
 from mmfusion.distributed import end_process, join_processes, leave_processes
 from mmfusion.errors import InputError
-from mmfusion.files import write_atomically, write_text
+from mmfusion.files import write_atomically, write_safetensors, write_text
 from mmfusion.metrics.outcomes import PRIMARY
 from mmfusion.metrics.verdicts import Contrast, Difference, Verdict, corrected_contrasts
 from mmfusion.runs.folder import RunConfig, RunFolder, defaults_for
@@ -98,8 +99,11 @@ class Run:
         recipe: Recipe | None = None,
         **shape: object,
     ) -> Grid:
-        """Train settings x seeds x folds in one call; a killed run goes on from the checkpoint of that title."""
-        return train_grid(
+        """Train settings x seeds x folds in one call; a killed run goes on from the checkpoint of that title.
+
+        What every member says of every example is kept in the run's folder (`keep_predictions`).
+        """
+        grid = train_grid(
             data,
             settings,
             self.seeds,
@@ -110,6 +114,17 @@ class Run:
             title=title,
             **shape,
         )
+        keep_predictions(grid, self.folder / "predictions" / f"{title.replace(' ', '-')}.safetensors")
+        return grid
+
+
+def keep_predictions(grid: Grid, path: Path) -> None:
+    """Outputs (P, S, F, N[, O]) with what is needed to score them again: row labels, ids, and each fold's rows."""
+    folds = [{part: rows.tolist() for part, rows in fold._asdict().items()} for fold in grid.data.folds]
+    about = {"rows": [setting.label for setting in grid.settings], "ids": list(grid.data.pool.ids), "folds": folds}
+    about |= {"task": grid.data.task, "dataset": grid.data.name}
+    path.parent.mkdir(exist_ok=True)
+    write_safetensors(path, {"outputs": torch.from_numpy(grid.outputs)}, {"about": json.dumps(about)})
 
 
 @dataclass
