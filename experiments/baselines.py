@@ -29,13 +29,14 @@ from mmfusion.metrics.calibration import ensemble_logits
 from mmfusion.metrics.classes import ensemble_log_probabilities
 from mmfusion.metrics.format import mean_std
 from mmfusion.metrics.outcomes import EFFECTS, PRIMARY, WORDS, example_outcome
+from mmfusion.metrics.pooled import pooled_traits
 from mmfusion.metrics.scores import Score, binary_scores
 from mmfusion.metrics.tasks import probabilities, task_scores
 from mmfusion.metrics.verdicts import Difference, verdict_of
 from mmfusion.models.fusion import FusionEnsemble, FusionModel
 from mmfusion.models.mkl_svm import MultipleKernelSVM
 from mmfusion.runs.outputs import save_ensembles
-from mmfusion.training.grid import JWAE, PLAIN, Grid, Setting, per_example
+from mmfusion.training.grid import JWAE, PLAIN, Grid, Setting, by_fold, per_example
 
 RANK = 4
 MAIN = f"jWAE-LMF, rank {RANK}"
@@ -98,7 +99,7 @@ def measure(data: FoldedDataset, run: Run) -> Outcome:
         for label, by in scores.items()
     }
     return Outcome(
-        table(data, methods, scores, ensembles),
+        "\n".join([table(data, methods, scores, ensembles), *column_lines(data, methods)]),
         contrasts,
         verdict,
         answer,
@@ -244,6 +245,26 @@ def _numbers(scores: FoldScores) -> dict[str, dict]:
 def _stack(folds: list[Score]) -> tuple[np.ndarray, list[float] | None]:
     interval = [folds[0].low, folds[0].high] if len(folds) == 1 else None
     return np.array([fold.members for fold in folds]).T, interval
+
+
+def column_lines(data: FoldedDataset, methods: dict[str, MethodResult]) -> list[str]:
+    """Of a regression with several targets, cross-validated: the main row over each other, pooled over the targets."""
+    if data.task != "regression" or data.pool.target.ndim < 2 or data.cut is None:
+        return []
+    target, scale = targets(data), data.target_scale.numpy()
+    errors = {label: np.abs(method.predictions - target) / scale for label, method in methods.items()}  # (S, n, O)
+    width = max(map(len, methods))
+    lines = [
+        "",
+        f"MAE / std, less that of {MAIN}: mean over {target.shape[1]} targets (random effects) [95 %], their std",
+    ]
+    for label, error in errors.items():
+        if label == MAIN:
+            continue
+        gain = np.moveaxis(error.mean(0) - errors[MAIN].mean(0), -1, 0)  # (O, n)
+        one = pooled_traits(by_fold(data, gain), data.cut.ratio)
+        lines.append(f"{label:{width}}  {one.estimate:+.3f} [{one.low:+.3f}, {one.high:+.3f}]  {one.tau:.3f}")
+    return lines
 
 
 # ---- table and figure --------------------------------------------------------------------------------------------
