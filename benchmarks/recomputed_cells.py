@@ -28,7 +28,10 @@ KNOWN = {
     "baselines": (rf"over (?P<row>.+), {WORDS}", lambda m: ([MAIN], [m["row"]])),
     "rank_ablation": (
         rf"(?P<kind>jWAE|plain), {WORDS}: low over rank (?P<rank>\d+)",
-        lambda m: ([f"{m['kind']}, rank {r}" for r in (2, 4)], [f"{m['kind']}, rank {m['rank']}"]),
+        lambda m: (
+            [f"{m['kind']}, rank {r}" for r in ((2, 4) if m["kind"] == "jWAE" else (4,))],
+            [f"{m['kind']}, rank {m['rank']}"],
+        ),
     ),
     "jwae_ablation": (
         rf"gain of jWAE at \w+ rank \((?P<ranks>[\d, ]+)\), {WORDS}",

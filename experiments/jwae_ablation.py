@@ -24,7 +24,7 @@ from mmfusion.metrics.outcomes import EFFECTS, PRIMARY, WORDS
 from mmfusion.metrics.verdicts import Difference, Verdict, verdict_of
 from mmfusion.training.grid import JWAE, PLAIN, Grid, Setting, by_repeat
 
-BANDS = {"low": (1, 2), "medium": (4, 8), "high": (32,)}
+BANDS = {"low": (2,), "medium": (8,), "high": (32,)}
 RANKS = tuple(rank for ranks in BANDS.values() for rank in ranks)
 LEVELS = {
     "off": ("none", PLAIN),
