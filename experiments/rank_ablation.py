@@ -11,8 +11,8 @@ and 4, their mean, do better on test than rank 1 and than rank 8, and rank 8 has
 
 Controls, which decide nothing. A higher rank moves faster under Adam, so that its last epoch is later in the same
 course: rank 4 over 8 and over 32 at *matched training loss* (rank 4 at its own step size; the other where its training
-loss, interpolated over three step sizes, is the same) and after temperature scaling on dev; random signs at the start in
-place of balanced ones; no weight decay; without jWAE.
+loss, interpolated over three step sizes, is the same) and after temperature scaling on dev; random signs at the start
+in place of balanced ones; no weight decay; without jWAE.
 """
 
 from dataclasses import replace
