@@ -67,12 +67,14 @@ class Corpus:
     """takes --text-encoder"""
     inputs: bool = False
     """its pictures or texts can be corrupted and encoded anew"""
+    hidden_dim: int | None = None
+    """narrower than the recipe's, where features are so wide that nothing else would be computed for half an hour"""
     is_split: bool = False
     """it has a test part that others report on: it is not cut anew"""
 
 
 CORPORA = {
-    "demo": Corpus((), (*LABELLED, "temporal", "wma", "alignment"), inputs=True),
+    "demo": Corpus((), (*LABELLED, "temporal", "wma", "alignment"), inputs=True, hidden_dim=64),
     "cmu_mosi": Corpus(
         ("cmu_mosi*.npz", "mosi*.npz", "*mosi*.pkl", "aligned_50.pkl", "unaligned_50.pkl"), LABELLED, encodes_text=True
     ),
@@ -84,7 +86,7 @@ CORPORA = {
     ),
     "pom": Corpus(("pom*.npz",), (*LABELLED, "temporal", "wma", "alignment")),
     "mmmo": Corpus(("mmmo*.npz",), (*LABELLED, "temporal")),
-    "photo_tweets": Corpus(("photo_tweets*.npz",), LABELLED, "arrays"),
+    "photo_tweets": Corpus(("photo_tweets*.npz",), LABELLED, "arrays", hidden_dim=64),
     "digits": Corpus(
         ("mfeat_digits*.npz",),
         ("alignment", "modality_count"),
@@ -279,6 +281,8 @@ def flags(job: Job, config: Config) -> list[str]:
         flags += ["--data", str(job.data)]
     if corpus.encodes_text and config.text_encoder is not None:
         flags += ["--text-encoder", config.text_encoder]
+    if corpus.hidden_dim is not None and job.experiment not in OWN_SEEDS:
+        flags += ["--hidden-dim", str(corpus.hidden_dim)]
     if job.experiment in OWN_SEEDS:
         flags += ["--seeds", str(max(2, OWN_SEEDS[job.experiment] if config.epochs is None else config.seeds))]
     elif corpus.is_split:
