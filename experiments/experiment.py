@@ -36,6 +36,7 @@ from mmfusion.runs.folder import RunConfig, RunFolder, defaults_for
 from mmfusion.training.grid import Grid, Recipe, Setting, train_grid
 
 Settings = TypeVar("Settings")
+LEAST_FOLDS = 5
 SCORE_EFFECT = 0.01
 """smallest effect of interest: one point of accuracy, or a hundredth of the target's standard deviation"""
 
@@ -172,11 +173,13 @@ def contrasts_on_test(
 ) -> list[Contrast]:
     """Contrasts of differences over the test examples or the folds, by the inference that the data allow.
 
-    Of several folds it is Nadeau and Bengio's; of one test part the bootstrap, of whole groups where there are any.
+    Of five folds or more it is Nadeau and Bengio's. Of one test part, or of too few folds for a t, it is the bootstrap
+    over seeds and examples, of whole groups where there are any, which speaks of these training sets alone.
     """
     groups = data.pool.metadata.get("group")
     clusters = None if groups is None else [groups[row] for row in data.test_rows]
-    return corrected_contrasts(named, effect, cut=data.cut, clusters=clusters)
+    cut = data.cut if len(data.folds) >= LEAST_FOLDS else None
+    return corrected_contrasts(named, effect, cut=cut, clusters=clusters)
 
 
 def outcomes(grid: Grid) -> dict[str, np.ndarray]:
