@@ -33,6 +33,8 @@ from mmfusion.metrics.pooled import pooled_traits
 from mmfusion.metrics.scores import Score, binary_scores
 from mmfusion.metrics.tasks import probabilities, task_scores
 from mmfusion.metrics.verdicts import Difference, verdict_of
+from mmfusion.models.decomposition import relevance_scores, variance_shares
+from mmfusion.models.exact import exact_layer, latents_of
 from mmfusion.models.fusion import FusionEnsemble, FusionModel
 from mmfusion.models.mkl_svm import MultipleKernelSVM
 from mmfusion.runs.outputs import save_ensembles
@@ -99,7 +101,9 @@ def measure(data: FoldedDataset, run: Run) -> Outcome:
         for label, by in scores.items()
     }
     return Outcome(
-        "\n".join([table(data, methods, scores, ensembles), *column_lines(data, methods)]),
+        "\n".join(
+            [table(data, methods, scores, ensembles), *column_lines(data, methods), *relevance_lines(data, methods)]
+        ),
         contrasts,
         verdict,
         answer,
@@ -264,6 +268,27 @@ def column_lines(data: FoldedDataset, methods: dict[str, MethodResult]) -> list[
         gain = np.moveaxis(error.mean(0) - errors[MAIN].mean(0), -1, 0)  # (O, n)
         one = pooled_traits(by_fold(data, gain), data.cut.ratio)
         lines.append(f"{label:{width}}  {one.estimate:+.3f} [{one.low:+.3f}, {one.high:+.3f}]  {one.tau:.3f}")
+    return lines
+
+
+@torch.no_grad()
+def relevance_lines(data: FoldedDataset, methods: dict[str, MethodResult]) -> list[str]:
+    """What each set of modalities says, on test, by the main row: share of variance, and relevance by InTense."""
+    ensemble, names = methods[MAIN].ensemble, list(data.input_dims)
+    if len(names) < 2 or (ensemble.shape["latent_dim"] + 1) ** len(names) > TENSOR_ENTRIES:
+        return []
+    found: dict[tuple[int, ...], list[tuple[float, float]]] = {}
+    for k, member in enumerate(ensemble.members):
+        rows = data.folds[k % len(data.folds)].test
+        latents = latents_of(member, {name: x[rows] for name, x in data.pool.features.items()})
+        layer = exact_layer(member)
+        shares, relevance = variance_shares(layer, latents), relevance_scores(layer, latents)
+        for subset, share in shares.items():
+            found.setdefault(subset, []).append((share, relevance[subset]))
+    lines = ["", f"{MAIN}: share of the prediction's variance, and relevance after InTense, mean +- std over members"]
+    for subset, values in found.items():
+        cells = "  ".join(mean_std(column, 2) for column in np.transpose(values))
+        lines.append(f"{' x '.join(names[m] for m in subset):30}  {cells}")
     return lines
 
 

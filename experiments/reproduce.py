@@ -38,10 +38,10 @@ LABELLED = (
     "uncertainty",
 )
 EXPERIMENTS = (*LABELLED, "temporal", "wma", "alignment", "modality_count", "synthetic")
-# these measure a trained run: one of experiments.baselines with dev held out, trained for them
+# these measure what experiments.baselines trained; it keeps dev apart for them, and has ensembles
 OF_A_RUN = ("robustness", "uncertainty")
-MODELS = "models"
-MEMBERS = 3  # of an ensemble, in each fold of such a run
+MODELS = "baselines"
+MEMBERS = 3  # of an ensemble, in each fold
 # these draw their own data, once, whatever data sets are found
 OF_ITS_OWN = ("synthetic",)
 # these take folds of their own, or none: their differences are paired over seeds and test examples too
@@ -130,7 +130,7 @@ class Config:
     repeats: int = 2
     """of that"""
     seeds: int = 1
-    """in every fold; of a data set that is not cut 5 times as many"""
+    """in every fold (of the baselines 3 times as many, for ensembles); of a data set that is not cut 5 times as many"""
     epochs: int | None = Options.epochs
     """passes over the training part, of every experiment; default: the recipe's"""
     compile: bool = False
@@ -170,7 +170,7 @@ class Job:
     @property
     def module(self) -> str:
         """The module that is run."""
-        return "experiments.baselines" if self.experiment == MODELS else f"experiments.{self.experiment}"
+        return f"experiments.{self.experiment}"
 
     @property
     def options(self) -> type:
@@ -208,7 +208,7 @@ def main(config: Config) -> None:
                 f"{job.module} on {job.dataset} stopped with exit code {status}; "
                 "put right what it says above, then go on with --resume"
             )
-    write_pages([finished(job) for job in jobs if job.experiment != MODELS], config.out, config.pages)
+    write_pages([finished(job) for job in jobs], config.out, config.pages)
 
 
 def finished(job: Job) -> Finished:
@@ -242,8 +242,8 @@ def find_jobs(config: Config) -> Iterator[Job]:
         if only_data and name not in only_data:
             continue
         jobs = [Job(experiment, name, path) for experiment in experiments if experiment in CORPORA[name].asked]
-        measured = [job for job in jobs if job.experiment in OF_A_RUN]
-        yield from ([measured[0].models] if measured else []) + jobs
+        models = [job.models for job in jobs if job.experiment in OF_A_RUN]
+        yield from (models[:1] if models and models[0] not in jobs else []) + jobs
     if not only_data:
         yield from (Job(experiment, experiment, None) for experiment in experiments if experiment in OF_ITS_OWN)
 
@@ -288,8 +288,8 @@ def flags(job: Job, config: Config) -> list[str]:
     elif corpus.is_split:
         flags += ["--seeds", str(FIXED_SEEDS * config.seeds)]
     else:
-        repeats, seeds = (1, MEMBERS) if job.experiment == MODELS else (config.repeats, config.seeds)
-        flags += ["--cross-validate", str(config.folds), "--repeats", str(repeats), "--seeds", str(seeds)]
+        seeds = MEMBERS * config.seeds if job.experiment == MODELS else config.seeds
+        flags += ["--cross-validate", str(config.folds), "--repeats", str(config.repeats), "--seeds", str(seeds)]
     flags += [] if config.epochs is None else ["--epochs", str(config.epochs)]
     flags += ["--compile"] if config.compile else []
     flags += ["--hold-out-dev"] if job.experiment == MODELS else []
@@ -340,7 +340,7 @@ def command(job: Job) -> str:
             is_folder = name == "text_encoder" and Path(value).exists()
             text = "MODEL_FOLDER" if is_folder else str(value).removesuffix(".0")
             shown.append(f"--{name.replace('_', '-')}" + ("" if value is True else f" {text}"))
-    shown += [f"--hold-out-dev --name {job.folder.name}"] if job.experiment == MODELS else []
+    shown += ["--hold-out-dev"] if job.experiment == MODELS else []
     return " ".join(shown)
 
 

@@ -484,7 +484,7 @@ def test_folder_without_data_is_named(tmp_path):
 def test_without_a_data_root_the_demo_alone_is_run():
     jobs = list(reproduce.find_jobs(reproduce.Config()))
     assert jobs[0].experiment == reproduce.MODELS
-    assert [job.experiment for job in jobs[1:]] == [*reproduce.CORPORA["demo"].asked, *reproduce.OF_ITS_OWN]
+    assert [job.experiment for job in jobs] == [*reproduce.CORPORA["demo"].asked, *reproduce.OF_ITS_OWN]
     own = set(reproduce.OF_ITS_OWN)
     assert {job.dataset for job in jobs} == {"demo"} | own
     assert {job.experiment for job in jobs if job.dataset != "demo"} == own
@@ -496,8 +496,13 @@ def test_without_a_data_root_the_demo_alone_is_run():
 def test_an_experiment_that_draws_its_own_data_is_run_once_and_not_where_data_sets_are_chosen(only, datasets):
     jobs = list(reproduce.find_jobs(reproduce.Config(only=only)))
     assert {job.dataset for job in jobs} == datasets
-    # and the models that two are about
-    assert len(jobs) == (1 if "demo" not in only else len(reproduce.CORPORA["demo"].asked) + 1)
+    assert len(jobs) == (1 if "demo" not in only else len(reproduce.CORPORA["demo"].asked))
+
+
+def test_what_measures_a_run_brings_its_training_along():
+    jobs = list(reproduce.find_jobs(reproduce.Config(only=("robustness", "uncertainty"))))
+    assert [job.experiment for job in jobs] == ["baselines", "robustness", "uncertainty"]
+    assert reproduce.flags(jobs[1], reproduce.Config())[0] == str(jobs[0].folder)
 
 
 def test_digits_are_arrays_on_which_alignment_alone_is_asked_for(tmp_path):
