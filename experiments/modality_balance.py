@@ -241,6 +241,7 @@ def numbers_of(
             },
             "contribution": {name: balance.contributions[p, ..., m].tolist() for m, name in enumerate(names)},
             "imbalance": balance.imbalance[p].tolist(),
+            "score": {WORDS[one]: x[p].tolist() for one, x in balance.complete.items()},
             "worst drop": {WORDS[one]: balance.worst_drop(one)[p].tolist() for one in balance.drops},
             "drop without": {
                 WORDS[one]: {name: drops[p, ..., m].tolist() for m, name in enumerate(names)}
