@@ -1,323 +1,321 @@
-"""Does robustness depend on how evenly the modalities contribute, and which of them go together well?
+"""Does robustness depend on how evenly the modalities contribute, and do some pairs go together better than others?
 
-    python -m experiments.modality_balance --dataset cmu_mosi --data cmu_mosi_utterances.npz
+    python -m experiments.modality_balance --dataset cmu_mosi --data FILE --cross-validate 5 --repeats 2 --seeds 1
 
-Every subset of the modalities is trained with the others always hidden (dropout rate 1) and tested without them: same
-shapes, same initial values, same batches. The pair alignment is off in all of this experiment, since it would let a
-left-out modality shape the encoders of the others in training. What each modality contributes is read off the exact
-split of the prediction's variance by subsets of modalities (`LowRankMultimodalFusion.subset_terms`); to vary the
-balance, the full set is also trained with one modality dropped at times.
+Balance is turned by a dial that moves signal from one modality to another: of every feature's variance a share, its
+reliability, stays the example's own, the rest is another example's, drawn once, in training and at test alike. The
+reliabilities of the modalities sum to 1 at every setting, so that what all say together changes as little as it can.
+(Noise on one modality alone leaves less to lose, and the worst drop falls as balance goes.) Nothing is ever hidden in
+training, so no member is trained for an absence; dropping modalities in training would mix balance and practice.
+What each modality contributes is read off the exact split of the prediction's variance by subsets of
+modalities (mmfusion.models.decomposition); imbalance is 0 where all contribute alike, 1 where one does everything. The
+worst drop is what the modality costs whose absence at test costs most.
+
+Claim, on AUROC or on log loss (regression: MAE or correlation; a route each): over the settings of the dial, fold by
+fold, with growing imbalance (a) the worst drop rises and (b) the score that it leaves falls, so that neither a better
+nor a worse complete model explains both; and, of three or more modalities, (c) the pair that does best on a fold's dev
+part does better on its test part than the pair that does worst there. A worst drop that does not move, or falls, ends
+in "not supported". Where the dial does not move the imbalance there is no verdict.
+
+Controls: labels planted with `--plant imbalance --plant-strength 0` hang on all modalities alike: (a) and (b)
+must hold, (c) only at a higher strength; with `--plant calibration --plant-strength 1` labels are coins, there is
+nothing to lose, and the claim must fail.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from scipy.stats import spearmanr
 
-from experiments.experiment import SCORE_EFFECT, Experiment, Outcome, Run, contrasts_on_test, main
+from experiments.experiment import Experiment, Outcome, Run, contrasts_on_test, main
+from experiments.modality_subsets import (
+    RANK,
+    TERMS,
+    Scores,
+    chosen,
+    label,
+    on_dev,
+    subset_scores,
+    subset_settings,
+    without,
+)
 from mmfusion.data.folds import FoldedDataset
 from mmfusion.metrics.format import mean_std
-from mmfusion.metrics.scores import example_scores
-from mmfusion.metrics.verdicts import Contrast, Difference, Verdict, combine
+from mmfusion.metrics.outcomes import EFFECTS, PRIMARY, WORDS
+from mmfusion.metrics.outcomes import Outcome as Score
+from mmfusion.metrics.verdicts import Contrast, Difference, Verdict, verdict_of
 from mmfusion.models.decomposition import contributions, imbalance, variance_shares
-from mmfusion.training.grid import Grid, Setting, per_example
+from mmfusion.training.grid import Grid, Setting, by_fold, by_repeat
 
-RANK = 4
-TERMS = ("mmd", "reconstruction")
-RATES = (0.3, 0.6)  # at which one modality of the full set is dropped in training, to vary the balance
-CORRELATION_EFFECT = 0.3  # smallest rank correlation of interest
-BALANCE = "more imbalance goes with a larger worst drop"
-OVER_SINGLE = "all modalities over the best single one (chosen on dev)"
+TURNS = (0.3, 0.6, 0.9)  # of the dial towards one modality: 0 all alike, 1 it alone says something; of many the last
+MANY = 4
+RANGE = 0.5  # of imbalance, over which a slope is of interest where it makes an effect of interest of an outcome
+LEAST_RANGE = 0.05  # standard deviation of imbalance over the dial's settings, below which it was not turned
 
 
 @dataclass(frozen=True)
 class Balance:
-    """Of P settings that see all M modalities, S seeds each."""
+    """Of P settings that see all M modalities, S seeds and F folds each, on the folds' test parts."""
 
     labels: list[str]
     shares: dict[tuple[int, ...], np.ndarray]
-    """(P, S) of the prediction's variance on test per subset of modalities; sums to 1 over the subsets"""
-    contributions: np.ndarray
-    """(P, S, M)"""
-    imbalance: np.ndarray
-    """(P, S) in [0, 1]"""
-    drops: np.ndarray
-    """(P, S, M) loss of test score where that modality is missing"""
+    """(P, S, F) of the prediction's variance per subset of modalities; sums to 1 over the subsets"""
+    complete: dict[Score, np.ndarray]
+    """{outcome: (P, S, F)} larger is better"""
+    drops: dict[Score, np.ndarray]
+    """{outcome: (P, S, F, M)} loss where that modality is missing"""
 
     @property
-    def worst_drop(self) -> np.ndarray:
-        """(P, S): of the modality whose absence costs most."""
-        return self.drops.max(-1)
+    def contributions(self) -> np.ndarray:
+        """(P, S, F, M)."""
+        return contributions(self.shares, max(map(len, self.shares)))
 
+    @property
+    def imbalance(self) -> np.ndarray:
+        """(P, S, F) in [0, 1]."""
+        return imbalance(self.contributions)
 
-@dataclass(frozen=True)
-class BalanceResult:
-    """What table, figure and results.json show."""
-
-    task: str
-    names: tuple[str, ...]
-    """the M modalities"""
-    subsets: dict[str, tuple[str, ...]]
-    test: dict[str, np.ndarray]
-    """{subset: (S, n)} scores of the members that saw that subset alone"""
-    dev: dict[str, np.ndarray]
-    balance: Balance
-    chance: float
-    """score of a coin, or of the training mean"""
+    def worst_drop(self, outcome: Score) -> np.ndarray:
+        """(P, S, F): of the modality whose absence costs most."""
+        return self.drops[outcome].max(-1)
 
 
 def measure(data: FoldedDataset, run: Run) -> Outcome:
-    """Train subsets and full-set variants; score every subset, then relate imbalance to the worst drop."""
+    """Train subsets and the dial's settings; relate imbalance to the worst drop, and compare the pairs."""
     names = tuple(data.input_dims)
-    subsets = {label(subset): subset for size in range(1, len(names) + 1) for subset in combinations(names, size)}
-    settings = [
-        Setting(text, RANK, TERMS, dropout={name: 1.0 for name in names if name not in subset})
-        for text, subset in subsets.items()
-    ]
-    settings += [Setting(f"{name} dropped at {p}", RANK, TERMS, dropout={name: p}) for name in names for p in RATES]
-    grid = run.grid(data, settings, "balance")
-    result = BalanceResult(
-        data.task,
-        names,
-        subsets,
-        subset_scores(grid, subsets, "test"),
-        subset_scores(grid, subsets, "dev"),
-        measure_balance(grid, range(len(subsets) - 1, len(settings))),  # the full set comes last of the subsets
-        chance_score(data),
-    )
-    named = differences(result)
-    effects = {name: CORRELATION_EFFECT if name == BALANCE else SCORE_EFFECT for name in named}
+    subsets = {label(one): one for size in (1, 2) for one in combinations(names, size)} | {label(names): names}
+    grid = run.grid(data, subset_settings(names, subsets), "balance subsets")
+    turns = TURNS if len(names) < MANY else TURNS[-1:]
+    dial = {"all alike": (names[0], 0.0)} | {f"to {name}, {turn:g}": (name, turn) for name in names for turn in turns}
+    balances = []
+    for text, (name, turn) in dial.items():
+        turned = with_reliability(data, reliabilities(names, name, turn))
+        balances.append(
+            measure_balance(run.grid(turned, [Setting(text, RANK, TERMS, dropout={})], f"balance {text}"), 0)
+        )
+    balance = joined(balances)
+    scores = {part: subset_scores(grid, subsets, part) for part in ("dev", "test")}
+    named, effects = differences(names, balance, scores)
     contrasts = contrasts_on_test(data, named, effects)
-
-    def draw_all(figure: Figure) -> None:
-        figure.suptitle(f"{data.name}: contributions of the modalities and robustness to a missing one")
-        draw(figure, result)
-
+    verdict, moved = verdict_of_dial(balance, verdict_of(contrasts))
     return Outcome(
-        table(result),
+        table(data, names, balance, scores["test"]),
         contrasts,
-        verdict_of(contrasts),
-        answer(contrasts),
-        numbers_of(result),
-        draw_all,
+        verdict,
+        answer(contrasts) + moved,
+        numbers_of(data, names, balance, scores),
+        lambda figure: draw(figure, data, names, balance, scores["test"]),
         (14.5, 5.0),
-        notes_of(data, names),
+        ["two modalities are one pair: the verdict is that of the balance alone"] if len(names) == 2 else [],
     )
 
 
-def label(subset: Sequence[str]) -> str:
-    """Name of a subset of the modalities."""
-    return "+".join(subset)
+def reliabilities(names: Sequence[str], favoured: str, turn: float) -> dict[str, float]:
+    """{modality: share of signal}, summing to 1: all alike at 0, the favoured one's 1 at 1."""
+    rest = (1 - turn) / len(names)
+    return {name: rest + turn * (name == favoured) for name in names}
+
+
+def with_reliability(data: FoldedDataset, reliability: Mapping[str, float]) -> FoldedDataset:
+    """The same study with part of each modality's features those of another example: mean and covariance stay.
+
+        x_i' = mean + sqrt(r) (x_i - mean) + sqrt(1 - r) (x_j - mean)
+
+    so that every direction of the features keeps the same share r of its variance. j is the same at all r.
+    """
+    mixed = {}
+    for k, (name, x) in enumerate(sorted(data.pool.features.items())):
+        other = torch.from_numpy(np.random.default_rng(k).permutation(len(x)))
+        mean, own = x.mean(0), reliability[name]
+        mixed[name] = mean + own**0.5 * (x - mean) + (1 - own) ** 0.5 * (x[other] - mean)
+    return replace(data, pool=replace(data.pool, features=mixed))
 
 
 # ---- contributions -----------------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
-def measure_balance(grid: Grid, places: Sequence[int]) -> Balance:
-    """Shares, contributions and drops of these settings' members on the test examples; shares are means over folds."""
-    data, names = grid.data, list(grid.data.input_dims)
-    by_setting: list[list[dict[tuple[int, ...], float]]] = []
-    for p in places:
-        by_seed = []
-        for s in range(len(grid.seeds)):
-            result = []
-            for f, fold in enumerate(data.folds):
-                model = grid.model(p, s, f)
-                latents = model.latents({name: x[fold.test] for name, x in data.pool.features.items()})
-                result.append(variance_shares(model.fusion, latents))
-            by_seed.append({subset: float(np.mean([shares[subset] for shares in result])) for subset in result[0]})
-        by_setting.append(by_seed)
-    shares = {
-        subset: np.array([[seed[subset] for seed in by_seed] for by_seed in by_setting]) for subset in by_setting[0][0]
-    }
-    places = list(places)
-    complete = grid.scores()[places].mean(-1)  # (P, S)
-    drops = [complete - grid.without([name], places).mean(-1) for name in names]
-    contribution = contributions(shares, len(names))
-    labels = ["no dropout", *(grid.settings[p].label for p in places[1:])]
-    return Balance(labels, shares, contribution, imbalance(contribution), np.stack(drops, -1))
+def measure_balance(grid: Grid, place: int) -> Balance:
+    """Shares, scores and drops of one setting's members, as of P = 1 settings."""
+    data, names, folds = grid.data, list(grid.data.input_dims), len(grid.data.folds)
+    found = []
+    for k, model in enumerate(grid.members([place])):
+        rows = data.folds[k % folds].test
+        latents = model.latents({name: x[rows] for name, x in data.pool.features.items()})
+        found.append(variance_shares(model.fusion, latents))
+    shape = (1, len(grid.seeds), folds)
+    shares = {subset: np.reshape([one[subset] for one in found], shape) for subset in found[0]}
+    complete, drops = {}, {}
+    for outcome in PRIMARY[data.task]:
+        complete[outcome] = by_fold(data, grid.outcome(outcome)[[place]])  # (1, S, F)
+        missing = [by_fold(data, without(grid, [name], place, outcome)) for name in names]
+        drops[outcome] = np.stack([complete[outcome] - one for one in missing], -1)
+    return Balance([grid.settings[place].label], shares, complete, drops)
 
 
-# ---- scores ------------------------------------------------------------------------------------------------------
+def joined(balances: Sequence[Balance]) -> Balance:
+    """The settings of all, one after another."""
 
+    def along(of: str) -> dict:
+        parts = [getattr(one, of) for one in balances]
+        return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
-def subset_scores(grid: Grid, subsets: Mapping[str, tuple[str, ...]], part: str) -> dict[str, np.ndarray]:
-    """{subset: (S, n)}: scores of the members that saw that subset alone, tested on it alone."""
-    names = grid.data.input_dims
-    return {
-        text: grid.without([name for name in names if name not in subset], [grid.index(text)], part)[0]
-        for text, subset in subsets.items()
-    }
-
-
-def best_single(subset: Sequence[str], dev: Mapping[str, np.ndarray]) -> str:
-    """Which modality of the subset scores highest alone on dev; never chosen on test."""
-    return max(subset, key=lambda name: dev[name].mean())
-
-
-def chance_score(data: FoldedDataset) -> float:
-    """Test score of a coin, 1/2 whatever the classes' shares; for a regression that of the training part's mean."""
-    if data.task == "binary":
-        return 0.5
-    means = [data.pool.target[fold.train].mean(0).expand_as(data.pool.target[fold.test]) for fold in data.folds]
-    return float(per_example(data, torch.cat(means).numpy()[None], "test", example_scores).mean())
+    return Balance(
+        [text for one in balances for text in one.labels], along("shares"), along("complete"), along("drops")
+    )
 
 
 # ---- contrasts and verdict ---------------------------------------------------------------------------------------
 
 
-def differences(result: BalanceResult) -> dict[str, Difference]:
-    """Contrasts: (S,) rank correlations; (S, n) between pairs of modalities, and of all against the best single."""
-    test, dev, balance = result.test, result.dev, result.balance
-    correlations = rank_correlations(balance.imbalance, balance.worst_drop)
-    named = {BALANCE: Difference(correlations, f"{BALANCE}, over {len(balance.labels)} settings of all modalities")}
-    pairs = [text for text, subset in result.subsets.items() if len(subset) == 2]
-    for two in combinations(pairs, 2):
-        # oriented by dev, so that the test examples have no say in which difference is claimed
-        higher, lower = sorted(two, key=lambda text: -dev[text].mean())
-        named[f"{higher} over {lower}"] = Difference(test[higher] - test[lower], f"{higher} scores higher than {lower}")
-    full, best = label(result.names), best_single(result.names, dev)
-    named[OVER_SINGLE] = Difference(
-        test[full] - test[best], f"{full} scores higher than {best}, the best single one on dev", False
-    )
-    return named
+def differences(
+    names: Sequence[str], balance: Balance, scores: Mapping[str, Scores]
+) -> tuple[dict[str, Difference], dict[str, float]]:
+    """Contrasts (S, F) with the effect of interest of each: slopes, pairs, and all against the best single modality."""
+    named: dict[str, Difference] = {}
+    effects: dict[str, float] = {}
 
+    def add(name: str, values: np.ndarray, claim: str, effect: float, route: str | None = None) -> None:
+        named[name], effects[name] = Difference(values, claim, route is not None, route or ""), effect
 
-def rank_correlations(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Spearman's correlation of x and y (P, S) over the settings -> (S,); 0 where one is constant: no order there."""
-    constant = (np.ptp(x, axis=0) == 0) | (np.ptp(y, axis=0) == 0)
-    return np.array([0.0 if constant[s] else spearmanr(x[:, s], y[:, s]).statistic for s in range(x.shape[1])])
-
-
-def verdict_of(contrasts: Sequence[Contrast]) -> Verdict:
-    """The balance matters, and (with three or more modalities) some pair is better than another."""
-    pairs = [c.verdict for c in contrasts[1:] if c.decides]
-    return combine([contrasts[0].verdict, *([combine(pairs, "any")] if pairs else [])], "all")
-
-
-def notes_of(data: FoldedDataset, names: Sequence[str]) -> list[str]:
-    """What the reader of the verdict must know."""
-    notes = [
-        "the balance is varied by dropping modalities in training, which also trains for their absence: the "
-        "correlation may be due to either; its interval is over seeds, on these test examples"
-    ]
-    if len(names) == 2:
-        notes.append("two modalities are one pair: the verdict is that of the balance alone")
-    if any(bool(torch.isin(fold.dev, fold.test).any()) for fold in data.folds):
-        notes.append(
-            "dev shares examples with test: pairs are oriented, and the best single chosen, on tested examples"
+    for outcome, complete in balance.complete.items():
+        word, effect = WORDS[outcome], EFFECTS[outcome]
+        drop, dev, test = balance.worst_drop(outcome), scores["dev"][outcome], scores["test"][outcome]
+        text, unit = "the worst drop rises with imbalance", effect / RANGE
+        add(f"{word}: worst drop over imbalance", slopes(balance.imbalance, drop), text, unit, word)
+        text, left = "the score without the worst modality falls with imbalance", complete - drop
+        add(f"{word}: score left, fall over imbalance", -slopes(balance.imbalance, left), text, unit, word)
+        pairs = [one for one in test if one.count("+") == 1 and len(names) > 2]
+        if pairs:
+            best, worst = (chosen(test, pairs, on_dev(dev, pairs, one)) for one in (True, False))
+            text = "the pair that is best on dev does better than the one that is worst there"
+            add(f"{word}: best pair over worst pair", best - worst, text, effect, word)
+        over = test[label(names)] - chosen(test, names, on_dev(dev, names))
+        add(f"{word}: all over the best single modality", over, "all do better than the best on dev", effect)
+        mean_drop = balance.drops[outcome].mean(-1)
+        add(
+            f"{word}: mean drop over imbalance",
+            slopes(balance.imbalance, mean_drop),
+            "so does the mean",
+            effect / RANGE,
         )
-    return notes
+    return named, effects
+
+
+def slopes(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """(S, F): least-squares slope of y on x over P settings, both (P, S, F); 0 where x does not vary."""
+    x = x - x.mean(0)
+    numerator, denominator = (x * y).sum(0), (x * x).sum(0)
+    return np.divide(numerator, denominator, out=np.zeros_like(numerator), where=denominator > 1e-12)
+
+
+def verdict_of_dial(balance: Balance, verdict: Verdict) -> tuple[Verdict, str]:
+    """The verdict, or none where the dial did not move the imbalance; with a sentence."""
+    moved = float(balance.imbalance.std(0).mean())
+    text = f" Imbalance varies by {moved:.2f} (standard deviation) over the settings of the dial."
+    return (verdict, text) if moved >= LEAST_RANGE else ("not identified", f"{text} That is too little for a verdict.")
 
 
 def answer(contrasts: Sequence[Contrast]) -> str:
-    """The estimates in one sentence."""
-    first, last = contrasts[0], contrasts[-1]
-    text = (
-        f"Rank correlation of imbalance and worst drop {first.estimate:+.2f} [{first.low:+.2f}, {first.high:+.2f}]; "
-        f"all modalities over the best single one {last.estimate:+.3f} [{last.low:+.3f}, {last.high:+.3f}]"
-    )
-    pairs = [f"{c.name} {c.estimate:+.3f} [{c.low:+.3f}, {c.high:+.3f}]" for c in contrasts[1:-1]]
-    return "; ".join([text, *pairs]) + "."
+    """The estimates that decide in one sentence."""
+    return "; ".join(f"{c.name} {c.estimate:+.3f} [{c.low:+.3f}, {c.high:+.3f}]" for c in contrasts if c.decides) + "."
 
 
 # ---- text and figure ---------------------------------------------------------------------------------------------
 
 
-def numbers_of(result: BalanceResult) -> dict[str, object]:
-    """Everything in table and figure, one number per seed, JSON-able."""
-    names, balance, mean_drop = result.names, result.balance, result.balance.drops.mean(-1)
+def numbers_of(
+    data: FoldedDataset,
+    names: Sequence[str],
+    balance: Balance,
+    scores: Mapping[str, Scores],
+) -> dict[str, object]:
+    """Everything in table and figure, JSON-able: (S * repeats,) each, of the dial also (S, F)."""
     of_settings = {
         text: {
-            "share of variance": {label([names[m] for m in s]): x[p].tolist() for s, x in balance.shares.items()},
-            "contribution": {name: balance.contributions[p, :, m].tolist() for m, name in enumerate(names)},
+            "share of variance": {
+                label([names[m] for m in s]): by_repeat(data, x[p]).tolist() for s, x in balance.shares.items()
+            },
+            "contribution": {name: balance.contributions[p, ..., m].tolist() for m, name in enumerate(names)},
             "imbalance": balance.imbalance[p].tolist(),
-            "drop without": {name: balance.drops[p, :, m].tolist() for m, name in enumerate(names)},
-            "mean drop": mean_drop[p].tolist(),
-            "worst drop": balance.worst_drop[p].tolist(),
+            "score": {WORDS[one]: x[p].tolist() for one, x in balance.complete.items()},
+            "worst drop": {WORDS[one]: balance.worst_drop(one)[p].tolist() for one in balance.drops},
+            "drop without": {
+                WORDS[one]: {name: drops[p, ..., m].tolist() for m, name in enumerate(names)}
+                for one, drops in balance.drops.items()
+            },
         }
         for p, text in enumerate(balance.labels)
     }
-    parts = {"dev": result.dev, "test": result.test}
-    return {
-        "subsets": {s: {part: x[s].mean(1).tolist() for part, x in parts.items()} for s in result.subsets},
-        "best single on dev": best_single(names, result.dev),
-        "coin or training mean": result.chance,
-        "settings of all modalities": of_settings,
-        "rank correlation of imbalance and mean drop": rank_correlations(balance.imbalance, mean_drop).tolist(),
+    of_subsets = {
+        part: {
+            WORDS[one]: {text: by_repeat(data, x).tolist() for text, x in by_subset.items()}
+            for one, by_subset in by_outcome.items()
+        }
+        for part, by_outcome in scores.items()
     }
+    return {"subsets": of_subsets, "settings of all modalities": of_settings}
 
 
-def table(result: BalanceResult) -> str:
-    """Fixed-width: one line per subset, then two per setting that sees all modalities; mean +- std over seeds."""
-    names, balance, test, dev = result.names, result.balance, result.test, result.dev
-    score, constant = ("accuracy", "a coin") if result.task == "binary" else ("-MAE / std", "training mean")
-    width = max(map(len, [*result.subsets, *balance.labels, constant]))
-    lines = [f"score: {score}, mean +- std over seeds; each subset trained and tested without the other modalities"]
-    lines.append(f"{'':{width}}  {'dev':>16}  {'test':>16}  {'over its best single modality (by dev)':>38}")
-    for text, subset in result.subsets.items():
-        best = best_single(subset, dev)
-        over = "-" if len(subset) == 1 else f"{mean_std((test[text] - test[best]).mean(1))} over {best}"
-        cells = (mean_std(dev[text].mean(1)), mean_std(test[text].mean(1)))
-        lines.append(f"{text:{width}}  {cells[0]:>16}  {cells[1]:>16}  {over:>38}")
-    lines.append(f"{constant:{width}}  {'':16}  {result.chance:>16.3f}")
-    parts = {label([names[m] for m in s]): x for s, x in balance.shares.items()}
-    losses = {f"{name} contributes": balance.contributions[..., m] for m, name in enumerate(names)}
-    losses |= {"imbalance": balance.imbalance, "mean drop": balance.drops.mean(-1), "worst drop": balance.worst_drop}
-    titles = (
-        "trained on all modalities: share of the prediction's variance by subset, about the mean latents",
-        "and what they lose where a modality is missing: score complete - score without it",
-    )
-    for title, columns, digits in zip(titles, (parts, losses), (2, 3), strict=True):
-        lines += ["", title, f"{'':{width}}" + "".join(f"  {text:>17}" for text in columns)]
-        for p, text in enumerate(balance.labels):
-            lines.append(f"{text:{width}}" + "".join(f"  {mean_std(x[p], digits):>17}" for x in columns.values()))
+def table(
+    data: FoldedDataset,
+    names: Sequence[str],
+    balance: Balance,
+    test: Scores,
+) -> str:
+    """Fixed-width: one line per subset, then one per setting of the dial; mean +- std over seeds."""
+    words = {outcome: WORDS[outcome] for outcome in test}
+    width = max(map(len, [*next(iter(test.values())), *balance.labels]))
+    lines = ["mean +- std over seeds, larger is better (losses and errors negative)", "subsets, the others never seen"]
+    lines.append(f"{'':{width}}" + "".join(f"  {word:>17}" for word in words.values()))
+    for text in next(iter(test.values())):
+        cells = [mean_std(by_repeat(data, by_subset[text])) for by_subset in test.values()]
+        lines.append(f"{text:{width}}" + "".join(f"  {cell:>17}" for cell in cells))
+    columns = {f"{name} contributes": balance.contributions[..., m] for m, name in enumerate(names)}
+    columns |= {"imbalance": balance.imbalance}
+    columns |= {word: balance.complete[outcome] for outcome, word in words.items()}
+    columns |= {f"worst drop, {word}": balance.worst_drop(outcome) for outcome, word in words.items()}
+    wide = [max(17, len(text)) for text in columns]
+    lines += ["", "the dial, and what is lost where the worst modality is missing"]
+    lines.append(f"{'':{width}}" + "".join(f"  {text:>{w}}" for text, w in zip(columns, wide, strict=True)))
+    for p, text in enumerate(balance.labels):
+        cells = [mean_std(by_repeat(data, x[p])) for x in columns.values()]
+        lines.append(f"{text:{width}}" + "".join(f"  {cell:>{w}}" for cell, w in zip(cells, wide, strict=True)))
     return "\n".join(lines)
 
 
-def draw(figure: Figure, result: BalanceResult) -> None:
-    """Scores of the subsets, shares of variance of the full-set settings, imbalance against the worst drop."""
-    left, middle, right = figure.subplots(1, 3)
-    binary, chance, balance = result.task == "binary", result.chance, result.balance
-    scores = np.array([values.mean(1) for values in result.test.values()])  # (subsets, S)
-    # bars begin at what knowing nothing scores, so that a negative score reads like an accuracy
-    left.bar(
-        range(len(scores)), scores.mean(1) - chance, bottom=chance, yerr=scores.std(1, ddof=1), capsize=3, color="0.6"
-    )
-    left.use_sticky_edges = False  # room below the line that the bars stand on
-    left.axhline(chance, color="black", linewidth=0.8, label="a coin" if binary else "training mean")
-    left.set_xticks(range(len(scores)), [text.replace("+", "+\n") for text in result.test], fontsize=8)
-    left.set(
-        title="each subset alone (std over seeds)", ylabel="test accuracy" if binary else "test -MAE / std of target"
-    )
-    below = {"frameon": False, "fontsize": 8, "loc": "upper center", "bbox_to_anchor": (0.5, -0.13)}
-    left.legend(**below)
-
-    places = np.arange(len(balance.labels))
-    upper, lower = np.zeros(len(places)), np.zeros(len(places))
-    for k, (subset, values) in enumerate(balance.shares.items()):
-        mean = values.mean(1)
-        text = label([result.names[m] for m in subset])
-        middle.barh(places, mean, left=np.where(mean >= 0, upper, lower), color=f"C{k}", label=text)
-        upper, lower = upper + np.clip(mean, 0, None), lower + np.clip(mean, None, 0)
-    middle.axvline(0, color="black", linewidth=0.8)
-    middle.set_yticks(places, balance.labels)
-    middle.invert_yaxis()
-    middle.set(title="trained on all: whose variance? (mean)", xlabel="share of the prediction's variance")
-    middle.legend(ncols=2, **below)
-
-    for p, text in enumerate(balance.labels):
-        # the colour of the modality that is dropped, as in the middle; the marker tells the rate
-        color, marker = ("black", "o") if p == 0 else (f"C{(p - 1) // len(RATES)}", "^s"[(p - 1) % len(RATES)])
-        right.scatter(balance.imbalance[p], balance.worst_drop[p], s=26, alpha=0.75, c=color, marker=marker, label=text)
-    right.axhline(0, color="black", linewidth=0.6)
-    right.set(title="one dot per seed", xlabel="imbalance (0: all contribute alike)", ylabel="worst drop of test score")
-    right.legend(ncols=2, **below)
+def draw(
+    figure: Figure,
+    data: FoldedDataset,
+    names: Sequence[str],
+    balance: Balance,
+    test: Scores,
+) -> None:
+    """Contributions along the dial, and imbalance against the worst drop by both outcomes, a dot per fold."""
+    left, *others = figure.subplots(1, 1 + len(test))
+    places, below = np.arange(len(balance.labels)), np.zeros(len(balance.labels))
+    for m, name in enumerate(names):
+        mean = balance.contributions[..., m].mean((1, 2))
+        left.barh(places, mean, left=below, color=f"C{m}", label=name)
+        below = below + mean
+    left.set_yticks(places, balance.labels)
+    left.invert_yaxis()
+    left.set(title="whose variance? (mean)", xlabel="share of the prediction's variance")
+    left.legend(frameon=False, fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.13))
+    levels = (len(places) - 1) // len(names)
+    for axis, outcome in zip(others, test, strict=True):
+        for p, text in enumerate(balance.labels):
+            color, marker = ("black", "o") if p == 0 else (f"C{(p - 1) // levels}", "^sD"[(p - 1) % levels])
+            x, y = balance.imbalance[p].ravel(), balance.worst_drop(outcome)[p].ravel()
+            axis.scatter(x, y, s=22, alpha=0.7, c=color, marker=marker, label=text)
+        axis.axhline(0, color="black", linewidth=0.6)
+        axis.set(title="one dot per seed and fold", xlabel="imbalance", ylabel=f"worst drop of test {WORDS[outcome]}")
+    handles, texts = others[0].get_legend_handles_labels()
+    figure.legend(handles, texts, loc="outside lower right", ncols=5, frameon=False, fontsize=8)
+    figure.suptitle(f"{data.name}: contributions of the modalities and robustness to a missing one")
 
 
 EXPERIMENT = Experiment(

@@ -1,224 +1,227 @@
-"""Which rate of modality dropout harms most? p = 0 to .9 for each modality alone, at test, in training, and in both.
+"""Which rate of dropout harms most? A modality hidden, or its features dropped, at test, in training, and in both.
 
-    python -m experiments.modality_dropout --dataset cmu_mosi --data cmu_mosi_utterances.npz
+    python -m experiments.modality_dropout --dataset cmu_mosi --data FILE --cross-validate 5 --repeats 2 --seeds 1
 
-A modality that is missing per example with probability p gives an additive score the expectation (1 - p) s1 + p s0,
-s1 and s0 the score with and without it: a straight line, so "at test" the harm cannot peak below p = 1. Only a
-training at each p can bend the curve. Drawn masks stand beside the exact line, since few of them look bent by chance;
-and AUROC, which is not additive, is not linear.
+Six protocols, p = 0 to .9. "Modality": an example's latent is hidden with probability p. At test that gives an additive
+score (log loss, MAE) the expectation (1 - p) s1 + p s0, s1 and s0 the score with and without: a straight line, whose
+harm cannot peak below p = 1. That line is an identity, checked against drawn masks, and decides nothing; AUROC and the
+correlation are not additive, and stand as the mean over drawn masks. "Features": each standardised feature of the
+modality is 0 with probability p, the others are multiplied by 1 / (1 - p), as dropout layers do; through the encoders
+that may bend either way. "In training" is tested complete, "both" at the rate trained at. The rates of feature
+protocols replace the recipe's own rate for this modality; other modalities keep it.
 
-Harm at a rate is the score at p = 0 minus the score there. Verdict: in some protocol, of audio or, in a dataset without
-it, of any modality, both (a) mean harm at 30-50 % exceeds mean harm at 70-90 %, and (b) mean harm at 30-50 % is
-positive; each by the common rule with an effect of `SCORE_EFFECT`, Holm's correction being over both kinds. (a) alone
-holds too where the dropout helps, and helps more at high rates. "At test" the line rules out that both hold.
+Harm at a rate is the score at p = 0 less the score there. Claim, about audio or, in data without it, about any
+modality: in one protocol, on one primary outcome (a route; Holm over routes), (a) harm at 30-50 % exceeds harm at
+70-90 %, and (b) harm at 30-50 % is above 0. (a) alone holds too where dropout helps, and helps more at high rates. A
+harm that grows with the rate ends in "not supported", and so does one too small to matter.
+
+Control: labels planted with `--plant dropout --plant-strength 1` hang on the modality alone: (b) must then be found
+with the modality hidden at test, and (a) refuted; with strength 0 there is no harm to be found.
 """
 
-from pathlib import Path
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from safetensors.torch import load_file
-from scipy.stats import rankdata
-from torch import Tensor
 
-from experiments.experiment import SCORE_EFFECT, Experiment, Outcome, Run, contrasts_on_test, main
-from mmfusion.data.folds import FoldedDataset, targets
-from mmfusion.files import write_safetensors
-from mmfusion.metrics.scores import example_scores
-from mmfusion.metrics.verdicts import Contrast, Difference, Verdict, combine
-from mmfusion.training.grid import JWAE, Grid, Setting, per_example, select
+from experiments.experiment import Experiment, Outcome, Run, contrasts_on_test, main
+from mmfusion.data.folds import FoldedDataset
+from mmfusion.metrics.outcomes import EFFECTS, PRIMARY, WORDS, example_outcome
+from mmfusion.metrics.outcomes import Outcome as Score
+from mmfusion.metrics.verdicts import Contrast, Difference, verdict_of
+from mmfusion.training.grid import JWAE, Grid, Setting, by_repeat, outputs_of, per_example, select
+from mmfusion.training.objective import predict
 
 RANK = 4
-RATES = tuple(k / 10 for k in range(10))
-MIDDLE, HIGH = (3, 4, 5), (7, 8, 9)  # places of the rates that the claim sets against each other
-DRAWS = 12  # of masks, for each rate
+RATES = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)
+MIDDLE, HIGH = (2, 3), (4, 5)  # places of the rates that the claim sets against each other
+DRAWS = {"modality": 12, "features": 3}  # of masks, shared by all rates and members
 TOLERANCE = 1e-4  # of the identity "zero latent = dropped terms", in units of the prediction; float32
-PROTOCOLS = ("at test", "in training", "both")
-MEAN_LATENT = "at test, mean latent"
-ROWS = ("at test", MEAN_LATENT, "in training", "both")
-COLORS = dict(zip(ROWS, ("C0", "C4", "C1", "C2"), strict=True))
+ADDITIVE = ("log_loss", "mae")
+WHERE = ("at test", "in training", "both")
+PROTOCOLS = tuple(f"{what} {where}" for what in DRAWS for where in WHERE)
+LINE = "modality at test"
+Curves = dict[str, dict[str, np.ndarray]]
+"""{outcome: {protocol: (rates, S, n)}} of one modality's dropout"""
 
 
 def measure(data: FoldedDataset, run: Run) -> Outcome:
-    """Train at every rate of every modality; contrasts are paired over seeds and test examples."""
+    """Train at every rate of the modalities that the claim is about; contrasts are paired over seeds and examples."""
     names = list(data.input_dims)
-    settings = [Setting("complete", RANK, JWAE, dropout={})]
-    settings += [Setting(label(name, p), RANK, JWAE, dropout={name: p}) for name in names for p in RATES[1:]]
-    grid = run.grid(data, settings, "dropout")
-    uniforms = drawn_uniforms(run.folder / "masks.safetensors", len(data.test_rows), len(names))
+    claimed = ["audio"] if "audio" in names else names  # without audio, all that the dataset has
+    grid = run.grid(data, settings_of(names, claimed, run.options.recipe(data.task).feature_dropout), "dropout")
+    uniforms = np.random.default_rng(0).random((DRAWS["modality"], len(data.test_rows), len(names)), np.float32)
     curves, checks = {}, {}
     for m, name in enumerate(names):
-        missing = missing_predictions(grid, name)
-        curves[name] = rate_curves(grid, name, missing)
-        checks[name] = check_identities(grid, missing, uniforms[:, :, m].numpy())
-    contrasts = contrasts_on_test(data, differences(curves))
-    deciding = by_protocol([contrast for contrast in contrasts if contrast.decides])
-    notes = [] if "audio" in names else [f"no audio in this dataset: the verdict is over {' and '.join(names)}"]
-    numbers = {
-        name: {
-            "rates": list(RATES),
-            "mean": {row: curve.mean((1, 2)).tolist() for row, curve in curves[name].items()},
-            "std over seeds": {row: curve.mean(2).std(1, ddof=1).tolist() for row, curve in curves[name].items()},
-            **checks[name],
-        }
-        for name in names
-    }
-    size = (max(8.0, 4.4 * len(names)), 4.6)
+        curves[name] = curves_of(grid, name, uniforms[..., m], trained=name in claimed)
+        checks[name] = check_identities(grid, name, uniforms[..., m])
+    named, effects = differences(curves, claimed)
+    contrasts = contrasts_on_test(data, named, effects)
+    numbers = {name: numbers_of(data, curves[name]) | checks[name] for name in names}
     return Outcome(
-        table(data, numbers),
+        table(numbers),
         contrasts,
-        verdict_of(deciding),
-        answer(deciding, curves),
+        verdict_of(contrasts),
+        answer([c for c in contrasts if c.decides]),
         numbers,
-        lambda figure: draw(figure, data, curves, checks),
-        size,
-        notes,
+        lambda figure: draw(figure, data, curves),
+        (max(9.0, 4.4 * len(names)), 7.6),
+        [] if "audio" in names else [f"no audio in this dataset: the claim is put to {' and '.join(names)}"],
     )
 
 
-def label(name: str, rate: float) -> str:
-    """Of the setting in which that modality alone is dropped in training."""
-    return f"{name} dropped at {rate:.1f}"
+def settings_of(names: list[str], claimed: list[str], feature_rate: float) -> list[Setting]:
+    """The complete members first; of a modality that the claim is not about, what it takes to test without it."""
+    settings = [Setting("complete", RANK, JWAE, dropout={})]
+    for name in names:
+        for p in RATES if name in claimed else RATES[:1]:
+            features = dict.fromkeys(names, feature_rate) | {name: p}
+            settings.append(Setting(label(name, "features", p), RANK, JWAE, dropout={}, feature_dropout=features))
+            if p:
+                settings.append(Setting(label(name, "modality", p), RANK, JWAE, dropout={name: p}))
+    return settings
 
 
-# ---- what a missing modality does --------------------------------------------------------------------------------
+def label(name: str, what: str, rate: float) -> str:
+    """Of the setting in which that modality, or its features, are dropped in training; 0: nothing is hidden."""
+    return "complete" if what == "modality" and not rate else f"{name}, {what} dropped at {rate:.1f}"
+
+
+# ---- what dropout does -------------------------------------------------------------------------------------------
+
+
+def curves_of(grid: Grid, name: str, uniforms: np.ndarray, trained: bool) -> Curves:
+    """Expected share of every test example in each primary outcome, at every rate and in every protocol.
+
+    Args:
+        uniforms: (draws, n): the modality of a test example is hidden where they are < p.
+        trained: whether members were trained at the rates; without them "at test" is all there is.
+    """
+    data, found = grid.data, {}
+    rates = RATES if trained else RATES[:1]
+    complete, hidden, whole = {}, {}, {}
+    for p in rates:
+        place = grid.index(label(name, "modality", p))
+        complete[p] = grid.predictions()[place]  # (S, n[, O])
+        outputs = outputs_of(data, grid.members([place]), [name]).reshape(1, *grid.outputs.shape[1:])
+        hidden[p] = select(data, outputs, "test")[0]
+        whole[p] = grid.predictions()[grid.index(label(name, "features", p))]
+    thin = {(q, p): [] for q in rates for p in RATES if p and q in (0.0, p)}
+    for seed in range(DRAWS["features"]):
+        for (q, p), draws in thin.items():
+            draws.append(thinned(grid, grid.index(label(name, "features", q)), name, p, seed))
+    for outcome in PRIMARY[data.task]:
+        of = lambda x, outcome=outcome: shares(data, x, outcome)  # noqa: E731
+
+        def masked(q: float, p: float, outcome: Score = outcome) -> np.ndarray:
+            return expected(data, complete[q], hidden[q], uniforms, p, outcome)
+
+        def thinly(q: float, p: float, of=of) -> np.ndarray:
+            return of(np.stack(thin[q, p])).mean(0) if p else of(whole[q])
+
+        rows = {LINE: [masked(0.0, p) for p in RATES], "features at test": [thinly(0.0, p) for p in RATES]}
+        if trained:
+            rows |= {"modality in training": [of(complete[p]) for p in RATES]}
+            rows |= {"modality both": [masked(p, p) for p in RATES]}
+            rows |= {"features in training": [of(whole[p]) for p in RATES]}
+            rows |= {"features both": [thinly(p, p) for p in RATES]}
+        found[outcome] = {protocol: np.stack(rows[protocol]) for protocol in PROTOCOLS if protocol in rows}
+    return found
+
+
+def shares(data: FoldedDataset, predictions: np.ndarray, outcome: Score) -> np.ndarray:
+    """(..., n[, O]) test predictions -> (..., n): each example's share of that outcome."""
+    return per_example(data, predictions, "test", lambda *members: example_outcome(*members, outcome))
+
+
+def expected(
+    data: FoldedDataset, complete: np.ndarray, hidden: np.ndarray, uniforms: np.ndarray, p: float, outcome: Score
+) -> np.ndarray:
+    """(S, n): outcome where a modality is hidden at rate p: exact where it is additive, else the mean over masks.
+
+    Args:
+        complete, hidden: (S, n[, O]) test predictions with and without the modality.
+        uniforms: (draws, n).
+    """
+    if outcome in ADDITIVE:
+        return (1 - p) * shares(data, complete, outcome) + p * shares(data, hidden, outcome)
+    mask = uniforms[:, None] < p  # (draws, 1, n)
+    return shares(data, np.where(mask[..., None] if data.has_columns else mask, hidden, complete), outcome).mean(0)
 
 
 @torch.inference_mode()
-def missing_predictions(grid: Grid, name: str) -> dict[str, np.ndarray]:
-    """Test predictions (S, n[, O]) of the complete members without a modality, in three ways of being without it.
-
-    "zero latent": what dropout in training does. "mean latent": the mean over the training part of the member's fold.
-    "dropped terms": the sum of the subset terms that the modality takes no part in, which is the zero latent's
-    prediction by another way (`LowRankMultimodalFusion.subset_terms`).
-    """
+def thinned(grid: Grid, place: int, name: str, p: float, seed: int) -> np.ndarray:
+    """(S, n[, O]): test predictions of a setting with each feature of a modality dropped at rate p, the rest scaled."""
     data, features = grid.data, grid.data.pool.features
-    place = list(data.input_dims).index(name)
-    models = grid.members([0])
-    outputs: dict[str, list[Tensor]] = {"zero latent": [], "mean latent": [], "dropped terms": []}
-    for k, model in enumerate(models):
-        train = data.folds[k % len(data.folds)].train
-        z = model.latents(features)  # (N, L) each
-        terms = model.fusion.subset_terms(z)
-        kept = sum(term for subset, term in terms.items() if place not in subset)  # (N, O)
-        for replacement, value in (
-            ("zero latent", 0 * z[place]),
-            ("mean latent", z[place][train].mean(0).expand_as(z[place])),
-        ):
-            outputs[replacement].append(model.rescale(model.fusion([*z[:place], value, *z[place + 1 :]])))
-        outputs["dropped terms"].append(model.rescale(kept))
-    shape = grid.outputs.shape[1:]  # (S, F, N[, O])
-    return {
-        replacement: select(data, torch.stack(values).numpy().reshape(shape), "test")
-        for replacement, values in outputs.items()
-    }
+    rng = np.random.default_rng([seed, list(features).index(name)])
+    uniforms = rng.random((len(data.pool), features[name].shape[-1]), np.float32)  # the same for all rates and members
+    by_seed = []
+    for s in range(len(grid.seeds)):
+        folds = []
+        for f, fold in enumerate(data.folds):
+            kept = {other: torch.ones(1) for other in features}
+            kept[name] = torch.from_numpy(uniforms[fold.test.numpy()] >= p).float() / (1 - p)
+            seen = {other: x[fold.test] for other, x in features.items()}
+            folds.append(predict(grid.model(place, s, f), seen, data.task, kept=kept).numpy())
+        by_seed.append(np.concatenate(folds))
+    return np.stack(by_seed)
 
 
-def rate_curves(grid: Grid, name: str, missing: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """{row: (rates, S, n)}: expected score of every test example at every rate of that modality's dropout."""
-    data = grid.data
-    places = [0, *(grid.index(label(name, p)) for p in RATES[1:])]
-    trained = grid.scores()[places]  # (rates, S, n), tested complete
-    hidden = grid.without([name], places)  # (rates, S, n), tested without
-    mean_latent = per_example(data, missing["mean latent"], "test", example_scores)  # (S, n)
-    p = np.array(RATES)[:, None, None]
-    return {
-        "at test": (1 - p) * trained[0] + p * hidden[0],
-        MEAN_LATENT: (1 - p) * trained[0] + p * mean_latent,
-        "in training": trained,
-        "both": (1 - p) * trained + p * hidden,
-    }
+# ---- what must hold exactly --------------------------------------------------------------------------------------
 
 
-# ---- masks, and what must hold exactly ---------------------------------------------------------------------------
-
-
-def drawn_uniforms(path: Path, examples: int, modalities: int) -> Tensor:
-    """Uniforms (DRAWS, examples, modalities), drawn once and kept at `path`: a modality is missing where they are < p.
-
-    All rates and seeds share them. A resumed run reads what it has drawn.
-    """
-    if not path.exists():
-        drawn = np.random.default_rng(0).random((DRAWS, examples, modalities), dtype=np.float32)
-        write_safetensors(path, {"uniforms": torch.from_numpy(drawn)})
-    return load_file(path)["uniforms"]
-
-
-def check_identities(grid: Grid, missing: dict[str, np.ndarray], uniforms: np.ndarray) -> dict[str, object]:
-    """Drawn masks (DRAWS, n) against the exact line, zero latent against dropped terms, AUROC against its chord.
+@torch.inference_mode()
+def check_identities(grid: Grid, name: str, uniforms: np.ndarray) -> dict[str, float]:
+    """Zero latent against dropped terms, and drawn masks against the exact line of the additive outcome.
 
     Raises AssertionError where zero latent and dropped terms differ by more than rounding: the layer is then wrong.
     """
-    data, complete = grid.data, grid.predictions()[0]
-    apart = float(np.abs(missing["zero latent"] - missing["dropped terms"]).max())
-    if not apart < TOLERANCE * max(1.0, float(np.abs(complete).max())):
+    data = grid.data
+    apart = largest = 0.0
+    for zero, kept in without_both_ways(grid, name):
+        apart = max(apart, float((zero - kept).abs().max()))
+        largest = max(largest, float(zero.abs().max()))
+    if not apart < TOLERANCE * max(1.0, largest):
         raise AssertionError(f"zero latent and dropped terms differ by {apart:.2e}; they are the same function")
-    s1 = per_example(data, complete, "test", example_scores)  # (S, n)
-    s0 = per_example(data, missing["zero latent"], "test", example_scores)
-    drawn, errors = drawn_scores(s1, s0, uniforms)
-    checks: dict[str, object] = {
+    outcome = next(one for one in PRIMARY[data.task] if one in ADDITIVE)
+    outputs = outputs_of(data, grid.members([0]), [name]).reshape(1, *grid.outputs.shape[1:])
+    s1 = shares(data, grid.predictions()[0], outcome)  # (S, n)
+    s0 = shares(data, select(data, outputs, "test")[0], outcome)
+    return {
         "zero latent - dropped terms, largest": apart,
-        "masks": drawn.tolist(),
-        "masks - line, largest, in standard errors": float(np.abs(errors).max()),
+        "masks - line, largest, in standard errors": float(np.abs(mask_errors(s1, s0, uniforms)).max()),
     }
-    if data.task == "binary":
-        checks["auroc"] = auroc_curve(data, complete, missing["zero latent"], uniforms)
-    return checks
 
 
-def drawn_scores(s1: np.ndarray, s0: np.ndarray, uniforms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean score at each rate by drawn masks, and how far it is from the exact line.
+@torch.no_grad()
+def without_both_ways(grid: Grid, name: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Of each complete member, mean predictions (N, O) by a zero latent, and by the subset terms without it."""
+    place = list(grid.data.input_dims).index(name)
+    for model in grid.members([0]):
+        z = model.latents(grid.data.pool.features)  # (N, L) each
+        terms = model.fusion.subset_terms(z)
+        kept = sum(term for subset, term in terms.items() if place not in subset)  # (N, O)
+        z[place] = torch.zeros_like(z[place])
+        yield model.rescale(model.fusion(z)), model.rescale(kept)
+
+
+def mask_errors(s1: np.ndarray, s0: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
+    """(rates,): mean score by drawn masks less (1 - p) s1 + p s0, in units of its Monte-Carlo standard error.
+
+    That error is sqrt(p (1 - p) sum_n d_n^2 / draws) / n with d = s0 - s1 averaged over the seeds; 0 where d is 0.
 
     Args:
         s1, s0: (S, n) scores with and without the modality.
         uniforms: (draws, n), the same for all seeds.
-
-    Returns:
-        means (rates,), and (rates,) deviations from (1 - p) s1 + p s0 in units of their Monte-Carlo standard error,
-        sqrt(p (1 - p) sum_n d_n^2 / draws) / n with d = s1 - s0 averaged over the seeds; 0 where d is 0 throughout.
     """
     change = (s0 - s1).mean(0)  # (n,)
     draws, n = uniforms.shape
-    means, errors = [], []
+    errors = []
     for p in RATES:
-        hidden = (uniforms < p).mean(0)  # (n,) share of the draws
-        means.append(s1.mean() + (hidden * change).mean())
         error = (p * (1 - p) * np.square(change).sum() / draws) ** 0.5 / n
-        errors.append(((hidden - p) * change).mean() / error if error > 0 else 0.0)
-    return np.array(means), np.array(errors)
-
-
-def auroc_curve(
-    data: FoldedDataset, complete: np.ndarray, missing: np.ndarray, uniforms: np.ndarray
-) -> dict[str, object]:
-    """AUROC at each rate by the drawn masks, and its largest deviation from the chord between p = 0 and p = 1."""
-    at_0, at_1 = auroc(data, complete).mean(), auroc(data, missing).mean()
-    means, deviations, errors = [], [], []
-    for p in RATES:
-        hidden = uniforms[:, None] < p  # (draws, 1, n)
-        by_draw = auroc(data, np.where(hidden, missing, complete)).mean(1)  # (draws, S, n) -> (draws,)
-        means.append(float(by_draw.mean()))
-        deviations.append(float(by_draw.mean() - (1 - p) * at_0 - p * at_1))
-        errors.append(float(by_draw.std(ddof=1) / len(by_draw) ** 0.5))
-    k = int(np.argmax(np.abs(deviations)))
-    worst = {"rate": RATES[k], "deviation": deviations[k], "standard error": errors[k]}
-    return {"mean": means, "at 1": float(at_1), "largest deviation from the chord": worst}
-
-
-def auroc(data: FoldedDataset, predictions: np.ndarray) -> np.ndarray:
-    """(..., n) logits of the test examples -> (...): AUROC, mean over the folds; NaN-free needs both classes in each.
-
-    (sum of the positives' ranks - P (P + 1) / 2) / (P N), ties by mid-ranks: the Mann-Whitney statistic.
-    """
-    values, start = [], 0
-    positive = targets(data) == 1
-    for fold in data.folds:
-        part = slice(start, start := start + len(fold.test))
-        ranks = rankdata(predictions[..., part], axis=-1)
-        count, size = positive[part].sum(), positive[part].size
-        values.append((ranks[..., positive[part]].sum(-1) - count * (count + 1) / 2) / (count * (size - count)))
-    return np.mean(values, axis=0)
+        errors.append((((uniforms < p).mean(0) - p) * change).mean() / error if error > 0 else 0.0)
+    return np.array(errors)
 
 
 # ---- contrasts, text, figure -------------------------------------------------------------------------------------
@@ -229,105 +232,94 @@ def harm(curve: np.ndarray, places: tuple[int, ...]) -> np.ndarray:
     return curve[0] - curve[list(places)].mean(0)
 
 
-def differences(curves: dict[str, dict[str, np.ndarray]]) -> dict[str, Difference]:
-    """Two contrasts (S, n) per modality and protocol: harm at 30-50 % minus harm at 70-90 %, and harm at 30-50 %."""
-    named = {}
-    claimed = ["audio"] if "audio" in curves else list(curves)  # without audio, all that the dataset has
-    for name, rows in curves.items():
-        for protocol in PROTOCOLS:
-            middle, high = (harm(rows[protocol], places) for places in (MIDDLE, HIGH))
-            title, claim = f"{name}, {protocol}: harm at 30-50 %", f"dropout of {name}, {protocol}, harms"
-            named[f"{title} over 70-90 %"] = Difference(
-                middle - high, f"{claim} more at 30-50 % than at 70-90 %", name in claimed
-            )
-            named[title] = Difference(middle, f"{claim} at 30-50 %", name in claimed)
-    return named
+def differences(curves: dict[str, Curves], claimed: list[str]) -> tuple[dict[str, Difference], dict[str, float]]:
+    """Of each modality, protocol and outcome: harm at 30-50 % less harm at 70-90 %, and harm at 30-50 %."""
+    named, effects = {}, {}
+    for name, by_outcome in curves.items():
+        for outcome, rows in by_outcome.items():
+            for protocol, curve in rows.items():
+                middle, high = (harm(curve, places) for places in (MIDDLE, HIGH))
+                route = f"{name}, {protocol}, {WORDS[outcome]}"
+                # of a straight line (a) and (b) exclude each other: no route of a claim that may come out either way
+                decides = name in claimed and not (protocol == LINE and outcome in ADDITIVE)
+                kept = (decides, route if decides else "")
+                title = f"{route}: harm at 30-50 %"
+                more = f"dropout harms more at 30-50 % than at 70-90 % ({route})"
+                named[f"{title} over 70-90 %"] = Difference(middle - high, more, *kept)
+                named[title] = Difference(middle, f"dropout harms at 30-50 % ({route})", *kept)
+                effects |= {f"{title} over 70-90 %": EFFECTS[outcome], title: EFFECTS[outcome]}
+    return named, effects
 
 
-def by_protocol(contrasts: list[Contrast]) -> dict[tuple[str, str], list[Contrast]]:
-    """{(modality, protocol): [difference, harm]}, from the contrasts of `differences`."""
-    found: dict[tuple[str, str], list[Contrast]] = {}
-    for c in contrasts:
-        name, protocol = c.name.split(":")[0].split(", ")
-        found.setdefault((name, protocol), []).append(c)
+def answer(deciding: list[Contrast]) -> str:
+    """In how many routes harm peaks at 30-50 %, and the one that comes nearest to the claim."""
+    pairs = list(zip(deciding[::2], deciding[1::2], strict=True))  # as `differences` gives them
+    peaks = sum(more.estimate > 0 and middle.estimate > 0 for more, middle in pairs)
+    more, middle = max(
+        pairs, key=lambda pair: min(pair[0].estimate / pair[0].effect, pair[1].estimate / pair[1].effect)
+    )
+    return (
+        f"By its estimates dropout harms at 30-50 %, and more than at 70-90 %, in {peaks} of {len(pairs)} routes; the "
+        f"nearest, {more.route}: harm {middle.estimate:+.4f} [{middle.low:+.4f}, {middle.high:+.4f}], over that at "
+        f"70-90 % {more.estimate:+.4f} [{more.low:+.4f}, {more.high:+.4f}]."
+    )
+
+
+def numbers_of(data: FoldedDataset, curves: Curves) -> dict[str, object]:
+    """Scores of one modality's curves by rate, as they are: losses and errors positive."""
+    found: dict[str, object] = {"rates": list(RATES)}
+    for outcome, rows in curves.items():
+        sign = -1 if outcome in ADDITIVE else 1
+        values = {protocol: sign * by_repeat(data, curve) for protocol, curve in rows.items()}  # (rates, S * repeats)
+        found[WORDS[outcome]] = {protocol: x.tolist() for protocol, x in values.items()}
     return found
 
 
-def verdict_of(deciding: dict[tuple[str, str], list[Contrast]]) -> Verdict:
-    """The rule of the module's docstring: difference and harm, in any of these protocols."""
-    return combine([combine([c.verdict for c in pair], "all") for pair in deciding.values()], "any")
-
-
-def answer(deciding: dict[tuple[str, str], list[Contrast]], curves: dict[str, dict[str, np.ndarray]]) -> str:
-    """The estimates of the contrasts that decide, and where the mean harm is largest."""
-    sentences = []
-    for (name, protocol), pair in deciding.items():
-        difference, middle = (f"{c.estimate:+.3f} [{c.low:+.3f}, {c.high:+.3f}]" for c in pair)
-        means = [harm(curves[name][protocol], (k,)).mean() for k in range(1, len(RATES))]
-        worst = int(np.argmax(means))
-        sentences.append(
-            f"{name} {protocol} {middle}, minus that at 70-90 % {difference} "
-            f"(largest harm {means[worst]:+.3f}, at {RATES[worst + 1]:.0%})"
-        )
-    return f"Harm of dropout at 30-50 %: {'; '.join(sentences)}."
-
-
-def table(data: FoldedDataset, numbers: dict[str, dict]) -> str:
-    """Fixed-width: one line per modality and protocol, one column per rate, then what was checked."""
-    score = data.score_name
-    rows = {}
-    for name, found in numbers.items():
-        for row in ROWS:
-            rows[f"{name}, {row}"] = found["mean"][row]
-            if row == "at test":
-                rows[f"{name}, at test, {DRAWS} masks"] = found["masks"]
-        if "auroc" in found:
-            rows[f"{name}, at test, AUROC"] = found["auroc"]["mean"]
+def table(numbers: dict[str, dict]) -> str:
+    """Fixed-width: one line per modality, outcome and protocol, one column per rate, then what was checked."""
+    rows = {
+        f"{name}, {word}, {protocol}": np.mean(values, 1)
+        for name, found in numbers.items()
+        for word in WORDS.values()
+        if word in found
+        for protocol, values in found[word].items()
+    }
     width = max(map(len, rows))
-    lines = [f"score: {score}, mean over seeds; p: rate of the dropout; at test: zero latent, exact, unless it says so"]
+    lines = ["mean over seeds; p: rate of the dropout"]
     lines.append(f"{'p':{width}}" + "".join(f"  {p:6.1f}" for p in RATES))
     lines += [f"{row:{width}}" + "".join(f"  {value:6.3f}" for value in values) for row, values in rows.items()]
     lines.append("")
-    for name, found in numbers.items():
-        line = (
-            f"checked, {name}: zero latent = dropped terms to {found['zero latent - dropped terms, largest']:.0e}; "
-            f"masks within {found['masks - line, largest, in standard errors']:.1f} standard errors of the line"
-        )
-        if "auroc" in found:
-            worst = found["auroc"]["largest deviation from the chord"]
-            line += f"; AUROC {worst['deviation']:+.4f} +- {worst['standard error']:.4f} off its chord"
-        lines.append(line)
+    lines += [
+        f"checked, {name}: zero latent = dropped terms to {found['zero latent - dropped terms, largest']:.0e}; "
+        f"masks within {found['masks - line, largest, in standard errors']:.1f} standard errors of the line"
+        for name, found in numbers.items()
+    ]
     return "\n".join(lines)
 
 
-def draw(figure: Figure, data: FoldedDataset, curves: dict, checks: dict) -> None:
-    """One panel per modality: the score over the rate; band: standard deviation over seeds; dots: drawn masks."""
-    axes = figure.subplots(1, len(curves), squeeze=False)[0]  # scales of their own: else only the largest harm shows
-    for axis, (name, rows) in zip(axes, curves.items(), strict=True):
-        for low, high in ((RATES[MIDDLE[0]], RATES[MIDDLE[-1]]), (RATES[HIGH[0]], RATES[HIGH[-1]])):
-            axis.axvspan(low, high, color="0.93", zorder=0)
-        for row, curve in rows.items():
-            values = curve.mean(2)  # (rates, S)
-            mean, std = values.mean(1), values.std(1, ddof=1)
-            text = "at test, zero latent" if row == "at test" else row
-            style = "--" if row == MEAN_LATENT else "-" if row == "at test" else "o-"
-            axis.plot(RATES, mean, style, color=COLORS[row], label=text, markersize=3.5)
-            axis.fill_between(RATES, mean - std, mean + std, color=COLORS[row], alpha=0.13, linewidth=0)
-        axis.plot(RATES, checks[name]["masks"], "o", color=COLORS["at test"], markersize=4, label=f"{DRAWS} masks")
-        least = rows["at test"][0].mean() - SCORE_EFFECT
-        axis.axhline(least, color="black", linestyle=":", linewidth=0.8, label=f"harm of {SCORE_EFFECT:g}")
-        axis.set(title=f"{name} (scale of its own)", xlabel="rate of dropout p")
-    axes[0].set_ylabel(f"test {data.score_name}")
-    handles, texts = axes[0].get_legend_handles_labels()
-    columns = len(texts) if len(curves) > 2 else 3  # two panels are too narrow for all in one row
-    figure.legend(handles, texts, loc="outside lower center", ncols=columns, frameon=False)
+def draw(figure: Figure, data: FoldedDataset, curves: dict[str, Curves]) -> None:
+    """One column per modality, one row per outcome: the score over the rate; band: standard deviation over seeds."""
+    axes = figure.subplots(2, len(curves), squeeze=False)  # scales of their own: else only the largest harm shows
+    for column, (name, by_outcome) in zip(axes.T, curves.items(), strict=True):
+        for axis, (outcome, rows) in zip(column, by_outcome.items(), strict=True):
+            for places in (MIDDLE, HIGH):
+                axis.axvspan(RATES[places[0]], RATES[places[-1]], color="0.93", zorder=0)
+            for protocol, curve in rows.items():
+                values = by_repeat(data, -curve if outcome in ADDITIVE else curve)  # (rates, S * repeats)
+                mean, std = values.mean(1), values.std(1, ddof=1) if values.shape[1] > 1 else 0.0
+                what, color = protocol.split()[0], f"C{WHERE.index(protocol.split(maxsplit=1)[1])}"
+                axis.plot(RATES, mean, "o-" if what == "modality" else "s--", color=color, label=protocol, markersize=4)
+                axis.fill_between(RATES, mean - std, mean + std, color=color, alpha=0.1, linewidth=0)
+            axis.set(title=f"{name} (scale of its own)", xlabel="rate of dropout p", ylabel=f"test {WORDS[outcome]}")
+    handles = {text: line for axis in axes.flat for line, text in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, frameon=False)
     figure.suptitle(f"{data.name}: dropout of one modality (mean and std over seeds; grey: rates compared)")
 
 
 EXPERIMENT = Experiment(
     "modality_dropout",
     "Audio dropout harms most at 30-50 %, not monotonically.",
-    "Does dropping a modality harm more at 30-50 % than at 70-90 %, at test, in training, or in both?",
+    "Does dropping a modality, or its features, harm more at 30-50 % than at 70-90 %, at test, in training, or both?",
     measure,
     modalities=2,
 )

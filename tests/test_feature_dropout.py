@@ -1,5 +1,6 @@
 """Dropout of single features: its rate, who shares it, and what the model makes of it."""
 
+import pytest
 import torch
 
 from mmfusion.dataset import Fold, Split
@@ -25,6 +26,19 @@ def test_features_are_dropped_at_their_rate_alike_for_members_of_a_seed_and_neve
         next(iter(Feed(split, members[:1], [Fold(torch.arange(64), torch.arange(64))], 32, "cpu").batches(0))).kept
         == {}
     )
+
+
+def test_a_rate_of_one_modality_alone_leaves_the_others_whole_and_draws_the_same_masks():
+    split = Split({"a": torch.ones(64, 30), "b": torch.ones(64, 20)}, torch.zeros(64), [str(i) for i in range(64)])
+    fold = Fold(torch.arange(64), torch.arange(64))
+    rates = ({"b": 0.5}, 0.5, {"a": 0.25, "b": 0.75}, 0.0)
+    members = [Member(0, {}, feature_dropout=rate) for rate in rates]
+    kept = next(iter(Feed(split, members, [fold], 32, torch.device("cpu")).batches(0))).kept
+    assert (kept["a"][0] == 1).all() and torch.equal(kept["b"][0], kept["b"][1]) and (kept["b"][0] == 0).any()
+    assert set(kept["a"][2].unique().tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
+    assert set(kept["b"][2].unique().tolist()) == {0.0, 4.0} and (kept["b"][3] == 1).all()
+    with pytest.raises(ValueError, match="'c'"):
+        Feed(split, [Member(0, {}, feature_dropout={"c": 0.5})], [fold], 32, torch.device("cpu"))
 
 
 def test_a_dropped_feature_is_its_mean_to_the_encoder_and_whole_to_the_reconstruction():

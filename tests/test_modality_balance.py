@@ -9,25 +9,28 @@ import pytest
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from sklearn.metrics import roc_auc_score
 
-from experiments.experiment import Options, Run
+from experiments.experiment import Options, Run, contrasts_on_test
 from experiments.modality_balance import (
-    BALANCE,
     EXPERIMENT,
-    OVER_SINGLE,
-    TERMS,
-    best_single,
-    chance_score,
-    rank_correlations,
-    verdict_of,
+    LEAST_RANGE,
+    Balance,
+    differences,
+    measure_balance,
+    reliabilities,
+    slopes,
+    verdict_of_dial,
+    with_reliability,
 )
+from experiments.modality_subsets import TERMS, chosen, label, on_dev, subset_scores, subset_settings
 from lmf_module import LowRankMultimodalFusion
 from mmfusion.data.folds import FoldedDataset
 from mmfusion.dataset import Fold, Split
-from mmfusion.metrics.verdicts import Difference, corrected_contrasts
+from mmfusion.metrics.verdicts import verdict_of
 from mmfusion.models.decomposition import contributions, imbalance, variance_shares
 from mmfusion.models.fusion import FusionModel
-from mmfusion.training.grid import JWAE, Recipe, Setting, outputs_of, train_grid
+from mmfusion.training.grid import JWAE, Recipe, Setting, by_fold, outputs_of, train_grid
 
 VERDICTS = ("supported", "not supported", "cannot tell", "not identified")
 EXAMPLES = 90
@@ -43,11 +46,6 @@ def small_study(names=("audio", "text"), outputs=None, folds=1, seed=0):
     parts = [Fold(r[:48], r[48:64], r[64:]) for r in (rows.roll(13 * f) for f in range(folds))]
     pool = Split(features, target, [str(i) for i in range(EXAMPLES)])
     return FoldedDataset("small", "binary" if outputs is None else "regression", pool, parts, [], {})
-
-
-def contrast(name, verdict):
-    (made,) = corrected_contrasts({name: Difference(np.arange(9.0), name)}, 0.01)
-    return replace(made, verdict=verdict)
 
 
 # ---- contributions -----------------------------------------------------------------------------------------------
@@ -161,69 +159,140 @@ def test_a_subset_member_does_not_depend_on_what_it_never_sees_unless_pairs_are_
 # ---- the experiment ----------------------------------------------------------------------------------------------
 
 
-def test_best_single_is_chosen_on_dev():
-    dev = {"audio": np.full((2, 4), 0.6), "text": np.full((2, 4), 0.5)}
-    assert best_single(("audio", "text"), dev) == "audio"
+def test_best_and_worst_are_chosen_on_each_folds_own_dev_part():
+    dev = {"audio": np.array([[0.6, 0.5], [0.7, 0.4]]), "text": np.array([[0.5, 0.6], [0.6, 0.6]])}
+    test = {"audio": np.array([[1.0, 2.0], [3.0, 4.0]]), "text": np.array([[5.0, 6.0], [7.0, 8.0]])}
+    np.testing.assert_array_equal(chosen(test, ["audio", "text"], on_dev(dev, ["audio", "text"])), [[1, 6], [3, 8]])
+    worst = on_dev(dev, ["audio", "text"], best=False)
+    np.testing.assert_array_equal(chosen(test, ["audio", "text"], worst), [[5, 2], [7, 4]])
 
 
-def test_rank_correlations_are_per_seed_and_zero_where_nothing_is_ordered():
-    x = np.array([[1.0, 1, 1], [2, 2, 1], [3, 3, 1]])
-    y = np.array([[5.0, 3, 1], [6, 2, 2], [9, 1, 3]])
-    np.testing.assert_allclose(rank_correlations(x, y), [1, -1, 0])
+def test_slopes_are_those_of_least_squares_and_zero_where_nothing_varies():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(2, 7, 2, 3))
+    found = slopes(x, y)
+    for s, f in np.ndindex(2, 3):
+        assert found[s, f] == pytest.approx(np.polyfit(x[:, s, f], y[:, s, f], 1)[0])
+    assert found.shape == (2, 3) and (slopes(np.ones((4, 1, 2)), rng.normal(size=(4, 1, 2))) == 0).all()
 
 
-def test_chance_of_a_regression_is_what_the_training_mean_scores():
-    data = small_study(outputs=3, folds=2)
-    by_fold = []
-    for fold in data.folds:
-        error = (data.pool.target[fold.test] - data.pool.target[fold.train].mean(0)).abs() / data.target_scale
-        by_fold.append(-error.mean().item())
-    assert chance_score(data) == pytest.approx(np.mean(by_fold), abs=1e-6)
-    assert chance_score(small_study()) == 0.5
+def test_every_direction_keeps_the_share_of_signal_and_the_shares_sum_to_one():
+    for turn in (0.0, 0.3, 0.9):
+        assert sum(reliabilities("abc", "b", turn).values()) == pytest.approx(1)
+    assert reliabilities("abc", "b", 0.0)["a"] == reliabilities("abc", "b", 0.0)["b"]
+    assert reliabilities("ab", "b", 1.0) == {"a": 0.0, "b": 1.0}
+    data = small_study()
+    many = torch.randn(4000, 5, generator=torch.Generator().manual_seed(0)) @ torch.diag(torch.arange(1.0, 6)) + 3
+    data = replace(data, pool=replace(data.pool, features={"audio": many, "text": many}))
+    made = with_reliability(data, {"audio": 0.25, "text": 1.0}).pool.features
+    torch.testing.assert_close(made["text"], many)
+    torch.testing.assert_close(made["audio"].mean(0), many.mean(0), atol=1e-3, rtol=1e-3)
+    for k in range(5):
+        r = np.corrcoef(made["audio"][:, k], many[:, k])[0, 1]
+        assert r**2 == pytest.approx(0.25, abs=0.05) and made["audio"][:, k].std() == pytest.approx(k + 1, rel=0.05)
 
 
-def test_verdict_needs_the_balance_and_one_pair():
-    single = replace(contrast(OVER_SINGLE, "not supported"), decides=False)  # has no say
-    for balance, pairs, expected in (
-        ("supported", ("not supported", "supported"), "supported"),
-        ("supported", ("not supported", "cannot tell"), "cannot tell"),
-        ("not supported", ("supported",), "not supported"),
-        ("cannot tell", (), "cannot tell"),
-        ("supported", (), "supported"),
-    ):
-        made = [contrast(BALANCE, balance), *(contrast(str(k), v) for k, v in enumerate(pairs)), single]
-        assert verdict_of(made) == expected
+def made_balance(slope, rise=0.0, folds=5, settings=7):
+    """Imbalance from 0 to .6, worst drops that rise with it by that slope, complete scores that rise by `rise`."""
+    rng = np.random.default_rng(0)
+    shape = (settings, 1, folds)
+    x = np.linspace(0, 0.6, settings)[:, None, None] + 0.01 * rng.normal(size=shape)
+    drop = 0.3 + slope * x + 0.001 * rng.normal(size=shape)
+    complete = 0.8 + rise * x + 0.001 * rng.normal(size=shape)
+    share = {(0,): (1 + x) / 2, (1,): (1 - x) / 2, (0, 1): np.zeros(shape)}
+    both = ("auroc", "log_loss")
+    drops = np.stack([drop, 0 * drop], -1)
+    return Balance([str(k) for k in range(settings)], share, dict.fromkeys(both, complete), dict.fromkeys(both, drops))
 
 
-def test_subsets_never_see_the_others_and_see_their_own_always(tmp_path, monkeypatch):
-    asked = []
-    grid = Run.grid
-    monkeypatch.setattr(
-        Run, "grid", lambda self, data, settings, title: asked.append(settings) or grid(self, data, settings, title)
-    )
-    EXPERIMENT.measure(small_study(), Run(Options(seeds=2, epochs=1), tmp_path, torch.device("cpu")))
-    (settings,) = asked  # one training call
-    dropout = {setting.label: setting.dropout for setting in settings}
-    assert dropout["audio"] == {"text": 1.0} and dropout["text"] == {"audio": 1.0} and dropout["audio+text"] == {}
-    assert dropout["text dropped at 0.6"] == {"text": 0.6} and len(dropout) == 3 + 4
-    assert all("alignment" not in setting.terms for setting in settings)
+def made_scores(balance, apart=0.0):
+    """Scores of one modality, and of pairs of three: the first of each is that much better, on dev and test."""
+    rng = np.random.default_rng(1)
+    texts = ["a", "b", "c", "a+b", "a+c", "b+c", "a+b+c"]
+    shape = balance.imbalance.shape[1:]
+    of = {text: 0.7 + apart * (text == "a+b") + 0.002 * rng.normal(size=shape) for text in texts}
+    return {part: {"auroc": of, "log_loss": of} for part in ("dev", "test")}
 
 
 @pytest.mark.parametrize(
-    ("names", "outputs", "folds"), [(("audio", "text", "video"), None, 1), (("image", "text"), 3, 2)]
+    ("slope", "rise", "apart", "wanted"),
+    [
+        (0.3, 0.0, 0.1, "supported"),
+        (0.3, 0.2, 0.1, "supported"),
+        (0.3, 0.4, 0.1, "not supported"),  # there is more to lose, and more is left
+        (-0.1, -0.4, 0.1, "not supported"),  # less is left of less
+        (-0.3, 0.0, 0.1, "not supported"),
+        (0.0, 0.0, 0.1, "not supported"),
+        (0.3, 0.0, 0.0, "not supported"),  # no pair is better
+    ],
 )
-def test_a_small_study_ends_in_a_verdict(tmp_path, names, outputs, folds):
+def test_verdict_needs_the_drop_what_it_leaves_and_a_better_pair(slope, rise, apart, wanted):
+    data = small_study(folds=5)
+    balance = made_balance(slope, rise)
+    named, effects = differences(("a", "b", "c"), balance, made_scores(balance, apart))
+    contrasts = contrasts_on_test(data, named, effects)
+    assert verdict_of(contrasts) == wanted
+    assert {c.route for c in contrasts if c.decides} == {"AUROC", "log loss"}
+    estimates = {c.name: c.estimate for c in contrasts}
+    assert estimates["AUROC: worst drop over imbalance"] == pytest.approx(slope, abs=0.01)
+    assert estimates["AUROC: score left, fall over imbalance"] == pytest.approx(slope - rise, abs=0.01)
+
+
+def test_two_modalities_have_no_pairs_to_compare_and_a_dial_that_does_not_turn_no_verdict():
+    balance = made_balance(0.3)
+    scores = {part: {"auroc": {"a": x, "b": x, "a+b": x}} for part in ("dev", "test") for x in [np.zeros((1, 5))]}
+    named, _ = differences(("a", "b"), replace(balance, complete={"auroc": balance.complete["auroc"]}), scores)
+    assert not any("pair" in name for name in named) and sum(one.decides for one in named.values()) == 2
+    assert verdict_of_dial(balance, "supported")[0] == "supported"
+    still = replace(balance, shares={subset: x[:1].repeat(7, 0) for subset, x in balance.shares.items()})
+    assert still.imbalance.std(0).mean() < LEAST_RANGE and verdict_of_dial(still, "supported")[0] == "not identified"
+
+
+def test_balance_of_trained_members_is_by_fold_and_drops_are_what_each_fold_loses():
+    data = small_study(folds=2)
+    grid = train_grid(data, [Setting("all", 4, TERMS, dropout={})], [0, 1], Recipe(epochs=2, batch_size=16))
+    balance = measure_balance(grid, 0)
+    assert balance.imbalance.shape == (1, 2, 2)
+    np.testing.assert_allclose(sum(balance.shares.values()), 1)
+    model, fold = grid.model(0, 1, 1), data.folds[1]
+    latents = model.latents({name: x[fold.test] for name, x in data.pool.features.items()})
+    for subset, share in variance_shares(model.fusion, latents).items():
+        assert balance.shares[subset][0, 1, 1] == pytest.approx(share)
+    complete = by_fold(data, grid.outcome("auroc"))[0]
+    missing = outputs_of(data, [model], ["text"])[0][fold.test.numpy()]
+    lost = complete[1, 1] - roc_auc_score(data.pool.target[fold.test], missing)
+    assert balance.drops["auroc"][0, 1, 1, 1] == pytest.approx(lost)
+
+
+def test_subsets_never_see_the_others_and_see_their_own_always():
+    subsets = {label(one): one for one in (("audio",), ("audio", "text"))}
+    alone, both = subset_settings(("audio", "text"), subsets)
+    assert alone.dropout == {"text": 1.0} and both.dropout == {}
+    assert all("alignment" not in setting.terms for setting in (alone, both))
+    data = small_study(folds=2)
+    grid = train_grid(data, [alone, both], [0], Recipe(epochs=1, batch_size=16))
+    scores = subset_scores(grid, subsets, "dev")["auroc"]
+    fold = data.folds[1]
+    hidden = outputs_of(data, [grid.model(0, 0, 1)], ["text"])[0][fold.dev.numpy()]
+    assert scores["audio"][0, 1] == pytest.approx(roc_auc_score(data.pool.target[fold.dev], hidden))
+    np.testing.assert_allclose(scores["audio+text"], by_fold(data, grid.outcome("auroc", "dev"), "dev")[1])
+
+
+@pytest.mark.parametrize(
+    ("names", "outputs", "folds", "seeds"), [(("audio", "text", "video"), None, 3, 1), (("image", "text"), 3, 2, 2)]
+)
+def test_a_small_study_ends_in_a_verdict(tmp_path, names, outputs, folds, seeds):
     data = small_study(names, outputs, folds)
-    outcome = EXPERIMENT.measure(data, Run(Options(seeds=2, epochs=2), tmp_path, torch.device("cpu")))
+    outcome = EXPERIMENT.measure(data, Run(Options(seeds=seeds, epochs=2), tmp_path, torch.device("cpu")))
     assert outcome.verdict in VERDICTS
-    assert [c.name for c in outcome.contrasts][:: len(outcome.contrasts) - 1] == [BALANCE, OVER_SINGLE]
-    assert len(outcome.contrasts) == (5 if len(names) == 3 else 2)
+    assert len(outcome.contrasts) == (10 if len(names) == 3 else 8)
     numbers = json.loads(json.dumps(outcome.numbers, allow_nan=False))
-    assert len(numbers["subsets"]) == 2 ** len(names) - 1
-    assert len(numbers["settings of all modalities"]) == 1 + 2 * len(names)
+    word = "AUROC" if outputs is None else "MAE / std"
+    assert len(numbers["subsets"]["test"][word]) == 2 ** len(names) - 1
+    assert len(numbers["settings of all modalities"]) == 1 + 3 * len(names)
     for found in numbers["settings of all modalities"].values():
         np.testing.assert_allclose(np.sum(list(found["share of variance"].values()), 0), 1)
-        np.testing.assert_allclose(np.max(list(found["drop without"].values()), 0), found["worst drop"])
+        np.testing.assert_allclose(np.max(list(found["drop without"][word].values()), 0), found["worst drop"][word])
     assert any("two modalities" in note for note in outcome.notes) == (len(names) == 2)
-    assert all(text in outcome.table for text in numbers["subsets"])
+    assert all(text in outcome.table for text in numbers["subsets"]["test"][word])
     outcome.draw(Figure(figsize=outcome.size, layout="constrained"))

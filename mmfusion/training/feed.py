@@ -44,8 +44,9 @@ class Member:
     """rate at which each modality is hidden in training, independently; a modality that is not named is always seen"""
     fold: int = 0
     """which of the folds it is trained on"""
-    feature_dropout: float = 0.0
-    """rate at which each feature of each example is set to its mean in training, a multiple of 1/256"""
+    feature_dropout: float | Mapping[str, float] = 0.0
+    """rate at which each feature of each example is set to its mean in training, a multiple of 1/256; of all
+    modalities, or of each that is named"""
 
 
 def epoch_order(seed: int, epoch: int, examples: int) -> Tensor:
@@ -137,8 +138,7 @@ class Feed:
             for name in self.features
             if any(member.dropout.get(name, 0) for member in members)
         }  # (S,) of every modality that some member drops
-        rates = [round(256 * member.feature_dropout) / 256 for member in members]
-        self.feature_rates = torch.tensor(rates, device=device) if any(rates) else None  # (S,)
+        self.feature_rates = _feature_rates(members, list(self.features), device)
 
     def batches(self, epoch: int) -> Iterator[Batch]:
         """Batches with features (S, B, d_m), target (S, B) and, if a modality is dropped, present (S, B)."""
@@ -194,6 +194,23 @@ class Feed:
         widths = [(x.values if isinstance(x, Tokens) else x).shape[-1] for x in features.values()]
         drawn = [batch_bytes(seed, epoch, step, self.batch_size, sum(widths)) for seed, _ in self.orders]
         drawn = torch.stack(drawn).to(self.target.device)[self.row.to(self.target.device)]  # (S, B, all d)
-        rates = self.feature_rates[:, None, None]
-        kept = (drawn >= 256 * rates).float() / (1 - rates)
-        return dict(zip(features, kept.split(widths, -1), strict=True))
+        kept = {}
+        for name, part in zip(features, drawn.split(widths, -1), strict=True):
+            rates = self.feature_rates[name][:, None, None]
+            kept[name] = (part >= 256 * rates).float() / (1 - rates)
+        return kept
+
+
+def _feature_rates(members: Sequence[Member], names: Sequence[str], device: torch.device) -> dict[str, Tensor] | None:
+    """{modality: (S,)} rates of feature dropout, multiples of 1/256; None where no feature is dropped."""
+    rates = {name: [] for name in names}
+    for member in members:
+        shared = member.feature_dropout
+        own = shared if isinstance(shared, Mapping) else dict.fromkeys(names, shared)
+        if unknown := set(own) - set(names):
+            raise ValueError(f"feature dropout of {sorted(unknown)}: the data have modalities {list(names)}")
+        for name in names:
+            rates[name].append(round(256 * own.get(name, 0)) / 256)
+    if not any(any(x) for x in rates.values()):
+        return None
+    return {name: torch.tensor(x, device=device) for name, x in rates.items()}

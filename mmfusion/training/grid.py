@@ -41,8 +41,9 @@ class Setting:
     """rate at which each modality is hidden in training; default: the recipe's, for all"""
     mmd_weight: float | None = None
     """weight of the prior where it is on; default: the recipe's"""
-    feature_dropout: float | None = None
-    """rate at which single features are set to their mean in training; default: the recipe's"""
+    feature_dropout: float | Mapping[str, float] | None = None
+    """rate at which single features are set to their mean in training, of all modalities or of each that is named;
+    default: the recipe's"""
     start: Literal["balanced", "random"] = "balanced"
     """signs of the rank factors: as the layer begins, or each drawn by itself, as in other implementations"""
 

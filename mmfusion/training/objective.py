@@ -207,13 +207,18 @@ def predict_tokens(model: ModelCall, features: Mapping[str, Tokens], task: Task 
 
 
 def predict(
-    model: ModelCall, features: Mapping[str, Tensor], task: Task = "binary", missing: Sequence[str] = ()
+    model: ModelCall,
+    features: Mapping[str, Tensor],
+    task: Task = "binary",
+    missing: Sequence[str] = (),
+    kept: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """Logits or values of one model: (N,) of a single output, else (N, O); a multiclass model's are always (N, C).
 
-    features holds (N, d_m) per modality; the head sees 0 in place of the latents of those in `missing`.
+    features holds (N, d_m) per modality; the head sees 0 in place of the latents of those in `missing`; `kept`
+    (N, d_m) multiplies the standardised features.
     """
     present = {name: features[name].new_zeros(len(features[name])) for name in missing}
-    output = model(features, reconstruct=False, present=present, joint=task == "multiclass")
+    output = model(features, reconstruct=False, present=present, kept=kept, joint=task == "multiclass")
     prediction = moderated_logits(output.prediction, output.covariance, task)
     return prediction.squeeze(-1) if task != "multiclass" and prediction.shape[-1] == 1 else prediction
