@@ -32,6 +32,7 @@ LABELLED = (
     "jwae_ablation",
     "modality_dropout",
     "modality_balance",
+    "weak_modalities",
     "rank_semantics",
     "robustness",
     "rank_robustness",
