@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from experiments.experiment import Run
 from mmfusion.data.folds import FoldedDataset
 from mmfusion.dataset import Split, pooled, take
-from mmfusion.metrics.scores import example_scores
+from mmfusion.metrics.outcomes import PRIMARY, example_outcome
 from mmfusion.models.fusion import FusionEnsemble, ModelConfig
 from mmfusion.models.token_ensemble import TokenConfig, TokenEnsemble
 from mmfusion.sequences import Sequences
@@ -112,8 +113,8 @@ def _logits(ensemble: TokenEnsemble | FusionEnsemble, split: Split, task: str) -
 
 
 def scores_on_test(data: FoldedDataset, predictions: np.ndarray) -> np.ndarray:
-    """(S, n) additive score of each test example, larger is better."""
-    return per_example(data, predictions, "test", example_scores)
+    """(S, n) first primary outcome by test examples, larger is better: AUROC of classes, minus MAE of values."""
+    return per_example(data, predictions, "test", partial(example_outcome, outcome=PRIMARY[data.task][0]))
 
 
 # ---- damage ------------------------------------------------------------------------------------------------------
