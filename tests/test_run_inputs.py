@@ -13,11 +13,13 @@ from small_memes import small_encoders, write_bert, write_memes
 import main_hateful_memes
 from mmfusion.data.arrays import ArraysConfig
 from mmfusion.data.memes import MemesConfig
+from mmfusion.data.registry import DataOptions
 from mmfusion.dataset import Dataset, Split
 from mmfusion.errors import InputError
 from mmfusion.explain.explainer import Choices, Explainer
 from mmfusion.models.fusion import ModelConfig
 from mmfusion.runs.folder import RunConfig
+from mmfusion.runs.settings import config_from
 from mmfusion.train import Config, Run, fit
 from mmfusion.training.fit import Method
 from mmfusion.training.recipe import TrainingConfig
@@ -173,3 +175,11 @@ def test_arrays_take_no_encoders_and_their_runs_no_pictures(place, tmp_path, mon
     own = fit(arrays, config, [[Method("jWAE-LMF", ("image", "text"))]])
     with pytest.raises(InputError, match=r"runs/arrays was not trained on memes: it takes no raw memes"):
         own.encode([place / "img/00040.png"], ["a dog"])
+
+
+def test_setting_that_is_a_word_or_nothing_is_read_again_either_way():
+    path = Path("run.json")
+    assert config_from(DataOptions, {"plant": None}, path).plant is None
+    assert config_from(DataOptions, {"plant": "dropout"}, path).plant == "dropout"
+    with pytest.raises(InputError, match="setting plant"):
+        config_from(DataOptions, {"plant": "nothing"}, path)

@@ -16,10 +16,13 @@ from test_main import flags
 
 import main_hateful_memes
 from experiments import baselines as train
+from experiments import uncertainty
 from experiments.baselines import TrainOptions
 from experiments.experiment import execute, run
 from experiments.robustness import measure as robustness
+from experiments.robustness.corruption_grid import Predictor
 from mmfusion.data import registry as datasets
+from mmfusion.data.folds import fold_datasets
 from mmfusion.dataset import Dataset, Split
 from mmfusion.encoders import frozen
 from mmfusion.errors import InputError
@@ -59,6 +62,8 @@ def place(tmp_path_factory):
         options = {"dataset": "cmu_mosi", "data": Path("toy.npz"), "seeds": SEEDS, "epochs": 2, "device": "cpu"}
         execute(train.EXPERIMENT, TrainOptions(**options, name="folds"))
         execute(train.EXPERIMENT, TrainOptions(**options, name="held-out", hold_out_dev=True))
+        cut = {"cross_validate": 3, "repeats": 2, "plant": "calibration", "hold_out_dev": True}
+        execute(train.EXPERIMENT, TrainOptions(**options, name="cut-anew", **cut))
     mosi = write_mosi(folder / "mosi.npz")
     flags = ["--dataset", "cmu_mosi", "--data", str(mosi), "--seeds", "2", "--epochs", "1", "--device", "cpu"]
     assert run(train.EXPERIMENT, [*flags, "--name", "mosi"]) == 0
@@ -121,6 +126,52 @@ def test_members_stand_seed_by_seed_and_within_a_seed_fold_by_fold(toy):
                     expected = toy.data.pool.features[name][fold.train]
                     dev = toy.data.pool.features[name][fold.dev]
                     torch.testing.assert_close(module.mean, torch.cat([expected, dev]).mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_run_that_cut_its_data_anew_is_read_with_its_own_folds_and_planted_labels(place, monkeypatch, capsys):
+    monkeypatch.setattr(trained_run, "load_datasets", toy_datasets)
+    cut = load_run(place / "runs/cut-anew")
+    said = json.loads((cut.folder / "results.json").read_text())["numbers"][cut.main_row]["auroc"]["per seed and fold"]
+    assert len(cut.data.folds) == len(cut.datasets) == 6 and cut.data.repeats == 2 and not cut.trained_on_dev
+    for f, (fold, dataset) in enumerate(zip(cut.data.folds, cut.datasets, strict=True)):
+        assert torch.equal(dataset.splits["test"].target, cut.data.pool.target[fold.test])
+        assert len(dataset.splits["train"]) == len(fold.train) and dataset.selection == "dev"
+        for s, model in enumerate(cut.members(cut.main_row, f)):
+            logits = predict(model, dataset.splits["test"].features).numpy()
+            assert roc_auc_score(dataset.splits["test"].target, logits) == pytest.approx(said[s][f], abs=1e-9)
+    real = fold_datasets(toy_datasets()).pool.target
+    assert not torch.equal(cut.data.pool.target, real)
+    message = refused(capsys, cut.folder, "--groups", "input", "--device", "cpu")
+    assert "--groups input" in message and "--cross-validate" in message
+
+
+def test_variance_of_a_logit_is_that_of_draws_of_the_latents(place, monkeypatch):
+    monkeypatch.setattr(trained_run, "load_datasets", toy_datasets)
+    cut = load_run(place / "runs/cut-anew")
+    found = Predictor(cut).variances(cut.main_row)
+    size = len(cut.data.folds[0].test)
+    assert found.shape == (SEEDS, len(cut.data.test_rows)) and (found > 0).all()
+    model = cut.members(cut.main_row, 0)[1]
+    latents = model.latents({name: x[cut.data.folds[0].test] for name, x in cut.data.pool.features.items()})
+    rng = torch.Generator().manual_seed(0)
+    noise = [
+        v.sqrt() * torch.randn(20_000, *z.shape, generator=rng)
+        for z, v in zip(latents, model.latent_variances(), strict=True)
+    ]
+    drawn = model.fusion([z + e for z, e in zip(latents, noise, strict=True)]).squeeze(-1).var(0)
+    np.testing.assert_allclose(found[1, :size], drawn, rtol=0.1)
+
+
+def test_uncertainty_of_a_run_that_cut_its_data_anew_is_judged_by_fold(place, monkeypatch, tmp_path):
+    monkeypatch.setattr(trained_run, "load_datasets", toy_datasets)
+    monkeypatch.chdir(tmp_path)
+    options = uncertainty.Options(place / "runs/cut-anew", draws=1, groups=("missing",), device="cpu")
+    uncertainty.execute(options)
+    results = json.loads((tmp_path / "runs/uncertainty-cut-anew/results.json").read_text())
+    assert {len(c["fold_values"]) for c in results["contrasts"]} == {6} and results["folds"] == 6
+    deciding = [c for c in results["contrasts"] if c["decides"]]
+    assert len(deciding) == 4 and {c["route"] for c in deciding} == {""}
+    assert any(c["name"].startswith("AURC, by Var[y] over") for c in results["contrasts"])
 
 
 def test_rows_are_all_neural_methods_in_the_order_of_the_table(toy):
@@ -233,7 +284,9 @@ def test_files_of_several_runs_in_one_folder_are_refused(place, tmp_path, capsys
 def test_nothing_is_left_behind_by_a_refusal(place, tmp_path, capsys):
     before = sorted(path.name for path in (place / "runs").iterdir())
     refused(capsys, "runs/nothing", "--name", "new")
-    assert sorted(path.name for path in (place / "runs").iterdir()) == before == ["folds", "held-out", "mosi"]
+    assert (
+        sorted(path.name for path in (place / "runs").iterdir()) == before == ["cut-anew", "folds", "held-out", "mosi"]
+    )
     with pytest.raises(InputError, match="holds no run"):
         load_run(tmp_path)
 

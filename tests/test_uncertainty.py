@@ -22,6 +22,7 @@ from experiments.uncertainty.predictors import (
     GaussianPredictor,
     HeldOutTargets,
     MethodPredictors,
+    fold_aurc_parts,
     held_out_targets,
 )
 from mmfusion.cli import run_command
@@ -90,6 +91,12 @@ class FakePredictor:
 
     def affected(self, condition):
         return np.ones(len(self.data.test_rows), bool)
+
+    def variances(self, row):
+        """Of certain latents where there is no prior, else largest for the examples that are hardest."""
+        return (
+            None if "without" in row else 1 / (0.1 + np.abs(self.clean(row) - (3 if self.data.task != "binary" else 0)))
+        )
 
 
 CONDITIONS = [
@@ -197,6 +204,19 @@ def test_ensemble_is_the_mean_probability_and_never_loses_to_the_mean_member():
     assert row.ensemble.losses(test).mean() <= row.member_losses(test).mean()
 
 
+def test_aurc_of_several_folds_is_that_of_each_by_itself():
+    data = toy_study(folds=3)
+    targets, rng = held_out_targets(data, (0.1,)), np.random.default_rng(0)
+    loss = rng.random(270)
+    uncertainty = loss + np.repeat([0.0, 10.0, 20.0], 90)  # each fold in its best order, folds far apart
+    parts = fold_aurc_parts(targets, uncertainty, loss)
+    for f in range(3):
+        rows = slice(90 * f, 90 * (f + 1))
+        assert parts[rows].mean() == pytest.approx(calibration.aurc(uncertainty[rows], loss[rows]))
+    assert parts.mean() == pytest.approx(fold_aurc_parts(targets, loss, loss).mean())  # and not that of one pool
+    assert calibration.aurc(uncertainty, loss) > parts.mean() + 0.05
+
+
 # ---- the experiment ----------------------------------------------------------------------------------------------
 
 
@@ -241,6 +261,23 @@ def test_rows_are_called_what_they_are_in_the_run_and_legends_leave_the_curves_f
     assert f"ensemble, {other}" in labels and not any("with jWAE" in label for label in labels)
     for axis in figure.axes:
         assert not axis.get_legend().get_window_extent().overlaps(axis.get_window_extent())
+
+
+def test_errors_are_ordered_by_the_exact_variance_too_where_latents_have_one():
+    run = FakeRun(toy_study(folds=3))
+    outcome = measured(run)
+    by_order = outcome.numbers["AURC by order"]
+    assert "Var[y], exact" in by_order["jWAE-LMF, rank 4"] and "Var[y], exact" not in by_order["LMF without jWAE"]
+    own = outcome.numbers["clean"]["jWAE-LMF, rank 4"]["ensemble"]["raw"]["AURC"]
+    assert by_order["jWAE-LMF, rank 4"]["expected probability"] == pytest.approx(own, abs=1e-6)
+    # the fake's variance is largest at the smallest logits: nearly the order of the expected probability
+    assert by_order["jWAE-LMF, rank 4"]["Var[y], exact"] == pytest.approx(own, abs=0.02)
+    assert by_order["jWAE-LMF, rank 4"]["std of logits"] > own + 0.03
+    found = {c.name: c for c in outcome.contrasts}
+    assert not found["AURC, by Var[y] over std of logits"].decides
+    assert found["AURC, by Var[y] over std of logits"].estimate > 0.03
+    assert len(found["AURC, by Var[y] over std of logits"].fold_values) == 3 == len(found["NLL, clean"].fold_values)
+    assert "Var[y], exact" in outcome.table
 
 
 def test_few_examples_are_cut_into_few_bins():

@@ -69,6 +69,11 @@ def conditions(run: TrainedRun, groups: Sequence[str] = GROUPS[1:], draws: int =
     Raises InputError naming the flag, as `check_flags` and where the run has no such thing.
     """
     check_flags(groups, draws)
+    if "input" in groups and run.settings.get("cross_validate") is not None:
+        raise InputError(
+            f"--groups input: {run.folder} cut its data anew (--cross-validate), and pictures and texts are corrupted "
+            "in a data set's own splits alone; leave it out"
+        )
     grid = _conditions(run, groups, draws)
     for group in groups:
         if not any(c.group == group for c in grid):
@@ -146,6 +151,21 @@ class Predictor:
                 folds.append(self._decide(f, features))
             else:
                 folds.append([_said(m, m.encode(features), self.data.task) for m in self.run.members(row, f)])
+        return self._joined(folds)
+
+    @torch.inference_mode()
+    def variances(self, row: str) -> np.ndarray | None:
+        """(S, n[, O]): exact variance of the outputs under the latents' noise, on test; None of certain latents.
+
+        Var[y] of the LMF head under independent Gaussian latents, in closed form (`LowRankMultimodalFusion.moments`).
+        """
+        folds = []
+        for f, fold in enumerate(self.data.folds):
+            features = self._features(fold.test)
+            found = [model.head(model.encode(features), joint=False)[1] for model in self.run.members(row, f)]
+            if any(covariance is None for covariance in found):
+                return None
+            folds.append([covariance.diagonal(dim1=-2, dim2=-1) for covariance in found])
         return self._joined(folds)
 
     @torch.inference_mode()

@@ -15,12 +15,18 @@ distribution a Gaussian about the members' mean whose variance is the members' p
 are measured in units of the target's standard deviation, mean over outputs.
 
 The rule, written before any result: four differences decide, those of the ensembles' NLL (as they are, no temperature)
-and AURC, on clean examples and in the mean over the corrupted conditions, each without the prior less with it. Each is
-judged by `mmfusion.metrics.statistics.judge` with a smallest effect of interest of .01 (nats; AURC), and the weakest is
-the verdict: the claim is supported where all four are. Each is paired over test examples and seeds; since an ensemble
-is no mean of its members, seed s stands in it by what leaving it out changes (the jackknife), and an example stands in
-the AURC likewise (`calibration.aurc_parts`). Without a prior-free row or corrupted conditions there is no verdict: too
-few data.
+and AURC, on clean examples and in the mean over the corrupted conditions, each without the prior less with it; all must
+hold (one route), each with a smallest effect of interest of .01 (nats; AURC). A run that cut its data anew
+(--cross-validate) gives one number for each fold, and an interval over folds; a run of one test part pairs examples and
+seeds: since an ensemble is no mean of its members, seed s stands in it by what leaving it out changes (the jackknife),
+and an example stands in the AURC likewise (`calibration.aurc_parts`). The AURC of several folds is that of each fold by
+itself. Without a prior-free row or corrupted conditions there is no verdict: too few data.
+
+Beside it, of Gaussian latents: the exact variance of the logit, Var[y], mean over members, as an order of the
+ensemble's errors, against the expected probability and against what the members disagree in. That decides nothing.
+
+Controls: labels planted with `--plant calibration --plant-strength 1` are coins, and all confidence is overconfidence:
+a prior that calibrates lowers the NLL there most, and no order of errors is better than another.
 """
 
 from collections.abc import Sequence
@@ -37,6 +43,7 @@ from tqdm import tqdm
 from experiments.experiment import Experiment, Outcome, contrasts_on_test, record
 from experiments.robustness.corruption_grid import LEVELS, Condition, Group, Predictor, check_flags, conditions
 from experiments.uncertainty.figure import draw
+from experiments.uncertainty.orders import order_differences, orders_of
 from experiments.uncertainty.predictors import (
     ENSEMBLE,
     PARTS,
@@ -54,7 +61,7 @@ from mmfusion.metrics import calibration
 from mmfusion.metrics.calibration import detection
 from mmfusion.metrics.scores import example_losses
 from mmfusion.metrics.statistics import grouped
-from mmfusion.metrics.verdicts import Contrast, Difference, combine
+from mmfusion.metrics.verdicts import Contrast, Difference, verdict_of
 from mmfusion.runs.folder import RunFolder
 from mmfusion.runs.load import TrainedRun, load_run
 
@@ -83,10 +90,11 @@ def measure(run: TrainedRun, predictor: Predictor, chosen: Sequence[Condition], 
     for name, row in result.rows.items():
         result.clean[name] = row.measures(result.outputs[name], floor=True)
         result.parts[name] = {f"{part}, clean": row.by_seed(result.outputs[name], of) for part, of in PARTS.items()}
+        result.orders[name] = orders_of(row, result.outputs[name], predictor.variances(name))
     measure_corrupted(result, predictor, chosen, _groups(data, "test"))
     contrasts = contrasts_on_test(data, *differences(result))
-    deciding = [c.verdict for c in contrasts if c.decides]
-    verdict = combine(deciding, "all") if len(deciding) == len(DECIDING) else "cannot tell"
+    complete = sum(c.decides for c in contrasts) == len(DECIDING)
+    verdict = verdict_of(contrasts) if complete else "cannot tell"
 
     def draw_all(figure: Figure) -> None:
         figure.suptitle(f"{data.name}: uncertainty of {len(run.seeds)} members and their ensemble, test")
@@ -151,6 +159,7 @@ def differences(result: UncertaintyResult) -> tuple[dict[str, Difference], dict[
             ]
             claim = "the ensemble has a lower NLL with the prior, clean, after temperature scaling"
             named["NLL after scaling, clean"] = Difference(scaled[1] - scaled[0], claim, False)
+    named |= order_differences(result.orders[result.main])
     outputs = result.outputs[result.main]
     gain = first.member_losses(outputs) - first.ensemble.losses(outputs)
     named["ensemble over member, NLL"] = Difference(gain, "the ensemble has a lower NLL than its members, clean", False)

@@ -54,6 +54,18 @@ def held_out_targets(data: FoldedDataset, alphas: Sequence[float]) -> HeldOutTar
     return HeldOutTargets(data.task, *parts, *folds, scale, tuple(alphas))
 
 
+def fold_aurc_parts(targets: HeldOutTargets, uncertainty: np.ndarray, loss: np.ndarray) -> np.ndarray:
+    """(n,): `calibration.aurc_parts` of every fold by itself, since the models of two folds have no order in common."""
+    ends = np.flatnonzero(np.diff(targets.test_fold)) + 1
+    pairs = zip(np.split(uncertainty, ends), np.split(loss, ends), strict=True)
+    return np.concatenate([calibration.aurc_parts(*pair) for pair in pairs])
+
+
+def aurc_by_fold(targets: HeldOutTargets, uncertainty: np.ndarray, loss: np.ndarray) -> float:
+    """AURC, mean over the folds by their size."""
+    return float(fold_aurc_parts(targets, uncertainty, loss).mean())
+
+
 class ClassPredictor:
     """The mean probability of K members; its temperature and conformal quantile, one each per fold, come from dev.
 
@@ -95,8 +107,8 @@ class ClassPredictor:
         found: Measures = {
             "NLL": float(self.losses(outputs, scaling).mean()),
             "Brier": self.brier(self.probabilities(logits)),
-            "AURC": calibration.aurc(*ranking),
-            "excess AURC": calibration.excess_aurc(*ranking),
+            "AURC": aurc_by_fold(self.targets, *ranking),
+            "excess AURC": aurc_by_fold(self.targets, *ranking) - aurc_by_fold(self.targets, ranking[1], ranking[1]),
         }
         events = self.events(logits)
         for kind in ("width", "mass"):
@@ -228,7 +240,9 @@ class GaussianPredictor:
         ranking = self.ranking(outputs)
         found: Measures = {"NLL": float(self.losses(outputs).mean()), "MAE": float(ranking[1].mean())}
         if len(outputs) > 1:
-            found |= {"AURC": calibration.aurc(*ranking), "excess AURC": calibration.excess_aurc(*ranking)}
+            best = aurc_by_fold(self.targets, ranking[1], ranking[1])
+            found["AURC"] = aurc_by_fold(self.targets, *ranking)
+            found["excess AURC"] = found["AURC"] - best
         residual = np.abs(self.targets.test - _moments(outputs)[0])
         for alpha, quantile in self.quantile.items():
             half = quantile[self.targets.test_fold]  # (n, O)
@@ -300,5 +314,5 @@ class MethodPredictors:
 Parts = Callable[[ClassPredictor | GaussianPredictor, np.ndarray], np.ndarray]
 PARTS: dict[str, Parts] = {
     "NLL": lambda predictor, outputs: predictor.losses(outputs),
-    "AURC": lambda predictor, outputs: calibration.aurc_parts(*predictor.ranking(outputs)),
+    "AURC": lambda predictor, outputs: fold_aurc_parts(predictor.targets, *predictor.ranking(outputs)),
 }

@@ -33,6 +33,8 @@ class UncertaintyResult:
     """{(group, curve, level): {row: Row.measures, mean over draws}}"""
     detected: dict[tuple[str, str, float], dict[str, dict[str, Detection]]] = field(default_factory=dict)
     """{(group, curve, level): {row: {score: AUROC of clean against corrupted}}}"""
+    orders: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    """{row: {score: (n,) share of every example in the AURC of the ensemble's errors in the score's order, clean}}"""
     parts: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     """{row: {"NLL, clean" and the like: (S, n)}}; "corrupted" is the mean over all conditions"""
 
@@ -63,6 +65,7 @@ def table(result: UncertaintyResult) -> str:
     unit = "; in units of the target's standard deviation" if result.targets.task == "regression" else ""
     title = f"clean test examples; of members mean +- std over seeds{unit}"
     lines = [*measures_table(result, result.clean, title), *temperature_lines(result), "", *conformal_table(result)]
+    lines += ["", *orders_table(result)]
     if result.corrupted:
         everything = averaged(list(result.corrupted.values()))
         lines += ["", *measures_table(result, everything, "mean over all corruptions and levels")]
@@ -93,6 +96,17 @@ def measures_table(result: UncertaintyResult, by_row: dict[str, dict], title: st
                         drawn = [np.mean(values[f"{name}, {which}"]) for which in ("floor", "floor 95 %")]
                         line += f" [{drawn[0]:.3f} {drawn[1]:.3f}]".rjust(width - 17)
                 lines.append(line.rstrip())
+    return lines
+
+
+def orders_table(result: UncertaintyResult) -> list[str]:
+    """AURC of the ensemble's errors, ordered by each score."""
+    lines = ["AURC of the ensemble's risk, clean, the examples in the order of"]
+    width = max(len(score) for by_score in result.orders.values() for score in by_score)
+    lines.append(f"{'':{width}}" + "".join(f"  {row:>24}" for row in result.orders))
+    for score in result.orders[result.main]:
+        cells = [by_score[score].mean() if score in by_score else None for by_score in result.orders.values()]
+        lines.append(f"{score:{width}}" + "".join(f"  {_cell(cell, 4):>24}" for cell in cells))
     return lines
 
 
@@ -193,7 +207,8 @@ def numbers_of(result: UncertaintyResult) -> dict[str, object]:
         condition = dict(zip(("group", "curve", "level"), key, strict=True))
         short = {name: {who: _short(found_of) for who, found_of in by.items()} for name, by in measures.items()}
         corrupted.append(condition | {"measures": short, "detected": result.detected[key]})
-    return _plain({"clean": result.clean, "temperature": temperature, "corrupted": corrupted})
+    orders = {name: {score: x.mean() for score, x in by_score.items()} for name, by_score in result.orders.items()}
+    return _plain({"clean": result.clean, "AURC by order": orders, "temperature": temperature, "corrupted": corrupted})
 
 
 def _short(by_how: dict[str, Measures]) -> dict[str, dict]:

@@ -252,6 +252,18 @@ def with_dev_in_training(data: FoldedDataset) -> FoldedDataset:
     return replace(data, folds=folds)
 
 
+def datasets_of(data: FoldedDataset, like: Dataset) -> list[Dataset]:
+    """One dataset for each fold, of its train, dev and test parts; names and notes are those of `like`."""
+    return [
+        replace(
+            like,
+            splits={part: take(data.pool, rows.tolist()) for part, rows in fold._asdict().items()},
+            selection="dev",
+        )
+        for fold in data.folds
+    ]
+
+
 def constant_predictions(data: FoldedDataset) -> np.ndarray:
     """(1, n[, O]): what knowing nothing says of every fold's test part, fold after fold; as a model's outputs.
 

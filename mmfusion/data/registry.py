@@ -4,7 +4,7 @@ A new one is a loader that returns `Dataset`s, and its line in CORPORA; a flag o
 of `DataOptions` (docs/extend.md).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
@@ -264,8 +264,12 @@ PLANT_FLAGS = ("plant_rank", "plant_strength", "plant_seed", "plant_noise", "pla
 
 def load_folded(options: DataOptions, device: str = "cpu") -> FoldedDataset:
     """The data set that the flags name, with its planted labels. Raises InputError naming the flag or the file."""
-    config = planted_config(options)
-    data = fold_datasets(load_datasets(replace(options, plant=None), device))
+    return folded(load_datasets(replace(options, plant=None), device), options)
+
+
+def folded(datasets: Sequence[Dataset], options: DataOptions) -> FoldedDataset:
+    """One study of the folds of a dataset, with the labels that the flags plant. Raises InputError."""
+    config, data = planted_config(options), fold_datasets(datasets)
     return data if config is None else plant(data, config)[0]
 
 

@@ -16,9 +16,9 @@ import torch
 from hateful_memes_loader import find_annotations, image_paths
 from mmfusion.data.array_files import read_arrays
 from mmfusion.data.arrays import ArraysConfig, dataset_from_arrays, describe_arrays, load_arrays, with_kept
-from mmfusion.data.folds import FoldedDataset, fold_datasets
+from mmfusion.data.folds import FoldedDataset, cross_validated, datasets_of, fold_datasets
 from mmfusion.data.memes import MemesConfig, MemesSource, find_source, load_memes
-from mmfusion.data.registry import CORPORA, DataOptions, load_datasets, memes_source, text_encoders
+from mmfusion.data.registry import CORPORA, DataOptions, folded, load_datasets, memes_source, text_encoders
 from mmfusion.dataset import Dataset, Task
 from mmfusion.distributed import Processes
 from mmfusion.encoders.frozen import EncoderConfig, compute_dtype
@@ -39,6 +39,14 @@ TEXT_COLUMNS = {modality: column for corpus in CORPORA.values() for modality, co
 
 
 @dataclass(frozen=True)
+class CutFlags:
+    """How an experiment cut its data anew."""
+
+    cross_validate: int | None = None
+    repeats: int = 1
+
+
+@dataclass(frozen=True)
 class TrainedRun:
     """What a run has learned, and from what."""
 
@@ -46,7 +54,8 @@ class TrainedRun:
     data: FoldedDataset
     """all examples in one pool, and the folds"""
     datasets: list[Dataset]
-    """as loaded, one per fold: splits that the study leaves out, and unlabelled ones, are here"""
+    """as loaded, one per fold: splits that the study leaves out, and unlabelled ones, are here, unless it cut the data
+    anew or planted labels: then they are the study's own folds"""
     ensembles: dict[str, FusionEnsemble | TokenEnsemble]
     """{row: all its members, seed-major, then fold}; jWAE-LMF first"""
     seeds: list[int]
@@ -146,8 +155,13 @@ def load_run(folder: Path, device: str = "cpu", with_tokens: bool = False) -> Tr
         trained_on_dev = False
     elif "experiment" in begun["data"]:
         options = config_from(DataOptions, settings, path)
-        datasets = load_datasets(options, device)
-        data = fold_datasets(datasets)
+        datasets = load_datasets(replace(options, plant=None), device)
+        data = folded(datasets, options)
+        cut = config_from(CutFlags, settings, path)
+        if cut.cross_validate is not None:
+            data = cross_validated(data, cut.cross_validate, cut.repeats)
+        if cut.cross_validate is not None or options.plant is not None:
+            datasets = datasets_of(data, datasets[0])
         now = {"experiment": begun["data"]["experiment"], **data.description}
         memes = memes_source(options)
         if memes is None:

@@ -73,7 +73,8 @@ def _typed(value: object, kind: object, where: str) -> object:
     """A JSON value as the type of a flag. Raises InputError."""
     if get_origin(kind) is Literal and value in get_args(kind):
         return value
-    kinds = get_args(kind) if get_origin(kind) in (UnionType, Union) else (kind,)
+    # a Literal | None is typing's Union, int | None a UnionType
+    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     for one in kinds:
         if one is type(None) and value is None:
             return None
