@@ -379,18 +379,21 @@ def contrast_table(contrasts: Sequence[Contrast]) -> str:
     return "\n".join(lines)
 
 
-def verdict_of_rank(grid: Grid, label: str, verdict: Verdict) -> tuple[Verdict, str]:
+def verdict_of_rank(grid: Grid, label: str, verdict: Verdict, over: int | None = None) -> tuple[Verdict, str]:
     """The verdict, or none where the latents of the setting at the largest rank leave that rank nothing to bind.
 
-    Returns it with a sentence for the answer, which says how many dimensions tell examples apart.
+    A rank that is compared with a lower one, `over`, needs more dimensions than that; else as many as itself. Returns
+    the verdict with a sentence for the answer, which says how many dimensions tell examples apart.
     """
     rank, dimension = grid.settings[grid.index(label)].rank, grid.latent_dimension(label)
+    text = f"The latents of '{label}' vary in {dimension:.1f} effective dimensions, "
+    if over is not None:
+        if dimension > over:
+            return verdict, f" {text}more than rank {over} can bind."
+        return "not identified", f" No verdict about rank. {text}no more than rank {over} can bind."
     if dimension >= rank:
-        return verdict, f" The latents vary in {dimension:.1f} effective dimensions, no fewer than rank {rank}."
-    return "not identified", (
-        f" No verdict about rank: the latents of '{label}' vary in {dimension:.1f} effective dimensions, fewer than "
-        "its rank, so a higher rank has nothing to bind."
-    )
+        return verdict, f" {text}no fewer than its rank."
+    return "not identified", f" No verdict about rank. {text}fewer than its rank: a higher one has nothing to bind."
 
 
 def main(experiment: Experiment) -> None:

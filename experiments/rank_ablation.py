@@ -4,7 +4,8 @@
 
 The prediction is the LMF layer's own output, so R bounds the CP rank of the interaction. Beside each score stands the
 effective rank of the interaction that was learned (mmfusion.models.decomposition.interaction_rank): where it does not
-rise with R, a difference between ranks is not one of rank.
+rise with R, a difference between ranks is not one of rank; and where the latents vary in no more dimensions than the
+ranks that the claim favours, a higher one has nothing to bind, and there is no verdict.
 
 Claim, with jWAE, on AUROC or on log loss (regression: MAE or correlation; either will do, corrected for two): ranks 2
 and 4, their mean, do better on test than rank 1 and than rank 8, and rank 8 has a lower training loss than they have.
@@ -59,7 +60,7 @@ def measure(data: FoldedDataset, run: Run) -> Outcome:
         paced[step] = run.grid(data, rows, f"rank step {step:g}", faster)
     named, effects = differences(grid, paced)
     contrasts = contrasts_on_test(data, named, effects)
-    verdict, bound = verdict_of_rank(grid, "jWAE, rank 8", verdict_of(contrasts))
+    verdict, bound = verdict_of_rank(grid, "jWAE, rank 8", verdict_of(contrasts), max(LOW["jWAE"]))
     columns = summary(grid)
     first = PRIMARY[data.task][0]
     best = max(RANKS, key=lambda rank: columns[f"jWAE, rank {rank}"][WORDS[first]].mean())

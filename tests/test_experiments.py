@@ -185,6 +185,8 @@ def test_latents_of_fewer_dimensions_than_the_rank_give_no_verdict_about_it():
         model.jwae.encoders[model.modalities[0]][-1].weight.data[1:] = 0  # a line
     verdict, said = frame.verdict_of_rank(grid, "rank 2", "supported")
     assert verdict == "not identified" and "1.0 effective dimensions" in said
+    assert frame.verdict_of_rank(grid, "rank 2", "supported", over=0)[0] == "supported"
+    assert frame.verdict_of_rank(grid, "rank 2", "supported", over=1)[0] == "not identified"
 
 
 def test_killed_grid_goes_on_with_the_same_bits(tmp_path, monkeypatch):
