@@ -108,9 +108,9 @@ def _worst_scores(model: FusionModel, data: FoldedDataset, train: Tensor, rows: 
     return {column: torch.cat(list(scores)).double().mean(0) for column, scores in by.items()}  # of (1, n) each
 
 
-def attacked_rows(data: FoldedDataset) -> list[Tensor]:
-    """Rows of the pool, fold by fold: the test parts, or a random share of each that makes ATTACKED in all."""
-    rng, share = np.random.default_rng(0), min(1.0, ATTACKED / len(data.test_rows))
+def attacked_rows(data: FoldedDataset, most: int = ATTACKED) -> list[Tensor]:
+    """Rows of the pool, fold by fold: the test parts, or a random share of each that makes `most` in all."""
+    rng, share = np.random.default_rng(0), min(1.0, most / len(data.test_rows))
     return [
         fold.test[np.sort(rng.permutation(len(fold.test))[: max(1, round(share * len(fold.test)))])]
         for fold in data.folds

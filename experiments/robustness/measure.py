@@ -38,7 +38,7 @@ from experiments.robustness.corruption_curves import CorruptionResult, curves_cs
 from experiments.robustness.corruption_grid import LATE_FUSION, Condition, Group, Predictor, check_flags, conditions
 from experiments.robustness.figure import draw
 from experiments.robustness.pixel_attack import PixelAttack, attack_pixels
-from experiments.robustness.worst_cases import WorstCases, measure_worst_cases, worst_table
+from experiments.robustness.worst_cases import ATTACKED, WorstCases, measure_worst_cases, worst_table
 from mmfusion.cli import pick_device, run_command
 from mmfusion.data.folds import constant_predictions
 from mmfusion.errors import InputError
@@ -146,7 +146,8 @@ def measure(predictor: Predictor, options: Options, wanted: Sequence[Condition])
     contrasts = contrasts_on_test(run.data, named) if named else []
     deciding = [c.verdict for c in contrasts if c.decides]
     notes = [
-        f"sizes rho are relative to the standard deviations in training; features: first {worst.seeds} seed(s)",
+        f"sizes rho are relative to the standard deviations in training; features: first {worst.seeds} seed(s); on "
+        f"{min(ATTACKED, len(run.data.test_rows))} of the {len(run.data.test_rows)} test examples",
         "a row that scores less has less to lose: compare losses beside the clean scores",
     ]
     if "dataset" in run.settings and "missing" in options.groups:

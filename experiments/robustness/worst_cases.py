@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from experiments.prior_strength.damage import attacked_rows
 from lmf_module import LowRankMultimodalFusion
 from mmfusion.models.fusion import FusionModel
 from mmfusion.models.heads import TensorHead
@@ -19,6 +20,7 @@ from mmfusion.runs.load import TrainedRun
 
 NORMS = (2, math.inf)
 CHECK_SIZE = 0.1  # rho at which an attack is checked
+ATTACKED = 400  # test examples of all folds together, drawn where there are more; the same for all rows
 
 
 TENSOR_PRODUCTS = 5000  # of latents: a tensor product head of more is not attacked, each step would take a second
@@ -26,7 +28,7 @@ TENSOR_PRODUCTS = 5000  # of latents: a tensor product head of more is not attac
 
 @dataclass
 class WorstCases:
-    """Scores under the worst change of one modality, mean over test examples; sizes are worst_case.SIZES."""
+    """Scores under the worst change of one modality, mean over ATTACKED test examples; sizes are worst_case.SIZES."""
 
     seeds: int
     """that were attacked: the first ones"""
@@ -59,11 +61,11 @@ def measure_worst_cases(run: TrainedRun, attack_seeds: int) -> WorstCases:
     data = run.data
     folds = [
         _FoldData(
-            {name: x[fold.test] for name, x in data.pool.features.items()},
+            {name: x[rows] for name, x in data.pool.features.items()},
             {name: x[fold.train] for name, x in data.pool.features.items()},
-            Criterion(data.pool.target[fold.test].reshape(len(fold.test), -1), data.task, data.target_scale),
+            Criterion(data.pool.target[rows].reshape(len(rows), -1), data.task, data.target_scale),
         )
-        for fold in data.folds
+        for fold, rows in zip(data.folds, attacked_rows(data, ATTACKED), strict=True)
     ]
     seeds = min(attack_seeds, len(run.seeds))
     worst = WorstCases(seeds, {}, {}, {}, {}, {}, [])
