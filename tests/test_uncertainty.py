@@ -16,6 +16,7 @@ from experiments.robustness.corruption_grid import Condition
 from experiments.uncertainty import measure as uncertainty
 from experiments.uncertainty.figure import bins_for
 from experiments.uncertainty.measure import Options
+from experiments.uncertainty.orders import orders_of
 from experiments.uncertainty.predictors import (
     PARTS,
     BinaryPredictor,
@@ -278,6 +279,20 @@ def test_errors_are_ordered_by_the_exact_variance_too_where_latents_have_one():
     assert found["AURC, by Var[y] over std of logits"].estimate > 0.03
     assert len(found["AURC, by Var[y] over std of logits"].fold_values) == 3 == len(found["NLL, clean"].fold_values)
     assert "Var[y], exact" in outcome.table
+
+
+def test_relative_order_is_of_the_mean_logit_before_the_probit_over_the_root_of_the_variance():
+    data, rng = toy_study(), np.random.default_rng(0)
+    targets, fake = held_out_targets(data, (0.1,)), FakePredictor(FakeRun(data))
+    row = MethodPredictors(fake.clean("row", "dev"), targets)
+    mean, variance = rng.normal(size=90), rng.uniform(0.1, 4, size=90)
+    outputs = np.repeat((mean / np.sqrt(1 + np.pi / 8 * variance))[None], SEEDS, 0)
+    found = orders_of(row, outputs, np.repeat(variance[None], SEEDS, 0))
+    wrong = ((mean >= 0) != (data.pool.target[data.test_rows].numpy() == 1)).astype(float)
+    by_hand = calibration.aurc(-np.abs(mean) / variance**0.5, wrong)
+    assert found["sd of y over |E[y]|, exact"].mean() == pytest.approx(by_hand)
+    assert found["Var[y], exact"].mean() == pytest.approx(calibration.aurc(variance, wrong))
+    assert "Var[y], exact" not in orders_of(row, outputs, None)
 
 
 def test_few_examples_are_cut_into_few_bins():

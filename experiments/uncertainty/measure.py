@@ -23,7 +23,8 @@ and an example stands in the AURC likewise (`calibration.aurc_parts`). The AURC 
 itself. Without a prior-free row or corrupted conditions there is no verdict: too few data.
 
 Beside it, of Gaussian latents: the exact variance of the logit, Var[y], mean over members, as an order of the
-ensemble's errors, against the expected probability and against what the members disagree in. That decides nothing.
+ensemble's errors, against the expected probability and against what the members disagree in; and its root over |E[y]|,
+since the variance of a product grows with the product. That decides nothing.
 
 Controls: labels planted with `--plant calibration --plant-strength 1` are coins, and all confidence is overconfidence:
 a prior that calibrates lowers the NLL there most, and no order of errors is better than another.

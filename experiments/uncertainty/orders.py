@@ -5,7 +5,7 @@ import numpy as np
 from experiments.uncertainty.predictors import ClassPredictor, MethodPredictors, fold_aurc_parts
 from mmfusion.metrics.verdicts import Difference
 
-PROBABILITY, VARIANCE = "expected probability", "Var[y], exact"
+PROBABILITY, VARIANCE, RELATIVE = "expected probability", "Var[y], exact", "sd of y over |E[y]|, exact"
 
 
 def orders_of(row: MethodPredictors, outputs: np.ndarray, variances: np.ndarray | None) -> dict[str, np.ndarray]:
@@ -21,6 +21,9 @@ def orders_of(row: MethodPredictors, outputs: np.ndarray, variances: np.ndarray 
     if variances is not None:
         of_latents = variances.reshape(*variances.shape[:2], -1)
         scores[VARIANCE] = (of_latents / np.square(targets.scale)).mean((0, 2))
+        if targets.task in ("binary", "multilabel"):  # Var[y] grows with |E[y]|: the confident vary most
+            mean = outputs.reshape(of_latents.shape) * np.sqrt(1 + np.pi / 8 * of_latents)  # of the probit's logits
+            scores[RELATIVE] = -(np.abs(mean.mean(0)) / np.sqrt(of_latents.mean(0))).mean(1)
     return {name: fold_aurc_parts(targets, score, risk) for name, score in scores.items()}
 
 
@@ -33,5 +36,5 @@ def order_differences(orders: dict[str, np.ndarray]) -> dict[str, Difference]:
             (parts - orders[VARIANCE])[None], f"Var[y] orders the ensemble's errors better than {score}", False
         )
         for score, parts in orders.items()
-        if score != VARIANCE
+        if score not in (VARIANCE, RELATIVE)
     }
