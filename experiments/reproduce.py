@@ -66,8 +66,6 @@ class Corpus:
     """further ones, by experiment"""
     encodes_text: bool = False
     """takes --text-encoder"""
-    inputs: bool = False
-    """its pictures or texts can be corrupted and encoded anew"""
     hidden_dim: int | None = None
     """narrower than the recipe's, where features are so wide that nothing else would be computed for half an hour"""
     is_split: bool = False
@@ -75,7 +73,7 @@ class Corpus:
 
 
 CORPORA = {
-    "demo": Corpus((), (*LABELLED, "temporal", "wma", "alignment"), inputs=True, hidden_dim=64),
+    "demo": Corpus((), (*LABELLED, "temporal", "wma", "alignment"), hidden_dim=64),
     "cmu_mosi": Corpus(
         ("cmu_mosi*.npz", "mosi*.npz", "*mosi*.pkl", "aligned_50.pkl", "unaligned_50.pkl"), LABELLED, encodes_text=True
     ),
@@ -83,7 +81,6 @@ CORPORA = {
         ("sarcasm_data.json", "*sarcasm_data.json"),
         (*LABELLED, "temporal", "alignment"),
         encodes_text=True,
-        inputs=True,
     ),
     "pom": Corpus(("pom*.npz",), (*LABELLED, "temporal", "wma", "alignment")),
     "mmmo": Corpus(("mmmo*.npz",), (*LABELLED, "temporal")),
@@ -109,7 +106,6 @@ CORPORA = {
         ("train.jsonl", "*/train.jsonl"),
         (*LABELLED, "temporal", "wma"),
         encodes_text=True,
-        inputs=True,
         is_split=True,
     ),
 }
@@ -145,7 +141,7 @@ class Config:
     cache_dir: Path = Path("cache")
     """where encoded texts and images (and the demo) are kept between runs"""
     skip_inputs: bool = False
-    """leave corrupted pictures and texts out of robustness and uncertainty: each has to be encoded once"""
+    """leave corrupted pictures and texts out of robustness and uncertainty, of a data set with its own test part"""
     resume: bool = False
     """go on where a killed run stopped"""
 
@@ -274,7 +270,8 @@ def flags(job: Job, config: Config) -> list[str]:
     """Flags of the experiment's command."""
     corpus = CORPORA.get(job.dataset, Corpus((), ()))
     if job.experiment in OF_A_RUN:
-        inputs = ["input"] if corpus.inputs and not config.skip_inputs else []
+        # pictures and texts are read again by split, and a data set that is cut anew has none
+        inputs = ["input"] if corpus.is_split and not config.skip_inputs else []
         groups = ["--groups", *inputs, "features", "latents", "missing"]
         return [str(job.models.folder), *groups, "--name", job.folder.name]
     flags = ["--dataset", corpus.dataset or job.dataset, *of_file(job)]
