@@ -22,8 +22,8 @@ and what a modality adds to it ("unique accuracy").
 Verdict: hybrid gains 5 % of R@1 over the contrast; where half of a modality is missing, and where half of it is noise,
 accuracy falls by at most 10 % of the clean one with all losses and by at least 30 % without any. All must hold, but for
 a fall that is out of reach: one down to guessing the largest class would not exceed it, as 30 % with two classes. What
-stands beside decides nothing, and Holm's correction counts it apart: the differences of these falls, the other rows'
-R@1, invariance with local terms, what alignment costs of the unique, and gap and clusters against R@1.
+stands beside decides nothing: the differences of these falls, the other rows' R@1, invariance with local terms, what
+alignment costs of the unique, and gap and clusters against R@1.
 """
 
 import math
