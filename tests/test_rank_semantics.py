@@ -9,18 +9,19 @@ import pytest
 import torch
 
 from experiments.experiment import Options, Run
-from experiments.rank_semantics.components import parts_of, per_seed, pseudovalues, stability
+from experiments.rank_semantics.components import over_pairs, parts_of, per_seed, pseudovalues, stability
 from experiments.rank_semantics.lexicon import (
     NEGATIVE,
     POSITIVE,
     correlation_ratio,
     partial_association,
     polarity,
+    probe,
     probes_of,
     unit_columns,
     words,
 )
-from experiments.rank_semantics.measure import TELLS, measure
+from experiments.rank_semantics.measure import ONE, STABLE, TELLS, measure
 from experiments.rank_semantics.planted_factors import fit, plant, recovery
 from lmf_module import LowRankMultimodalFusion
 from mmfusion.data.folds import FoldedDataset
@@ -165,9 +166,10 @@ def test_stability_is_one_for_permuted_components_and_low_for_unrelated_ones():
     x = rng.normal(size=(300, 2, 4))
     members = [[x], [-3 * x[..., [2, 0, 3, 1]]], [rng.normal(size=(300, 2, 4))]]
     own, null = stability(members)
-    assert own[0, 1] == pytest.approx(1)
-    assert own[0, 2] < 0.2 and null.max() < 0.2
-    assert (own == own.T).all() and (np.diag(own) == 0).all()
+    assert own.shape == null.shape == (1, 3, 3)
+    assert own[0, 0, 1] == pytest.approx(1)
+    assert own[0, 0, 2] < 0.2 and null.max() < 0.2
+    assert (own == own.mT).all() and (np.diag(own[0]) == 0).all()
 
 
 def test_pseudovalues_are_the_jackknife_of_the_mean_over_pairs():
@@ -183,6 +185,28 @@ def test_pseudovalues_are_the_jackknife_of_the_mean_over_pairs():
     expected = [6 * mean - 5 * without(s) for s in range(6)]
     np.testing.assert_allclose(pseudovalues(pairs), expected)
     assert per_seed(pairs).mean() == pytest.approx(mean)
+    np.testing.assert_allclose(over_pairs(pairs[None]), expected)
+    np.testing.assert_allclose(over_pairs(np.stack([pairs, 0 * pairs])), [[mean, 0]])
+    assert over_pairs(pairs[None, :2, :2]) is None
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_probe_is_told_by_one_component_where_starts_share_it_and_not_where_each_has_its_own(shared):
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=600)
+    components, predictions = [], []
+    for s in range(3):
+        # each start tells a sixth of the probe's variance; where not shared, with noise of its own
+        noise = np.random.default_rng(1 if shared else 2 + s).normal(size=600)
+        x = rng.normal(size=(600, 1, 4))
+        x[:, 0, s] = values + 2.2 * noise
+        components.append([x])
+        predictions.append([rng.normal(size=(600, 1))])
+    one = probe(components, predictions, [values])
+    assert one.partial_association.shape == one.null.shape == (3, 1) and one.p < 0.02
+    assert (one.partial_association - one.null > 0.2).all()
+    alike = per_seed(one.same - one.same_null)
+    assert (alike > 0.9).all() if shared else (alike < 0.3).all()
 
 
 def test_polarity_counts_positive_minus_negative_words():
@@ -218,11 +242,16 @@ def test_absent_columns_are_noted():
 
 @pytest.mark.parametrize("modalities, outputs", [("ab", None), ("abc", None), ("ab", 2)])
 def test_whole_experiment_ends_in_a_verdict_and_json_numbers(tmp_path: Path, modalities, outputs):
-    run = Run(Options(dataset="cmu_mosi", seeds=2, epochs=2), tmp_path, torch.device("cpu"))
+    run = Run(Options(dataset="cmu_mosi", seeds=1, epochs=2), tmp_path, torch.device("cpu"))
     outcome = measure(small_study(modalities, outputs), run)
     assert outcome.verdict in Verdict.__args__
     json.dumps(outcome.numbers, allow_nan=False)
-    assert {TELLS.format(name) for name in ("polarity", "length", "speaker")} <= {c.name for c in outcome.contrasts}
+    names = ("polarity", "length", "speaker")
+    deciding = {text.format(name) for name in names for text in (TELLS, ONE)}
+    assert {c.name for c in outcome.contrasts if c.decides} == deciding
+    assert {c.route for c in outcome.contrasts if c.decides} == set(names)
+    of = {c.name: c for c in outcome.contrasts}
+    assert len(of[STABLE].fold_values) == 2 and not of[STABLE].decides
     assert 0 <= np.mean(outcome.numbers["other terms"]["matched correlation"]) <= 1
     assert outcome.answer.count("\n") == 0 and "component" in outcome.table
 
@@ -230,5 +259,5 @@ def test_whole_experiment_ends_in_a_verdict_and_json_numbers(tmp_path: Path, mod
 def test_without_probes_there_are_too_few_data(tmp_path: Path):
     run = Run(Options(dataset="cmu_mosi", seeds=3, epochs=2), tmp_path, torch.device("cpu"))
     outcome = measure(small_study("ab", metadata=False), run)
-    assert outcome.verdict in ("cannot tell", "not supported")
+    assert outcome.verdict == "cannot tell"
     assert any("transcripts" in note for note in outcome.notes)

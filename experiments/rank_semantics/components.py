@@ -99,33 +99,44 @@ def other_terms(model: FusionModel, features: dict[str, Tensor], rows: Fold, see
     )
 
 
-# ---- stability over seeds ----------------------------------------------------------------------------------------
+# ---- stability over starts ---------------------------------------------------------------------------------------
 
 
 def stability(members: Sequence[Sequence[np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """Matched |correlation| of every two seeds, and the same with the examples of one of them permuted.
+    """Matched |correlation| of every two starts of a fold, and the same with the examples of one of them permuted.
 
     Args:
         members: components (n_f, O, K) of [seed][fold].
 
     Returns:
-        (S, S) and (S, S), symmetric, mean over folds and outputs; the diagonals are 0.
+        (F, S, S) and (F, S, S), symmetric, mean over outputs; the diagonals are 0.
     """
-    size = len(members)
-    own, null = np.zeros((size, size)), np.zeros((size, size))
-    rng, folds = np.random.default_rng(0), len(members[0])
+    size, folds = len(members), len(members[0])
+    own, null = np.zeros((folds, size, size)), np.zeros((folds, size, size))
+    rng = np.random.default_rng(0)
     for f in range(folds):
         x = [unit_columns(member[f]) for member in members]
         orders = [rng.permutation(len(x[0])) for _ in range(PERMUTATIONS)]
         for s, t in itertools.combinations(range(size), 2):
-            own[s, t] += matched_correlation(x[s], x[t]) / folds
-            null[s, t] += np.mean([matched_correlation(x[s], x[t][order]) for order in orders]) / folds
-    return own + own.T, null + null.T
+            own[f, s, t] = matched_correlation(x[s], x[t])
+            null[f, s, t] = np.mean([matched_correlation(x[s], x[t][order]) for order in orders])
+    return own + own.mT, null + null.mT
+
+
+def over_pairs(pairs: np.ndarray) -> np.ndarray | None:
+    """(F, S, S) of the pairs of starts -> what a contrast is estimated from; None for one fold and one pair.
+
+    Of several folds (1, F), the mean over each fold's pairs; of one fold `pseudovalues` (S,).
+    """
+    folds, size, _ = pairs.shape
+    if folds > 1:
+        return pairs.sum((1, 2))[None] / (size * (size - 1))
+    return pseudovalues(pairs[0]) if size > 2 else None
 
 
 def per_seed(pairs: np.ndarray) -> np.ndarray:
-    """(S, S) -> (S,): mean over the other seeds."""
-    return pairs.sum(1) / (len(pairs) - 1)
+    """(S, S) or (F, S, S) -> (S,): mean over the other seeds, and over folds."""
+    return pairs.reshape(-1, *pairs.shape[-2:]).mean(0).sum(1) / (pairs.shape[-1] - 1)
 
 
 def pseudovalues(pairs: np.ndarray) -> np.ndarray:

@@ -127,12 +127,14 @@ def partial_association(components: np.ndarray, prediction: np.ndarray, probe: n
 
 @dataclass
 class Probe:
-    """How strongly the component that tells a probe best tells it."""
+    """How strongly the component that tells a probe best tells it, and whether it is the same one in every start."""
 
-    partial_association: np.ndarray  # (S,) mean over folds and outputs
-    null: np.ndarray  # (S,) mean of the same over permutations of the examples
-    p: float  # share of permutations in which the mean over seeds is as large
+    partial_association: np.ndarray  # (S, F) mean over outputs
+    null: np.ndarray  # (S, F) mean of the same over permutations of the examples
+    p: float  # share of permutations in which the mean over seeds and folds is as large
     best: np.ndarray  # int (S, F, O): the component, numbered as in the first seed
+    same: np.ndarray  # (F, S, S) |correlation| of those components of two starts, given the prediction; diagonal 0
+    same_null: np.ndarray  # (F, S, S) the same, the examples of one of them permuted
 
 
 def probe(
@@ -148,21 +150,32 @@ def probe(
         values: (n_f,) of [fold], float, or int for a category.
     """
     rng, size, folds = np.random.default_rng(0), len(components), len(values)
-    strengths = np.zeros((PERMUTATIONS + 1, size))
+    strengths = np.zeros((PERMUTATIONS + 1, size, folds))
     best = np.zeros((size, folds, components[0][0].shape[1]), int)
+    same, same_null = np.zeros((folds, size, size)), np.zeros((folds, size, size))
     for f, here in enumerate(values):
         if np.issubdtype(here.dtype, np.integer):
             here = np.unique(here, return_inverse=True)[1]
         # all seeds share the permutations, so that their mean can be set against its own distribution
         orders = [np.arange(len(here))] + [rng.permutation(len(here)) for _ in range(PERMUTATIONS)]
-        reference = unit_columns(components[0][f])
+        reference, tellers = unit_columns(components[0][f]), []
         for s in range(size):
-            strength = np.stack(
-                [partial_association(components[s][f], predictions[s][f], here[order]) for order in orders]
-            )
-            strengths[:, s] += strength.max(-1).mean(-1) / folds  # (P, O, K) -> (P,)
+            given = (components[s][f], predictions[s][f])
+            strength = np.stack([partial_association(*given, here[order]) for order in orders])  # (P, O, K)
+            strengths[:, s, f] = strength.max(-1).mean(-1)
             alike = np.abs(np.einsum("nok,nol->okl", unit_columns(components[s][f]), reference))
-            best[s, f] = [match(c)[0][k] for c, k in zip(alike, strength[0].argmax(-1), strict=True)]
-    mean = strengths.mean(1)
+            teller = strength[0].argmax(-1)  # (O,)
+            best[s, f] = [match(c)[0][k] for c, k in zip(alike, teller, strict=True)]
+            tellers.append(np.take_along_axis(residual(*given), teller[None, :, None], -1)[..., 0])  # (n, O)
+        same[f], same_null[f] = _likeness(np.stack(tellers), orders[1:])
+    mean = strengths.mean((1, 2))
     p = (1 + np.count_nonzero(mean[1:] >= mean[0])) / len(mean)
-    return Probe(strengths[0], strengths[1:].mean(0), p, best)
+    return Probe(strengths[0], strengths[1:].mean(0), p, best, same, same_null)
+
+
+def _likeness(x: np.ndarray, orders: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Columns (S, n, O) of norm 1 -> (S, S) mean |correlation| over outputs, and its mean over permuted examples."""
+    own = np.abs(np.einsum("sno,tno->sto", x, x)).mean(-1)
+    null = np.mean([np.abs(np.einsum("sno,tno->sto", x, x[:, order])).mean(-1) for order in orders], axis=0)
+    off = 1 - np.eye(len(x))
+    return own * off, (null + null.T) / 2 * off
