@@ -36,6 +36,7 @@ LABELLED = (
     "rank_semantics",
     "robustness",
     "rank_robustness",
+    "latent_linearity",
     "uncertainty",
 )
 EXPERIMENTS = (*LABELLED, "temporal", "wma", "alignment", "modality_count", "synthetic")
