@@ -69,6 +69,10 @@ def conditions(run: TrainedRun, groups: Sequence[str] = GROUPS[1:], draws: int =
     Raises InputError naming the flag, as `check_flags` and where the run has no such thing.
     """
     check_flags(groups, draws)
+    if "input" in groups and run.settings.get("cross_validate") is not None:
+        raise InputError(
+            f"--groups input: {run.folder} was cross-validated; inputs are corrupted of a data set's own split"
+        )
     grid = _conditions(run, groups, draws)
     for group in groups:
         if not any(c.group == group for c in grid):

@@ -16,10 +16,18 @@ import torch
 from hateful_memes_loader import find_annotations, image_paths
 from mmfusion.data.array_files import read_arrays
 from mmfusion.data.arrays import ArraysConfig, dataset_from_arrays, describe_arrays, load_arrays, with_kept
-from mmfusion.data.folds import FoldedDataset, fold_datasets
+from mmfusion.data.folds import FoldedDataset, cross_validated, fold_datasets
 from mmfusion.data.memes import MemesConfig, MemesSource, find_source, load_memes
-from mmfusion.data.registry import CORPORA, DataOptions, load_datasets, memes_source, text_encoders
-from mmfusion.dataset import Dataset, Task
+from mmfusion.data.planted import plant
+from mmfusion.data.registry import (
+    CORPORA,
+    DataOptions,
+    load_datasets,
+    memes_source,
+    planted_config,
+    text_encoders,
+)
+from mmfusion.dataset import Dataset, Task, take
 from mmfusion.distributed import Processes
 from mmfusion.encoders.frozen import EncoderConfig, compute_dtype
 from mmfusion.errors import InputError
@@ -46,7 +54,8 @@ class TrainedRun:
     data: FoldedDataset
     """all examples in one pool, and the folds"""
     datasets: list[Dataset]
-    """as loaded, one per fold: splits that the study leaves out, and unlabelled ones, are here"""
+    """as loaded, one per fold: splits that the study leaves out, and unlabelled ones, are here; of data that were cut
+    anew the folds' three parts alone"""
     ensembles: dict[str, FusionEnsemble | TokenEnsemble]
     """{row: all its members, seed-major, then fold}; jWAE-LMF first"""
     seeds: list[int]
@@ -146,8 +155,14 @@ def load_run(folder: Path, device: str = "cpu", with_tokens: bool = False) -> Tr
         trained_on_dev = False
     elif "experiment" in begun["data"]:
         options = config_from(DataOptions, settings, path)
-        datasets = load_datasets(options, device)
+        planted = planted_config(options)
+        datasets = load_datasets(replace(options, plant=None), device)
         data = fold_datasets(datasets)
+        data = data if planted is None else plant(data, planted)[0]
+        if settings.get("cross_validate") is not None:
+            data = cross_validated(data, settings["cross_validate"], settings.get("repeats", 1))
+        if planted is not None or settings.get("cross_validate") is not None:
+            datasets = _datasets_of(data, datasets[0])
         now = {"experiment": begun["data"]["experiment"], **data.description}
         memes = memes_source(options)
         if memes is None:
@@ -184,6 +199,12 @@ def load_run(folder: Path, device: str = "cpu", with_tokens: bool = False) -> Tr
                 f"{len(data.folds)} folds; its files are of several runs, train it anew"
             )
     return TrainedRun(folder, data, datasets, ensembles, seeds, settings, encoders, memes, cache_dir, trained_on_dev)
+
+
+def _datasets_of(data: FoldedDataset, like: Dataset) -> list[Dataset]:
+    """One for each fold, cut from the pool, and otherwise as the data set was loaded."""
+    parts = [{name: take(data.pool, rows) for name, rows in fold._asdict().items()} for fold in data.folds]
+    return [replace(like, splits=splits, selection="dev", notes=data.notes) for splits in parts]
 
 
 def _features_device(data: Mapping[str, object], device: str) -> str:
