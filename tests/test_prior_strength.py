@@ -16,11 +16,13 @@ from experiments.prior_strength import damage
 from experiments.prior_strength.damage import attacked_rows, damaged, outputs_under, worst_columns
 from experiments.prior_strength.doubt import Doubt, measure_doubt, output_variance
 from experiments.prior_strength.latents import latent_checks, latent_distances
-from experiments.prior_strength.measure import KINDS, WEIGHTS, Kind, below_random, gains, measure_kind
+from experiments.prior_strength.measure import KINDS, WEIGHTS, Kind, below_random, costs, gains, measure_kind
 from experiments.prior_strength.report import BLOCKS, panels, table
 from mmfusion.data.folds import FoldedDataset, fold_datasets
 from mmfusion.dataset import Dataset, Split
+from mmfusion.metrics.outcomes import PRIMARY, WORDS
 from mmfusion.metrics.scores import example_losses, example_scores
+from mmfusion.metrics.verdicts import corrected_contrasts, verdict_of
 from mmfusion.training import grid as grids
 from mmfusion.training.grid import JWAE, Recipe, Setting, outputs_of, train_grid
 
@@ -377,6 +379,28 @@ def test_experiment_leaves_every_weight_and_a_control_that_could_fail(task, tmp_
     shown = {name for block in BLOCKS for name in block.names}
     assert set(numbers["Gaussian, 1"]) == {n for n in shown if task != "regression" or n.split()[-1] not in ABSENT}
     assert set(numbers["Gaussian, 1"]) - set(numbers["certain, 1"]) == {"AURC Var[y]", "ensemble AURC Var[y]"}
-    assert [c["decides"] for c in results["contrasts"]] == [False, False, False, True, *[False] * 6]
-    assert "Gaussian: weight 30 costs score" in capsys.readouterr().out
+    assert [c["decides"] for c in results["contrasts"]] == [*[False, False, True, False] * 2, *[False] * 4]
+    assert f"Gaussian: weight 30 costs {WORDS[PRIMARY[task][0]]}" in capsys.readouterr().out
     assert Path("runs/prior_strength-arrays/figure.png").stat().st_size > 10_000
+
+
+def test_cost_of_a_cross_validated_study_is_inferred_over_its_folds(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    arrays = {"a": rng.normal(size=(120, 5)), "b": rng.normal(size=(120, 4))}
+    np.savez("mine.npz", **arrays, target=(arrays["a"][:, 0] > 0).astype(int))
+    flags = "--dataset arrays --data mine.npz --hold-out 0.3 --epochs 1 --hidden-dim 8 --device cpu"
+    assert frame.run(prior_strength.EXPERIMENT, [*flags.split(), "--seeds", "1", "--cross-validate", "3"]) == 0
+    contrasts = json.loads(Path("runs/prior_strength-arrays/results.json").read_text())["contrasts"]
+    assert all(len(c["fold_values"]) == 3 for c in contrasts)
+
+
+@pytest.mark.parametrize("cost, verdict", [(0.0, "supported"), (0.05, "not supported")])
+def test_a_prior_that_costs_more_than_an_effect_of_interest_is_no_free_prior(cost, verdict):
+    data, rng = small_data(folds=3), np.random.default_rng(0)
+    shape = (len(WEIGHTS), 1, len(data.test_rows))
+    found = {name: 0.001 * rng.normal(size=shape) for name in PRIMARY["binary"]}
+    kinds = {kind: Kind({n: x.copy() for n, x in found.items()}, None, None, [], {}) for kind in KINDS}
+    kinds["Gaussian"].outcomes["log_loss"][WEIGHTS.index(1.0)] -= cost
+    named, effects = costs(data, kinds)
+    assert verdict_of(corrected_contrasts(named, effects, cut=data.cut)) == verdict

@@ -113,6 +113,28 @@ def test_members_of_a_row_score_what_its_table_says_of_each_seed_and_fold(toy):
     assert len(seen) > 3 * len(toy.ensembles), "of equal scores the order would not show"
 
 
+def test_cross_validated_run_is_cut_as_it_was_trained_and_robustness_is_inferred_over_its_folds(place, capsys):
+    flags = ["--dataset", "cmu_mosi", "--data", str(place / "mosi.npz"), "--epochs", "1", "--device", "cpu"]
+    cut = ["--cross-validate", "2", "--repeats", "2", "--seeds", "1", "--name", "cut"]
+    assert run(train.EXPERIMENT, [*flags, *cut]) == 0
+    found = load_run(place / "runs/cut")
+    assert len(found.data.folds) == len(found.datasets) == 4 and found.data.repeats == 2
+    tested = [set(found.datasets[f].splits["test"].ids) for f in range(4)]
+    assert not tested[0] & tested[1] and tested[0] | tested[1] == tested[2] | tested[3]
+    said = json.loads((found.folder / "results.json").read_text())["numbers"][found.main_row]
+    for f, fold in enumerate(found.data.folds):
+        features = {name: x[fold.test] for name, x in found.data.pool.features.items()}
+        logits = predict(found.members(found.main_row, f)[0], features).numpy()
+        auroc = roc_auc_score(found.data.pool.target[fold.test].numpy(), logits)
+        assert auroc == pytest.approx(said["auroc"]["per seed and fold"][0][f], abs=1e-9)
+    arguments = ["runs/cut", "--groups", "missing", "--draws", "1", "--attack-seeds", "0", "--device", "cpu"]
+    assert robustness.run([*arguments, "--name", "robust-cut"]) == 0
+    contrasts = json.loads(Path("runs/robust-cut/results.json").read_text())["contrasts"]
+    assert contrasts and all(len(c["fold_values"]) == 4 for c in contrasts)
+    line = refused(capsys, "runs/cut", "--groups", "input", "--device", "cpu", "--name", "input-cut")
+    assert "--groups input" in line and "cross-validated" in line
+
+
 def test_members_stand_seed_by_seed_and_within_a_seed_fold_by_fold(toy):
     # standardisation belongs to the fold, the initial weights to the seed
     for row, ensemble in toy.ensembles.items():

@@ -18,8 +18,9 @@ differences of logarithms), and a lower loss after temperature scaling on dev (r
 all five must hold. Supported: all five. Not supported: any is shown to be absent, too small or reversed; a rank that is
 robust only by its accuracy or its slower training ends there.
 
-Controls decide nothing: the same as trained; weight decay; the prior. Spectral normalisation at rank 8 is the positive
-control: what fixes spectral norms by construction must be seen to withstand attack. A second question inside: does a
+Controls decide nothing: the same as trained; weight decay; the prior. Positive control: a strong weight decay and
+spectral normalisation at rank 8 regularise by construction; where neither is seen to withstand attack, nothing can be.
+A second question inside: does a
 low rank resist noise along the trailing principal components of the training features, a vector's high frequencies,
 better than rank 8 does, and more so than noise of the same length along the leading ones?
 """
