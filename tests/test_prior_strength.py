@@ -12,8 +12,9 @@ from sklearn.metrics import log_loss
 
 from experiments import experiment as frame
 from experiments import prior_strength
+from experiments.attacked import attacked_rows
 from experiments.prior_strength import damage
-from experiments.prior_strength.damage import attacked_rows, damaged, outputs_under, worst_columns
+from experiments.prior_strength.damage import damaged, outputs_under, worst_columns
 from experiments.prior_strength.doubt import Doubt, measure_doubt, output_variance
 from experiments.prior_strength.latents import latent_checks, latent_distances
 from experiments.prior_strength.measure import KINDS, WEIGHTS, Kind, below_random, costs, gains, measure_kind
@@ -295,11 +296,10 @@ def test_worst_features_lie_between_certificate_and_attack_and_below_the_clean_s
     assert (columns["attacked"] < clean + (0.02 if task == "multiclass" else 1e-6)).all()
 
 
-def test_worst_cases_see_at_most_so_many_examples_spread_over_the_folds(monkeypatch):
+def test_worst_cases_see_at_most_so_many_examples_spread_over_the_folds():
     data = small_data(folds=3)
     assert [rows.tolist() for rows in attacked_rows(data)] == [fold.test.tolist() for fold in data.folds]
-    monkeypatch.setattr(damage, "ATTACKED", 30)
-    rows = attacked_rows(data)
+    rows = attacked_rows(data, 30)
     assert [len(r) for r in rows] == [10, 10, 10]
     assert all(set(r.tolist()) < set(fold.test.tolist()) for r, fold in zip(rows, data.folds, strict=True))
 

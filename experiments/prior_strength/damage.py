@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from experiments.attacked import attacked_rows
 from experiments.robustness.corruption_grid import Condition
 from mmfusion.data.folds import FoldedDataset
 from mmfusion.dataset import take
@@ -35,8 +36,6 @@ NORM: Norm = 2
 RHO = 0.1
 """l_2 size of a worst change, in standard deviations (mmfusion.robustness.worst_case)"""
 STEPS, RESTARTS = 5, 1
-ATTACKED = 200
-"""test examples at most, of all folds together, that worst cases are computed on"""
 
 
 def damaged(grid: Grid) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -106,12 +105,3 @@ def _worst_scores(model: FusionModel, data: FoldedDataset, train: Tensor, rows: 
         "attacked": [attacked_scores(model, x, criterion, name, NORM, (RHO,), **effort) for name in model.modalities],
     }
     return {column: torch.cat(list(scores)).double().mean(0) for column, scores in by.items()}  # of (1, n) each
-
-
-def attacked_rows(data: FoldedDataset, most: int = ATTACKED) -> list[Tensor]:
-    """Rows of the pool, fold by fold: the test parts, or a random share of each that makes `most` in all."""
-    rng, share = np.random.default_rng(0), min(1.0, most / len(data.test_rows))
-    return [
-        fold.test[np.sort(rng.permutation(len(fold.test))[: max(1, round(share * len(fold.test)))])]
-        for fold in data.folds
-    ]

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from experiments.attacked import ATTACKED
 from experiments.experiment import Experiment, Outcome, Run, contrasts_on_test, outcomes
-from experiments.prior_strength.damage import ATTACKED, MISSING, NOISE, damaged, worst_columns
+from experiments.prior_strength.damage import MISSING, NOISE, damaged, worst_columns
 from experiments.prior_strength.doubt import Doubt, measure_doubt
 from experiments.prior_strength.latents import latent_columns
 from experiments.prior_strength.report import draw, table

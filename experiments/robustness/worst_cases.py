@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from experiments.prior_strength.damage import attacked_rows
+from experiments.attacked import attacked_rows
 from lmf_module import LowRankMultimodalFusion
 from mmfusion.models.fusion import FusionModel
 from mmfusion.models.heads import TensorHead
