@@ -156,7 +156,7 @@ def test_of_certain_latents_there_is_no_variance_and_no_aurc_by_it():
 
 
 def test_ece_and_aurc_by_confidence_and_disagreement_of_two_classes_by_hand():
-    grid = small_grid(folds=2)
+    grid = small_grid()  # one fold: of several the AURC is the mean of theirs
     columns, logits = measure_doubt(grid, 0).columns, grid.predictions()[0].astype(float)
     target = grid.data.pool.target[grid.data.test_rows].numpy()
 
@@ -390,9 +390,9 @@ def test_cost_of_a_cross_validated_study_is_inferred_over_its_folds(tmp_path, mo
     arrays = {"a": rng.normal(size=(120, 5)), "b": rng.normal(size=(120, 4))}
     np.savez("mine.npz", **arrays, target=(arrays["a"][:, 0] > 0).astype(int))
     flags = "--dataset arrays --data mine.npz --hold-out 0.3 --epochs 1 --hidden-dim 8 --device cpu"
-    assert frame.run(prior_strength.EXPERIMENT, [*flags.split(), "--seeds", "1", "--cross-validate", "3"]) == 0
+    assert frame.run(prior_strength.EXPERIMENT, [*flags.split(), "--seeds", "1", "--cross-validate", "5"]) == 0
     contrasts = json.loads(Path("runs/prior_strength-arrays/results.json").read_text())["contrasts"]
-    assert all(len(c["fold_values"]) == 3 for c in contrasts)
+    assert all(len(c["fold_values"]) == 5 for c in contrasts)
 
 
 @pytest.mark.parametrize("cost, verdict", [(0.0, "supported"), (0.05, "not supported")])
