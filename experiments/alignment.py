@@ -189,7 +189,8 @@ Family = dict[str, tuple[Difference, float]]
 def judged(data: FoldedDataset, family: Family) -> list[Contrast]:
     """Intervals and verdicts, corrected over this family."""
     differences = {name: difference for name, (difference, _) in family.items()}
-    return contrasts_on_test(data, differences, {name: effect for name, (_, effect) in family.items()})
+    effects = {name: effect for name, (_, effect) in family.items()}
+    return contrasts_on_test(data, differences, effects, least_folds=5)
 
 
 def claim(found: Found, guessed: float) -> Family:

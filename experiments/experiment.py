@@ -36,7 +36,6 @@ from mmfusion.runs.folder import RunConfig, RunFolder, defaults_for
 from mmfusion.training.grid import Grid, Recipe, Setting, train_grid
 
 Settings = TypeVar("Settings")
-LEAST_FOLDS = 5
 SCORE_EFFECT = 0.01
 """smallest effect of interest: one point of accuracy, or a hundredth of the target's standard deviation"""
 
@@ -169,16 +168,19 @@ class Experiment:
 
 
 def contrasts_on_test(
-    data: FoldedDataset, named: dict[str, Difference], effect: float | dict[str, float] = SCORE_EFFECT
+    data: FoldedDataset,
+    named: dict[str, Difference],
+    effect: float | dict[str, float] = SCORE_EFFECT,
+    least_folds: int = 2,
 ) -> list[Contrast]:
     """Contrasts of differences over the test examples or the folds, by the inference that the data allow.
 
-    Of five folds or more it is Nadeau and Bengio's. Of one test part, or of too few folds for a t, it is the bootstrap
+    Of `least_folds` or more it is Nadeau and Bengio's. Of one test part, or of fewer folds, it is the bootstrap
     over seeds and examples, of whole groups where there are any, which speaks of these training sets alone.
     """
     groups = data.pool.metadata.get("group")
     clusters = None if groups is None else [groups[row] for row in data.test_rows]
-    cut = data.cut if len(data.folds) >= LEAST_FOLDS else None
+    cut = data.cut if len(data.folds) >= least_folds else None
     return corrected_contrasts(named, effect, cut=cut, clusters=clusters)
 
 

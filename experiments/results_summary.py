@@ -166,7 +166,7 @@ def pooled_table(rows: Sequence[Row]) -> list[str]:
     lines = []
     for experiment, of_experiment in _by_experiment(rows).items():
         names = [row["contrast"] for row in of_experiment if row["decides"] == "1"]
-        for name in [one for one in dict.fromkeys(names) if names.count(one) > 2][:2]:
+        for name in [one for one in dict.fromkeys(names) if names.count(one) > 2][:1]:
             own = [row for row in of_experiment if row["contrast"] == name and float(row["standard_error"]) > 0]
             if len(own) < 3:
                 continue
