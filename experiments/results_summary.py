@@ -97,8 +97,7 @@ def summary(rows: Sequence[Row], pages: str) -> str:
         "",
         "## The contrast that decided",
         "",
-        "Of each run the weakest contrast of the best route. Last column: examples with which it would probably tell",
-        "(power .8 at the effect of interest), for those that there are.",
+        "Of each run the weakest contrast of the best route. Last column: examples with a power of .8, for those there are.",
         "",
         *deciding_table(rows, pages),
     ]
