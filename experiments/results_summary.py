@@ -97,7 +97,7 @@ def summary(rows: Sequence[Row], pages: str) -> str:
         "",
         "## The contrast that decided",
         "",
-        "Of each run the weakest contrast of the best route. Last column: examples with a power of .8, for those there are.",
+        "Of each run the weakest contrast of the best route; last, examples for a power of .8, and how many there are.",
         "",
         *deciding_table(rows, pages),
     ]
