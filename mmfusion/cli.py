@@ -47,6 +47,7 @@ def run_command(
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names of files need not fit into a terminal's encoding
+    others = _work_under_way()  # a notebook or a test may call a command, and what it had begun is not ours to end
     try:
         with _signals_interrupt():
             config = parse(config_class, arguments)
@@ -62,7 +63,7 @@ def run_command(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at exit
         return 141
     except KeyboardInterrupt as interruption:
-        return _leave(getattr(interruption, "code", 130))
+        return _leave(getattr(interruption, "code", 130), others)
     return 0
 
 
@@ -97,18 +98,29 @@ def _signals_interrupt() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _leave(code: int) -> int:
-    """Say that the command was interrupted, and return its exit code; or exit with it where work is still under way."""
+def _work_under_way() -> set[multiprocessing.process.BaseProcess | threading.Thread]:
+    """The children and the threads for which the interpreter would wait at its end."""
+    threads = {
+        thread for thread in threading.enumerate() if not thread.daemon and thread is not threading.main_thread()
+    }
+    return threads.union(multiprocessing.active_children())
+
+
+def _leave(code: int, others: set[multiprocessing.process.BaseProcess | threading.Thread]) -> int:
+    """Say that the command was interrupted, and return its exit code; or exit with it where its work is under way.
+
+    `others` is what was under way before the command began: it stays.
+    """
     with contextlib.suppress(OSError):  # whoever reads may have gone
         if int(os.environ.get("RANK", "0")) == 0:
             message = "interrupted; what is encoded is kept, and a run that has begun goes on with --resume"
             print(message, file=sys.stderr, flush=True)
         sys.stdout.flush()
-    children = multiprocessing.active_children()  # they decode pictures
-    busy = [thread for thread in threading.enumerate() if not thread.daemon and thread is not threading.main_thread()]
-    for child in children:
-        child.kill()
-    if children or busy:  # the interpreter would wait at its end for a batch that nobody takes: seconds
+    ours = _work_under_way() - others
+    for child in ours:
+        if isinstance(child, multiprocessing.process.BaseProcess):  # they decode pictures
+            child.kill()
+    if ours:  # the interpreter would wait at its end for a batch that nobody takes: seconds
         os._exit(code)
     return code
 

@@ -128,10 +128,10 @@ def test_interrupted_training_says_the_same_words(tmp_path, number, code):
     assert errors == "interrupted; what is encoded is kept, and a run that has begun goes on with --resume\n"
 
 
-def test_handlers_of_signals_are_put_back():
-    # in a process of its own: run_command ends one that has other threads at work, as a test worker may have
+def test_an_interrupted_command_puts_handlers_back_and_leaves_alone_what_others_had_begun():
+    # in a process of its own, which an error here would end
     code = textwrap.dedent("""
-        import os, signal
+        import multiprocessing, os, signal, threading, time
         from dataclasses import dataclass
         from mmfusion.cli import run_command
 
@@ -139,14 +139,20 @@ def test_handlers_of_signals_are_put_back():
         class Empty:
             pass
 
+        go_on = threading.Event()
+        threading.Thread(target=go_on.wait).start()
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        child.start()
         numbers = (signal.SIGINT, signal.SIGTERM)
         before = [signal.getsignal(number) for number in numbers]
         code = run_command(lambda _: (os.kill(os.getpid(), signal.SIGTERM), sum(range(10**6))), Empty, [])
-        print(code, [signal.getsignal(number) for number in numbers] == before)
+        print(code, [signal.getsignal(number) for number in numbers] == before, child.is_alive())
+        go_on.set()
+        child.kill()
     """)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
-    assert done.stdout.split() == ["143", "True"], done.stderr
+    assert done.stdout.split() == ["143", "True", "True"], done.stderr
 
 
 @pytest.mark.parametrize(
