@@ -39,7 +39,7 @@ from mmfusion.data.folds import FoldedDataset
 from mmfusion.dataset import take
 from mmfusion.errors import InputError, check_numbers
 from mmfusion.metrics.format import mean_std
-from mmfusion.metrics.verdicts import Contrast, Difference, combine
+from mmfusion.metrics.verdicts import Contrast, Difference, verdict_of
 from mmfusion.training.align import AlignmentTraining, Weighting, align, mean_precision
 
 BASE = {"prior": 0.1, "reconstruction": 0.1}
@@ -130,7 +130,7 @@ def measure(data: FoldedDataset, run: Run) -> Outcome:
     return Outcome(
         table(found),
         contrasts,
-        combine([c.verdict for c in deciding], "all"),
+        verdict_of(contrasts),
         answer + ".",
         numbers,
         lambda figure: draw(figure, data, found),

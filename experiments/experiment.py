@@ -24,8 +24,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from mmfusion.cli import pick_device, run_command
-from mmfusion.data.folds import FoldedDataset, cross_validated
-from mmfusion.data.registry import DataOptions, check_flags, load_folded
+from mmfusion.data.folds import FoldedDataset
+from mmfusion.data.registry import StudyOptions, check_flags, load_folded
 from mmfusion.dataset import Task
 from mmfusion.distributed import end_process, join_processes, leave_processes
 from mmfusion.errors import InputError
@@ -41,15 +41,11 @@ SCORE_EFFECT = 0.01
 
 
 @dataclass(frozen=True)
-class Options(DataOptions):
+class Options(StudyOptions):
     """Flags of every experiment."""
 
     seeds: int = 10
     """seeds 0 .. n - 1, shared by all settings, so that differences between settings are paired"""
-    cross_validate: int | None = None
-    """cut all examples anew into so many folds, in place of the data set's own split"""
-    repeats: int = 1
-    """of that, each with other folds and another start of every seed"""
     epochs: int | None = None
     """passes over the training part; default: 15, of a regression 60"""
     hidden_dim: int = Recipe.hidden_dim
@@ -222,19 +218,7 @@ def execute(experiment: Experiment, options: Options) -> None:
     processes = join_processes(str(device))
     with processes.together():
         run_folder = RunFolder.claim(options, f"{experiment.name}-{options.dataset}")
-        data = load_folded(replace(options, tokens=True) if experiment.tokens else options, processes.device)
-        if len(data.input_dims) < experiment.modalities:
-            raise InputError(
-                f"--dataset {options.dataset}: has {', '.join(data.input_dims)} alone; {experiment.name} needs "
-                f"{experiment.modalities} modalities"
-            )
-        if experiment.labels and not data.labelled:
-            raise InputError(
-                f"--dataset {options.dataset}: has no labels; {experiment.name} needs some, give other data"
-            )
-        if options.cross_validate is not None:
-            data = cross_validated(data, options.cross_validate, options.repeats)
-        experiment.check(data, options)
+        data = load_study(experiment, options, processes.device)
     goes_on = False
     with processes.together():
         if processes.is_main:
@@ -259,6 +243,20 @@ def execute(experiment: Experiment, options: Options) -> None:
     elif goes_on:
         help_to_train(experiment, data, options, folder, torch.device(processes.device))
     leave_processes()
+
+
+def load_study(experiment: Experiment, options: Options, device: str) -> FoldedDataset:
+    """The data that the experiment works on. Raises InputError where they are not what its question needs."""
+    data = load_folded(replace(options, tokens=True) if experiment.tokens else options, device)
+    if len(data.input_dims) < experiment.modalities:
+        raise InputError(
+            f"--dataset {options.dataset}: has {', '.join(data.input_dims)} alone; {experiment.name} needs "
+            f"{experiment.modalities} modalities"
+        )
+    if experiment.labels and not data.labelled:
+        raise InputError(f"--dataset {options.dataset}: has no labels; {experiment.name} needs some, give other data")
+    experiment.check(data, options)
+    return data
 
 
 def help_to_train(

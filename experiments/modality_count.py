@@ -28,7 +28,7 @@ from experiments.experiment import Experiment, Options, Outcome, Run, contrasts_
 from mmfusion.data.folds import FoldedDataset
 from mmfusion.errors import InputError, check_numbers
 from mmfusion.metrics.format import mean_std
-from mmfusion.metrics.verdicts import Difference, combine
+from mmfusion.metrics.verdicts import Difference, verdict_of
 from mmfusion.models.alignment import AlignmentEnsemble
 from mmfusion.training.align import AlignmentTraining, Weighting, align
 
@@ -107,7 +107,7 @@ def measure(data: FoldedDataset, run: Run) -> Outcome:
     return Outcome(
         table(curve, 1 / np.mean([len(fold.test) for fold in data.folds])),
         contrasts,
-        combine([c.verdict for c in contrasts], "all"),
+        verdict_of(contrasts),
         answer + ".",
         {"R@1": {form: {str(size): of.tolist() for size, of in sizes.items()} for form, sizes in curve.items()}},
         lambda figure: draw(figure, data, curve),

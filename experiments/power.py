@@ -24,10 +24,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy.stats import binomtest
 
-from experiments.experiment import Experiment, Options, Run, check_options, options_of
+from experiments.experiment import Experiment, Options, Run, check_options, load_study, options_of
 from mmfusion.cli import pick_device, run_command
-from mmfusion.data.folds import cross_validated
-from mmfusion.data.registry import load_folded
 from mmfusion.distributed import current_processes
 from mmfusion.errors import InputError
 from mmfusion.files import read_regular_file, write_atomically
@@ -194,12 +192,7 @@ def check(experiment: Experiment, options: Options) -> None:
 
 def planted_outcome(experiment: Experiment, options: Options, device: torch.device) -> tuple[str, Design]:
     """Verdict and deciding contrasts on one planting. Raises InputError as the experiment does."""
-    data = load_folded(replace(options, tokens=True) if experiment.tokens else options, str(device))
-    if options.cross_validate is not None:
-        data = cross_validated(data, options.cross_validate, options.repeats)
-    if len(data.input_dims) < experiment.modalities:
-        raise InputError(f"--dataset {options.dataset}: {experiment.name} needs {experiment.modalities} modalities")
-    experiment.check(data, options)
+    data = load_study(experiment, options, str(device))
     with tempfile.TemporaryDirectory() as place:
         outcome = experiment.measure(data, Run(options, Path(place), device))
     return outcome.verdict, design_of(

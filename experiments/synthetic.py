@@ -225,6 +225,12 @@ def draw(figure: Figure, there: Sequence[Column], found: dict[str, dict[str, np.
     axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
 
 
+def refuse_cuts(_: object, options: SyntheticOptions) -> None:
+    """Raise InputError where the data that it draws are to be cut anew."""
+    if options.cross_validate is not None:
+        raise InputError(f"--cross-validate {options.cross_validate}: synthetic draws its own data; leave the flag out")
+
+
 EXPERIMENT = Experiment(
     "synthetic",
     "LMF recovers synergy that additive fusion cannot (announced, no claim).",
@@ -232,6 +238,7 @@ EXPERIMENT = Experiment(
     measure,
     modalities=2,
     options=SyntheticOptions,
+    check=refuse_cuts,
 )
 
 if __name__ == "__main__":

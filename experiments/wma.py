@@ -48,7 +48,7 @@ from mmfusion.dataset import take
 from mmfusion.errors import InputError, check_numbers
 from mmfusion.metrics.format import mean_std
 from mmfusion.metrics.tasks import selection_score
-from mmfusion.metrics.verdicts import Difference, combine
+from mmfusion.metrics.verdicts import Difference, verdict_of
 from mmfusion.models.token_ensemble import TokenConfig
 from mmfusion.runs.tokens import measure_tokens
 from mmfusion.sequences import Sequences
@@ -128,7 +128,7 @@ def measure(data: FoldedDataset, run: Run) -> Outcome:
         f"positive control, planted copies ({PLANTED} trained on, same settings), gain with missing modalities: "
         + ", ".join(f"{label} {gain:+.3f}" for label, gain in gains.items())
     )
-    verdict = combine([c.verdict for c in deciding], "all")
+    verdict = verdict_of(contrasts)
     if gains[DROPPED] < SCORE_EFFECT:
         notes.append("in the control modality dropout gained nothing: these settings could not have shown a gain")
         verdict = "cannot tell"

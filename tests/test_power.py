@@ -15,12 +15,17 @@ from mmfusion.metrics.power import (
     simulate,
     simulated_statistics,
     size_needed,
-    verdict_of_folds,
+    verdict_of_statistics,
 )
 
 FOLDS, RATIO, DRAWS = 15, 0.25, 10_000
 RHO = RATIO / (1 + RATIO)
 SUPPORTED = VERDICTS.index("supported")
+
+
+def verdict_of_folds(values: np.ndarray, *claim: object) -> np.ndarray:
+    """Verdict codes (...) of fold values (..., C, J)."""
+    return verdict_of_statistics(values.mean(-1), values.std(-1, ddof=1), values.shape[-1], *claim)
 
 
 def pilot(contrasts: int, correlation: float = 0.0, std: float = 0.02, folds: int = FOLDS) -> np.ndarray:

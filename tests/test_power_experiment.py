@@ -8,7 +8,8 @@ import pytest
 
 from experiments import power
 from experiments.experiment import Experiment, Outcome
-from mmfusion.metrics.power import VERDICTS, power_curve, verdict_of_folds
+from mmfusion.metrics.power import VERDICTS, power_curve
+from tests.test_power import verdict_of_folds
 
 FOLDS, RATIO = 15, 0.25
 

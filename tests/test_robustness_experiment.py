@@ -30,6 +30,7 @@ from experiments.robustness.figure import MODALITIES, panels, row_colors
 from experiments.robustness.measure import OVER_LATE_FUSION, lead_over_constant
 from hateful_memes_loader import load_hateful_memes
 from lmf_module import LowRankMultimodalFusion
+from mmfusion.data.folds import targets
 from mmfusion.encoders import extract as feature_extraction
 from mmfusion.encoders.frozen import ImageEncoder, find_image_encoder, image_preprocessing
 from mmfusion.encoders.images import decode_rgb, digest_images, preprocess
@@ -143,7 +144,7 @@ def test_run_leaves_its_files_and_every_number_is_finite(place, results):
     json.dumps(results, allow_nan=False)
     assert results["verdict"] in ("supported", "not supported", "cannot tell")
     assert sorted(c["name"] for c in results["contrasts"] if c["decides"]) == sorted(
-        OVER_LATE_FUSION + group for group in GROUPS
+        f"{OVER_LATE_FUSION}{group}, {word}" for group in GROUPS for word in ("AUROC", "log loss")
     )
     table = (folder / "table.txt").read_text()
     assert all(row in table for row in results["numbers"]["clean"]) and "late fusion" in table
@@ -182,19 +183,15 @@ def test_results_hold_means_areas_and_drops_of_those_curves(curves, results):
         assert cells["area"] == pytest.approx(area, abs=2e-6)
 
 
-def test_contrast_is_the_effective_robustness_of_the_table(curves, results):
+def test_contrast_of_auroc_is_the_change_of_the_tables_selection_score(results):
     by_name = {contrast["name"]: contrast["estimate"] for contrast in results["contrasts"]}
+    auroc = {
+        group: {row: np.mean(values) for row, values in rows.items()}
+        for group, rows in results["numbers"]["selection score"].items()
+    }
     for group in GROUPS:
-        points = {key[:4] for key in curves if key[0] == group and key[2] == MAIN and key[3] > 0}
-        per_point = []
-        for _, curve, _, level in points:
-            change = {
-                row: np.mean([v for k, v in curves.items() if k[:4] == (group, curve, row, level)])
-                - np.mean([v for k, v in curves.items() if k[:4] == (group, curve, row, 0)])
-                for row in (MAIN, LATE_FUSION)
-            }
-            per_point.append(change[MAIN] - change[LATE_FUSION])
-        assert by_name[OVER_LATE_FUSION + group] == pytest.approx(np.mean(per_point), abs=1e-5)
+        ours, late = (auroc[group][row] - auroc["clean"][row] for row in (MAIN, LATE_FUSION))
+        assert by_name[f"{OVER_LATE_FUSION}{group}, AUROC"] == pytest.approx(ours - late, abs=1e-9)
 
 
 def test_masks_that_are_kept_give_the_curve_of_missing_modalities_by_hand(memes, curves):
@@ -251,11 +248,11 @@ def test_late_fusion_is_the_mean_of_the_one_modality_rows(memes, predictor):
 
 
 def test_effective_robustness_has_no_verdict_where_late_fusion_has_nothing_to_lose(memes, predictor):
-    clean = {LATE_FUSION: np.zeros((2, len(memes.data.test_rows)))}
-    found = CorruptionResult(clean, {}, {})
-    assert lead_over_constant(memes, found) < 0
-    clean[LATE_FUSION] += 1
-    assert lead_over_constant(memes, found) > 0
+    said = np.zeros((2, len(memes.data.test_rows)))
+    assert lead_over_constant(memes, said) == 0
+    truth = targets(memes.data)
+    assert lead_over_constant(memes, said + truth) == 0.5
+    assert lead_over_constant(memes, said - truth) == -0.5
 
 
 def test_examples_that_lack_a_modality_at_a_low_rate_lack_it_at_every_higher_one(predictor):

@@ -9,7 +9,6 @@ from mmfusion.metrics.verdicts import (
     Cut,
     Difference,
     claim_code,
-    combine,
     corrected_contrasts,
     fold_means,
     judge,
@@ -154,15 +153,3 @@ def test_a_claim_without_any_effect_is_supported_in_at_most_5_percent(routes):
         named = {str(k): Difference(v[None], "x", route=r) for k, (v, r) in enumerate(zip(values, routes, strict=True))}
         found += verdict_of(corrected_contrasts(named, 0.5, cut=cut)) == "supported"
     assert found / 1500 < 0.05
-
-
-def test_combination_takes_the_weakest_or_the_strongest_part():
-    for i, one in enumerate(VERDICTS):
-        assert combine([one], "all") == combine([one], "any") == one
-        for j, other in enumerate(VERDICTS):
-            unidentified = "not identified" in (one, other)
-            assert combine([one, other], "all") == VERDICTS[min(i, j)]
-            assert combine([one, other], "any") == VERDICTS[0 if unidentified else max(i, j)]
-    for verdicts, how in (([], "all"), (["perhaps"], "all"), (["supported"], "most")):
-        with pytest.raises(ValueError):
-            combine(verdicts, how)

@@ -7,7 +7,7 @@ trained, and in the coordinates that have those moments on each training part; b
 
 Claim, on both primary outcomes, one route: at weight 1 Gaussian latents are at most an effect of interest worse on test
 than at weight 0. Supported: both bounds lie above 0. Not supported: a cost beyond that is shown on either. Positive
-control, which decides nothing: at the largest weight a cost must be seen, or none can be.
+control: at the largest weight a cost must be seen, or it is "cannot tell": what has learned nothing has no cost.
 
 What else the prior may buy decides nothing, and is corrected for apart: a lower loss of Gaussian than of certain
 latents, a lower loss under noise, and an order of the examples by the variance of the output, Var[y], because of the
@@ -60,14 +60,17 @@ def measure(data: FoldedDataset, run: Run) -> Outcome:
     columns = {label: cells for kind in kinds.values() for label, cells in kind.columns.items()}
     cost = contrasts_on_test(data, *costs(data, kinds))
     text = [f"{c.name} {c.estimate:+.3f} [{c.low:+.3f}, {c.high:+.3f}]" for c in cost if c.decides]
+    verdict, control = verdict_of(cost), ""
+    if not any(c.exists == "yes" for c in cost if not c.decides):
+        verdict, control = "cannot tell", " No verdict: not even weight 30 is seen to cost anything."
     notes = []
     if len(data.test_rows) > ATTACKED:
         notes.append(f"worst cases: a random {ATTACKED} of the {len(data.test_rows)} test examples, the same for all")
     return Outcome(
         table(data, columns),
         cost + contrasts_on_test(data, gains(kinds)),
-        verdict_of(cost),
-        f"Paired on test: {'; '.join(text)}.",
+        verdict,
+        f"Paired on test: {'; '.join(text)}.{control}",
         {label: {name: v.tolist() for name, v in cells.items()} for label, cells in columns.items()},
         lambda figure: draw(figure, data, columns, list(KINDS), WEIGHTS),
         (17, 11),

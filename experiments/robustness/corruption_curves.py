@@ -5,12 +5,14 @@ import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 from tqdm import tqdm
 
 from experiments.robustness.corruption_grid import KERNEL_MACHINE, LATE_FUSION, Condition, Predictor
 from mmfusion.data.folds import targets
+from mmfusion.metrics.outcomes import PRIMARY, Outcome, example_outcome
 from mmfusion.metrics.scores import example_scores
 from mmfusion.metrics.tasks import selection_score
 from mmfusion.training.grid import per_example
@@ -48,14 +50,15 @@ class Curve:
 
 @dataclass
 class CorruptionResult:
-    """All curves of all rows, and per-example losses by group."""
+    """All curves of all rows, and per-example changes by group."""
 
     clean: dict[str, np.ndarray]
     """{row: (S, n)}"""
     curves: dict[tuple[str, str], dict[str, Curve]]
     """{(group, curve): {row: Curve}}"""
-    losses: dict[str, dict[str, np.ndarray]]
-    """{group: {row: (S, n)}}: mean over curves and severities of score - clean, per example"""
+    changes: dict[Outcome, dict[str, dict[str, np.ndarray]]]
+    """{primary outcome: {group: {row: (S, n)}}}: mean over curves and severities of the outcome less the clean one, by
+    examples; of the kernel machine, whose margins are no logits, there is none"""
     selection: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     """{"clean" or group: {row: (S,)}}: what epochs are selected by (mmfusion.metrics.tasks.SELECTION), of all test
     examples together; the mean over curves and severities"""
@@ -79,7 +82,10 @@ def measure_corrupted(predictor: Predictor, wanted: Sequence[Condition]) -> Corr
     selected = [row for row in predictor.rows if row != KERNEL_MACHINE or data.task in ("binary", "regression")]
     by_group = {"clean": {row: selection(said[row]) for row in selected}}
     collected: dict[tuple[str, str], dict[str, dict[float, list[np.ndarray]]]] = {}
-    sums: dict[str, dict[str, np.ndarray]] = {}
+    parts = {name: partial(example_outcome, outcome=name) for name in PRIMARY[data.task]}
+    own = [row for row in predictor.rows if row != KERNEL_MACHINE]
+    whole = {name: {row: per_example(data, said[row], "test", of) for row in own} for name, of in parts.items()}
+    changes: dict[Outcome, dict[str, dict[str, np.ndarray]]] = {name: {} for name in parts}
     # draws are averaged, so that every severity of every curve weighs alike
     draws = Counter((c.group, c.curve, c.level) for c in wanted)
     points = Counter(group for group, _, _ in draws)
@@ -91,18 +97,18 @@ def measure_corrupted(predictor: Predictor, wanted: Sequence[Condition]) -> Corr
             values = scores(predictions)
             by_level = collected.setdefault((condition.group, condition.curve), {}).setdefault(row, {})
             by_level.setdefault(condition.level, []).append(values.mean(1))
-            group = sums.setdefault(condition.group, {})
-            drawn = draws[condition.group, condition.curve, condition.level]
-            group[row] = group.get(row, 0) + (values - clean[row]) / drawn
+            weight = draws[condition.group, condition.curve, condition.level] * points[condition.group]
+            for name, of in parts.items() if row in own else ():
+                here = changes[name].setdefault(condition.group, {})
+                here[row] = here.get(row, 0) + (per_example(data, predictions, "test", of) - whole[name][row]) / weight
             if row in selected:
                 here = by_group.setdefault(condition.group, {})
-                here[row] = here.get(row, 0) + selection(predictions) / drawn / points[condition.group]
+                here[row] = here.get(row, 0) + selection(predictions) / weight
     curves = {
         key: {row: _curve(clean[row].mean(1), by_level) for row, by_level in rows.items()}
         for key, rows in collected.items()
     }
-    losses = {group: {row: x / points[group] for row, x in rows.items()} for group, rows in sums.items()}
-    return CorruptionResult(clean, curves, losses, by_group)
+    return CorruptionResult(clean, curves, changes, by_group)
 
 
 def _curve(clean: np.ndarray, by_level: Mapping[float, list[np.ndarray]]) -> Curve:

@@ -12,28 +12,30 @@ methods. Of each curve over severity:
 - drop: clean minus the score at the largest severity;
 - effective robustness: mean over severities of (score - clean) minus the same of late fusion (Liang et al. 2021).
 
-Beside them stands what epochs are selected by: AUROC, or -log loss of more classes or labels.
+Beside them stands what epochs are selected by: AUROC, or -log loss of more classes or labels. Contrasts are on the
+task's two primary outcomes (mmfusion.metrics.outcomes): AUROC and log loss, or MAE and correlation.
 
 Worst cases are certified from below and attacked from above (mmfusion/robustness/worst_case.py
 defines sizes rho).
 
-The claim is tested as: in every group of conditions that was measured, jWAE-LMF loses less than late fusion, its
-effective robustness being above 0. All groups must hold. Where late fusion does not score above a constant prediction
-by the smallest effect of interest it has nothing to lose: cannot tell. The other contrasts (rank 1, without the prior,
-concatenation) do not decide, and a row that scores less has less to lose. Differences run over seeds and test examples,
-means over the conditions of a group; draws are averaged.
+The claim is tested as: in every group of conditions that was measured, jWAE-LMF loses less of either primary outcome
+than late fusion. All must hold. Where late fusion is not above a constant prediction by the smallest effect of
+interest, by the first of them, it has nothing to lose: cannot tell. The other contrasts (rank 1, without the prior,
+concatenation) do not decide, and a row that scores less has less to lose. Differences are means over the conditions of
+a group; draws are averaged.
 """
 
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import tyro
 
-from experiments.experiment import SCORE_EFFECT, Experiment, Outcome, begun, contrasts_on_test, record
+from experiments.experiment import Experiment, Outcome, begun, contrasts_on_test, record
 from experiments.robustness.corruption_curves import CorruptionResult, curves_csv, group_summary, measure_corrupted
 from experiments.robustness.corruption_grid import LATE_FUSION, Condition, Group, Predictor, check_flags, conditions
 from experiments.robustness.figure import draw
@@ -44,9 +46,9 @@ from mmfusion.data.folds import constant_predictions
 from mmfusion.errors import InputError
 from mmfusion.files import write_safetensors, write_text
 from mmfusion.metrics.format import mean_std
-from mmfusion.metrics.scores import example_scores
+from mmfusion.metrics.outcomes import EFFECTS, PRIMARY, WORDS, example_outcome
 from mmfusion.metrics.tasks import SELECTION
-from mmfusion.metrics.verdicts import Difference, combine
+from mmfusion.metrics.verdicts import Difference, verdict_of
 from mmfusion.robustness.worst_case import SIZES
 from mmfusion.runs.folder import RunFolder
 from mmfusion.runs.load import TrainedRun, load_run
@@ -142,9 +144,9 @@ def measure(predictor: Predictor, options: Options, wanted: Sequence[Condition])
     result = measure_corrupted(predictor, wanted)
     worst = measure_worst_cases(run, options.attack_seeds)
     pixels = attack_pixels(run, options.pixels, predictor.device) if options.pixels else []
-    named = differences(run, result)
-    contrasts = contrasts_on_test(run.data, named) if named else []
-    deciding = [c.verdict for c in contrasts if c.decides]
+    named, effects = differences(run, result)
+    contrasts = contrasts_on_test(run.data, named, effects) if named else []
+    verdict = "cannot tell"
     notes = [
         f"sizes rho are relative to the standard deviations in training; features: first {worst.seeds} seed(s); on "
         f"{min(ATTACKED, len(run.data.test_rows))} of the {len(run.data.test_rows)} test examples",
@@ -154,9 +156,10 @@ def measure(predictor: Predictor, options: Options, wanted: Sequence[Condition])
         notes.append("rows of several modalities were trained with modality dropout, those of one without")
     if LATE_FUSION not in result.clean:
         notes.append("no late fusion: the run has not every modality alone; no verdict")
-    elif (lead := lead_over_constant(run, result)) < SCORE_EFFECT:
-        deciding = []
+    elif (lead := lead_over_constant(run, predictor.clean(LATE_FUSION))) < EFFECTS[PRIMARY[run.task][0]]:
         notes.append(f"late fusion is {lead:+.3f} from a constant prediction: it has nothing to lose; no verdict")
+    elif named:
+        verdict = verdict_of(contrasts)
     masks = {
         f"{c.where}/{c.level:g}/{c.draw}/{name}": torch.from_numpy(mask).to(torch.uint8)
         for c in wanted
@@ -166,7 +169,7 @@ def measure(predictor: Predictor, options: Options, wanted: Sequence[Condition])
     outcome = Outcome(
         table(run, result, worst, pixels),
         contrasts,
-        combine(deciding, "all") if deciding else "cannot tell",
+        verdict,
         answer(run, result, worst),
         numbers(result, worst, pixels),
         lambda figure: draw(figure, run, result, worst),
@@ -179,27 +182,29 @@ def measure(predictor: Predictor, options: Options, wanted: Sequence[Condition])
 OVER_LATE_FUSION = "loses less than late fusion: "
 
 
-def lead_over_constant(run: TrainedRun, result: CorruptionResult) -> float:
-    """Clean score of late fusion minus that of the training majority (or mean)."""
-    constant = per_example(run.data, constant_predictions(run.data), "test", example_scores)
-    return float(result.clean[LATE_FUSION].mean() - constant.mean())
+def lead_over_constant(run: TrainedRun, predictions: np.ndarray) -> float:
+    """First primary outcome of these clean predictions (S, n[, O]) less that of the training shares (or mean)."""
+    of = partial(example_outcome, outcome=PRIMARY[run.task][0])
+    ours, constant = (per_example(run.data, x, "test", of) for x in (predictions, constant_predictions(run.data)))
+    return float(ours.mean() - constant.mean())
 
 
-def differences(run: TrainedRun, result: CorruptionResult) -> dict[str, Difference]:
-    """Contrasts (S, n): how much less the main row loses than another, by group."""
+def differences(run: TrainedRun, result: CorruptionResult) -> tuple[dict[str, Difference], dict[str, float]]:
+    """Contrasts (S, n): how much less the main row loses than another, by outcome and group; effects of interest."""
     others = {LATE_FUSION: OVER_LATE_FUSION}
     candidates = ("jWAE-LMF, rank 1", run.prior_free_row, "concatenation + MLP")
     others |= {row: f"loses less than {row}: " for row in candidates if row in result.clean}
-    named = {}
-    for row, text in others.items():
-        for group, losses in result.losses.items():
-            if row in losses:
-                named[text + group] = Difference(
-                    losses[run.main_row] - losses[row],
-                    f"{run.main_row} loses less score than {row}, mean over the conditions of this group",
-                    row == LATE_FUSION,
-                )
-    return named
+    named: dict[str, Difference] = {}
+    effects: dict[str, float] = {}
+    for outcome, groups in result.changes.items():
+        for row, text in others.items():
+            for group, change in groups.items():
+                if row in change:
+                    name = f"{text}{group}, {WORDS[outcome]}"
+                    claim = f"{run.main_row} loses less {WORDS[outcome]} than {row}, mean over the group's conditions"
+                    named[name] = Difference(change[run.main_row] - change[row], claim, row == LATE_FUSION)
+                    effects[name] = EFFECTS[outcome]
+    return named, effects
 
 
 # ---- text --------------------------------------------------------------------------------------------------------
@@ -208,7 +213,7 @@ def differences(run: TrainedRun, result: CorruptionResult) -> dict[str, Differen
 def table(run: TrainedRun, result: CorruptionResult, worst: WorstCases, pixels: Sequence[PixelAttack]) -> str:
     """Corruption by group, worst cases by modality, checks, pixel attacks."""
     width = max(map(len, result.clean))
-    groups = list(result.losses)
+    groups = list(next(iter(result.changes.values())))
     lines = [
         f"score: {run.data.score_name}, mean +- std over seeds; per group of conditions (mean over its curves): area,",
         "drop at the largest severity, effective robustness (change against that of late fusion)",
@@ -254,7 +259,7 @@ def selection_table(run: TrainedRun, result: CorruptionResult, width: int) -> li
 def answer(run: TrainedRun, result: CorruptionResult, worst: WorstCases) -> str:
     """The main row in one sentence."""
     parts = []
-    for group in result.losses:
+    for group in next(iter(result.changes.values())):
         summary = group_summary(result, group, run.main_row)
         effective = f", effective {summary['effective'].mean():+.3f}" if "effective" in summary else ""
         parts.append(f"{group}: drop {summary['drop'].mean():.3f}{effective}")

@@ -134,10 +134,13 @@ def cross_validated(data: FoldedDataset, folds: int, repeats: int = 1, seed: int
     """The same examples, those that were trained, selected or tested on, cut anew: K folds, `repeats` times.
 
     Classes are kept in proportion, groups (videos, speakers) whole. An eighth of what a fold trains on is its dev part,
-    cut the same way. What the data set says of its own split is left behind.
+    cut the same way. What the data set's notes say of train, dev and test is of its own split; a note says so.
 
-    Raises InputError where there are fewer groups, or examples of a class, than folds.
+    Raises InputError where there are fewer groups, or examples of a class, than folds, and where rows that are no
+    group have an item in common (captions of a picture).
     """
+    if items := [name for name, of in data.pool.shared.items() if len(set(of)) < len(of)]:
+        raise InputError(f"--cross-validate {folds}: rows of {data.name} share their {items[0]}; leave the flag out")
     rows = torch.cat([torch.cat(list(fold)) for fold in data.folds]).unique().numpy()
     labels = data.pool.target.numpy() if data.task in ("binary", "multiclass") else None
     column = data.pool.metadata.get("group")
@@ -163,8 +166,9 @@ def cross_validated(data: FoldedDataset, folds: int, repeats: int = 1, seed: int
             count = min(DEV_PARTS, max(2, _least(labels, groups, train)))
             train, dev = parts(train, count, seed + 1000 * (k + 1) + repeat)[0]
             cuts.append(Fold(*(torch.from_numpy(np.sort(part)) for part in (train, dev, test))))
-    note = f"{folds} folds, cut {repeats} times over all {len(rows)} examples" + (
-        "" if groups is None else ", by group"
+    by_group = "" if groups is None else ", by group"
+    note = (
+        f"{folds} folds, cut {repeats} times over all {len(rows)} examples{by_group}: notes above are of its own split"
     )
     provenance = data.provenance | {"cross_validate": folds, "repeats": repeats, "cross_validation_seed": seed}
     return replace(data, folds=cuts, notes=[*data.notes, note], provenance=provenance, repeats=repeats)

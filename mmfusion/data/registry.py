@@ -15,7 +15,7 @@ from mmfusion.data.captions import BOUNDS as CAPTION_BOUNDS
 from mmfusion.data.captions import CAPTIONS, load_captions
 from mmfusion.data.cmu_mosi import load_cmu_mosi
 from mmfusion.data.cmu_mosi_texts import cut_by_video, encode_transcripts
-from mmfusion.data.folds import FoldedDataset, fold_datasets
+from mmfusion.data.folds import FoldedDataset, cross_validated, fold_datasets
 from mmfusion.data.memes import MemesConfig, MemesSource, find_source, load_memes
 from mmfusion.data.mmmo import load_mmmo
 from mmfusion.data.mustard import load_mustard
@@ -262,15 +262,29 @@ class DataOptions:
 PLANT_FLAGS = ("plant_rank", "plant_strength", "plant_seed", "plant_noise", "plant_modality")
 
 
+@dataclass(frozen=True)
+class StudyOptions(DataOptions):
+    """Flags of what a study works on: a data set, by its own split or cut anew."""
+
+    cross_validate: int | None = None
+    """cut all examples anew into so many folds, in place of the data set's own split"""
+    repeats: int = 1
+    """of that, each with other folds and another start of every seed"""
+
+
 def load_folded(options: DataOptions, device: str = "cpu") -> FoldedDataset:
-    """The data set that the flags name, with its planted labels. Raises InputError naming the flag or the file."""
+    """The data set that the flags name, as `folded`. Raises InputError naming the flag or the file."""
     return folded(load_datasets(replace(options, plant=None), device), options)
 
 
 def folded(datasets: Sequence[Dataset], options: DataOptions) -> FoldedDataset:
-    """One study of the folds of a dataset, with the labels that the flags plant. Raises InputError."""
+    """One study of the folds of a dataset, with the labels and the cuts that the flags ask for. Raises InputError."""
     config, data = planted_config(options), fold_datasets(datasets)
-    return data if config is None else plant(data, config)[0]
+    if config is not None:
+        data = plant(data, config)[0]
+    if isinstance(options, StudyOptions) and options.cross_validate is not None:
+        data = cross_validated(data, options.cross_validate, options.repeats)
+    return data
 
 
 def planted_config(options: DataOptions) -> PlantedConfig | None:

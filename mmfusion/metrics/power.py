@@ -70,18 +70,10 @@ def verdict_of_statistics(
     return claim_code(codes, names) + 1
 
 
-def verdict_of_folds(
-    values: np.ndarray, ratio: float, routes: Sequence[str | None], floors: Sequence[float] | np.ndarray
-) -> np.ndarray:
-    """Verdict codes (...) of fold values (..., C, J); arguments and errors as `verdict_of_statistics`."""
-    values = np.asarray(values, np.float64)
-    return verdict_of_statistics(values.mean(-1), values.std(-1, ddof=1), values.shape[-1], ratio, routes, floors)
-
-
 def checked_claim(
     folds: int, ratio: float, routes: Sequence[str | None], effects: Sequence[float] | np.ndarray
 ) -> tuple[list[str | None], np.ndarray]:
-    """Groups and effects (C,); raises ValueError where a number is out of range or nothing decides."""
+    """Routes and effects (C,); raises ValueError where a number is out of range or nothing decides."""
     routes, effects = list(routes), np.asarray(effects, np.float64)
     if folds < 2 or not 0 < ratio < np.inf:
         raise ValueError(f"{folds} folds with a ratio of {ratio}: give at least 2 folds, a ratio above 0")

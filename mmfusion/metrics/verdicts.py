@@ -14,7 +14,7 @@ p-values are corrected after Holm. Contrasts that do not decide are controls: th
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -210,22 +210,6 @@ def verdict_of(contrasts: Sequence[Contrast]) -> Verdict:
         raise ValueError("a claim without a contrast that decides has no verdict")
     known = {verdict: code for code, verdict in CODES.items()}
     return CODES[int(claim_code(np.array([known[c.verdict] for c in deciding]), [c.route for c in deciding]))]
-
-
-def combine(verdicts: Sequence[Verdict], how: Literal["all", "any"]) -> Verdict:
-    """One verdict for a claim made of several parts, all of which, or any of which, must hold.
-
-    "Not identified" wins over everything. Then "all": the weakest part decides, in the order "not supported", "cannot
-    tell", "supported"; "any": the strongest.
-
-    Raises ValueError for no verdicts at all, an unknown verdict or an unknown `how`.
-    """
-    if not verdicts or not set(verdicts) <= set(get_args(Verdict)) or how not in ("all", "any"):
-        raise ValueError(f"cannot combine {list(verdicts)} by {how!r}")
-    if "not identified" in verdicts:
-        return "not identified"
-    known = {verdict: code for code, verdict in CODES.items()}
-    return CODES[(min if how == "all" else max)(known[verdict] for verdict in verdicts)]
 
 
 def _interval(

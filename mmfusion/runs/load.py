@@ -16,9 +16,9 @@ import torch
 from hateful_memes_loader import find_annotations, image_paths
 from mmfusion.data.array_files import read_arrays
 from mmfusion.data.arrays import ArraysConfig, dataset_from_arrays, describe_arrays, load_arrays, with_kept
-from mmfusion.data.folds import FoldedDataset, cross_validated, datasets_of, fold_datasets
+from mmfusion.data.folds import FoldedDataset, datasets_of, fold_datasets
 from mmfusion.data.memes import MemesConfig, MemesSource, find_source, load_memes
-from mmfusion.data.registry import CORPORA, DataOptions, folded, load_datasets, memes_source, text_encoders
+from mmfusion.data.registry import CORPORA, StudyOptions, folded, load_datasets, memes_source, text_encoders
 from mmfusion.dataset import Dataset, Task
 from mmfusion.distributed import Processes
 from mmfusion.encoders.frozen import EncoderConfig, compute_dtype
@@ -36,14 +36,6 @@ ARRAYS = "arrays.npz"
 MODEL_KEEPERS = ("baselines", "train")  # experiments whose runs keep models; "train" is what baselines was called
 TEXT_COLUMNS = {modality: column for corpus in CORPORA.values() for modality, column in corpus.texts.items()}
 """columns of the metadata that hold what a modality was encoded from"""
-
-
-@dataclass(frozen=True)
-class CutFlags:
-    """How an experiment cut its data anew."""
-
-    cross_validate: int | None = None
-    repeats: int = 1
 
 
 @dataclass(frozen=True)
@@ -154,13 +146,10 @@ def load_run(folder: Path, device: str = "cpu", with_tokens: bool = False) -> Tr
         now = describe_arrays(datasets)
         trained_on_dev = False
     elif "experiment" in begun["data"]:
-        options = config_from(DataOptions, settings, path)
+        options = config_from(StudyOptions, settings, path)
         datasets = load_datasets(replace(options, plant=None), device)
         data = folded(datasets, options)
-        cut = config_from(CutFlags, settings, path)
-        if cut.cross_validate is not None:
-            data = cross_validated(data, cut.cross_validate, cut.repeats)
-        if cut.cross_validate is not None or options.plant is not None:
+        if options.cross_validate is not None or options.plant is not None:
             datasets = datasets_of(data, datasets[0])
         now = {"experiment": begun["data"]["experiment"], **data.description}
         memes = memes_source(options)
