@@ -189,23 +189,26 @@ def attacked_scores(
 ) -> Tensor:
     """(len(sizes), n): scores under PGD on the standardised features of one modality.
 
-    A change that is found at one size is allowed at every larger one, so the curve falls.
+    All sizes, ascending, are attacked at once; a change that is found at one is allowed at every larger one, so the
+    curve falls.
     """
-    outputs = outputs_under_change(model, features, name)
-    like = torch.zeros_like(features[name])
+    count, copies = len(features[name]), len(sizes)
+    outputs = outputs_under_change(model, {key: x.repeat(copies, 1) for key, x in features.items()}, name)
+    like = torch.zeros_like(features[name]).repeat(copies, 1)
     size = change_size(torch.ones(like.shape[1]), norm)
-    worst, scores = criterion.margin(outputs(like)).detach(), []
-    for rho in sizes:
-        attacks = _attack_each(
-            lambda c: criterion.margin(outputs(c)), like, rho * size, norm, steps=steps, restarts=restarts
-        )
-        worst = torch.minimum(worst, _values(attacks))
-        scores.append(criterion.score(worst))
-    return torch.stack(scores)
+    epsilon = (size * torch.tensor(sizes)).to(like).repeat_interleave(count)
+
+    def margin(change: Tensor) -> Tensor:
+        return torch.cat([criterion.margin(part) for part in outputs(change).split(count)])
+
+    found = _values(_attack_each(margin, like, epsilon, norm, steps=steps, restarts=restarts))
+    clean = margin(like)[:count].detach()
+    worst = torch.cat([clean[None], found.unflatten(0, (copies, count))]).cummin(0).values[1:]
+    return torch.stack([criterion.score(of_size) for of_size in worst])
 
 
 def _attack_each(
-    margin: Callable[[Tensor], Tensor], like: Tensor, epsilon: float, norm: Norm, **effort: int
+    margin: Callable[[Tensor], Tensor], like: Tensor, epsilon: float | Tensor, norm: Norm, **effort: int
 ) -> list[Attack]:
     """PGD on every one of J margins by itself, from margin(change) -> (n, J)."""
     with torch.no_grad():
