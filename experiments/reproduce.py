@@ -5,40 +5,27 @@
 
 A data set is cut anew into folds, twice, over all of its examples: three times the test examples of its own split, and
 intervals that speak of other training sets. Each experiment is a process of its own, run by the very command that
-RESULTS.md shows; one that is complete is not run again with --resume.
+RESULTS.md shows, several at once; one that is complete is not run again with --resume. What it prints is log.txt in its
+folder.
 """
 
 import importlib
 import json
-import shutil
-import subprocess
 import sys
-import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from experiments.corpora import CORPORA, LABELLED, Corpus
 from experiments.experiment import Options
 from experiments.experiment import options_of as experiment_options
+from experiments.processes import Command, run_commands
 from experiments.results_pages import Finished, write_pages
 from mmfusion.cli import parse, run_command
 from mmfusion.errors import InputError
 from mmfusion.runs.folder import MARK_OF_COMPLETION, RUNS, code_digest
 from mmfusion.runs.settings import check_settings, read_run, settings_of
 
-LABELLED = (
-    "baselines",
-    "rank_ablation",
-    "jwae_ablation",
-    "modality_dropout",
-    "modality_balance",
-    "weak_modalities",
-    "rank_semantics",
-    "robustness",
-    "rank_robustness",
-    "latent_linearity",
-    "uncertainty",
-)
 EXPERIMENTS = (*LABELLED, "temporal", "wma", "alignment", "modality_count", "synthetic")
 # these measure what experiments.baselines trained; it keeps dev apart for them, and has ensembles
 OF_A_RUN = ("robustness", "uncertainty")
@@ -49,67 +36,6 @@ OF_ITS_OWN = ("synthetic",)
 # these take folds of their own, or none: their differences are paired over seeds and test examples too
 OWN_SEEDS = {"alignment": 3, "modality_count": 5, "synthetic": 5, "temporal": 3, "wma": 3}
 FIXED_SEEDS = 5  # on a data set with a test part of its own
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """A data set of the study: where it is found, how it is read, and what is asked of it."""
-
-    patterns: tuple[str, ...]
-    """of its file; the first that fits is taken"""
-    asked: tuple[str, ...]
-    """experiments"""
-    dataset: str | None = None
-    """name in the registry; default: its own"""
-    flags: tuple[str, ...] = ()
-    """of its loader"""
-    own_flags: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """further ones, by experiment"""
-    encodes_text: bool = False
-    """takes --text-encoder"""
-    hidden_dim: int | None = None
-    """narrower than the recipe's, where features are so wide that nothing else would be computed for half an hour"""
-    is_split: bool = False
-    """it has a test part that others report on: it is not cut anew"""
-
-
-CORPORA = {
-    "demo": Corpus((), (*LABELLED, "temporal", "wma", "alignment"), hidden_dim=64),
-    "cmu_mosi": Corpus(
-        ("cmu_mosi*.npz", "mosi*.npz", "*mosi*.pkl", "aligned_50.pkl", "unaligned_50.pkl"), LABELLED, encodes_text=True
-    ),
-    "mustard": Corpus(
-        ("sarcasm_data.json", "*sarcasm_data.json"),
-        (*LABELLED, "temporal", "alignment"),
-        encodes_text=True,
-    ),
-    "pom": Corpus(("pom*.npz",), (*LABELLED, "temporal", "wma", "alignment")),
-    "mmmo": Corpus(("mmmo*.npz",), (*LABELLED, "temporal")),
-    "photo_tweets": Corpus(("photo_tweets*.npz",), LABELLED, "arrays", hidden_dim=64),
-    "digits": Corpus(
-        ("mfeat_digits*.npz",),
-        ("alignment", "modality_count"),
-        "arrays",
-        ("--target", "digit", "--hold-out", "0.5"),
-        {"alignment": ("--modalities", "fou", "kar")},
-    ),
-    "clip": Corpus(
-        ("clip_coco_pairs*.npz",),
-        ("alignment",),
-        "pairs",
-        ("--modalities", "image", "text"),
-        {"alignment": ("--identity", "--width", "512", "--rate", "1e-4")},
-    ),
-    "cells": Corpus(
-        ("snareseq*.npz",), ("alignment",), "pairs", ("--modalities", "chromatin", "expression", "--folds", "2")
-    ),
-    "hateful_memes": Corpus(
-        ("train.jsonl", "*/train.jsonl"),
-        (*LABELLED, "temporal", "wma"),
-        encodes_text=True,
-        is_split=True,
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -139,6 +65,8 @@ class Config:
     """folder for what the file leads to: a page and a figure per experiment and dataset, and contrasts.csv"""
     mix_code: bool = False
     """with --resume: take finished experiments of other code too; the first line of the file then says so"""
+    at_once: int = 2
+    """experiments that run side by side, each with its share of the cores: small models gain nothing from more"""
     cache_dir: Path = Path("cache")
     """where encoded texts and images (and the demo) are kept between runs"""
     skip_inputs: bool = False
@@ -154,6 +82,9 @@ class Job:
     experiment: str
     dataset: str
     data: Path | None
+
+    def __str__(self) -> str:
+        return f"{self.experiment} on {self.dataset}"
 
     @property
     def folder(self) -> Path:
@@ -183,29 +114,16 @@ def main(config: Config) -> None:
     check_outputs(config)
     if not config.resume and (begun := next((job.folder for job in jobs if job.folder.exists()), None)):
         raise InputError(f"{begun}: exists; give --resume to go on with it, or move it away to begin anew")
-    begun, done = time.perf_counter(), 0
-    for number, job in enumerate(jobs, 1):
-        if job.folder.exists() and not (job.folder / "run.json").exists():
-            shutil.rmtree(job.folder)  # killed before it had begun
-        if (job.folder / MARK_OF_COMPLETION).exists():
-            # a finished run of other settings must not stand under this command
-            check_finished(job, config)
-            continue
-        minutes = (time.perf_counter() - begun) / 60
-        left = (
-            f", {minutes:.0f} minutes so far, about {minutes / done * (len(jobs) - number + 1):.0f} left"
-            if done
-            else ""
-        )
-        print(f"\n[{number}/{len(jobs)}] {job.experiment} on {job.dataset}{left}", flush=True)
-        done += 1
-        arguments = flags(job, config) + (["--resume"] if (job.folder / "run.json").exists() else [])
-        status = subprocess.run([sys.executable, "-m", job.module, *arguments]).returncode
-        if status:
-            raise InputError(
-                f"{job.module} on {job.dataset} stopped with exit code {status}; "
-                "put right what it says above, then go on with --resume"
-            )
+    complete = [job for job in jobs if (job.folder / MARK_OF_COMPLETION).exists()]
+    for job in complete:  # a finished run of other settings must not stand under this command
+        check_finished(job, config)
+    left = [job for job in jobs if job not in complete]
+    # a data set's first fills the cache, and the others may measure what it trained
+    first = {job.dataset: job for job in reversed(jobs)}
+    run_commands(
+        [Command(str(job), job.folder, job.module, flags(job, config), str(first[job.dataset])) for job in left],
+        config.at_once,
+    )
     write_pages([finished(job) for job in jobs], config.out, config.pages)
 
 
@@ -219,7 +137,9 @@ def finished(job: Job) -> Finished:
 
 
 def check_outputs(config: Config) -> None:
-    """Raise InputError where --out or --pages cannot be written, before anything is run."""
+    """Raise InputError where --out or --pages cannot be written or --at-once is no number, before anything is run."""
+    if not 1 <= config.at_once <= 1000:
+        raise InputError(f"--at-once {config.at_once}: give a number from 1 to 1000")
     if config.out.is_dir():
         raise InputError(f"--out {config.out}: is a folder; give a file")
     if config.pages.exists() and not config.pages.is_dir():
@@ -274,7 +194,9 @@ def flags(job: Job, config: Config) -> list[str]:
         # pictures and texts are read again by split, and a data set that is cut anew has none
         inputs = ["input"] if corpus.is_split and not config.skip_inputs else []
         groups = ["--groups", *inputs, "features", "latents", "missing"]
-        return [str(job.models.folder), *groups, "--name", job.folder.name]
+        # of a data set that is cut anew every fold has a member to attack
+        seeds = ["--attack-seeds", "1"] if job.experiment == "robustness" and not corpus.is_split else []
+        return [str(job.models.folder), *groups, *seeds, "--name", job.folder.name]
     flags = ["--dataset", corpus.dataset or job.dataset, *of_file(job)]
     if job.data is not None:
         flags += ["--data", str(job.data)]
