@@ -86,7 +86,7 @@ def _start(command: Command, environment: dict[str, str]) -> _Running:
     if command.folder.exists() and not (command.folder / "run.json").exists():
         shutil.rmtree(command.folder)  # killed before it had begun
     flags = command.flags + (["--resume"] if command.folder.exists() else [])
-    log = tempfile.TemporaryFile()  # noqa: SIM115
+    log = tempfile.TemporaryFile()
     process = subprocess.Popen(
         [sys.executable, "-m", command.module, *flags], stdout=log, stderr=subprocess.STDOUT, env=environment
     )
