@@ -47,7 +47,7 @@ CORPORA = {
     ),
     "mustard": Corpus(
         ("sarcasm_data.json", "*sarcasm_data.json"),
-        (*LABELLED, "temporal", "alignment"),
+        (*LABELLED, "alignment"),
         encodes_text=True,
     ),
     "pom": Corpus(("pom*.npz",), (*LABELLED, "temporal", "wma", "alignment")),
