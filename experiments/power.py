@@ -6,15 +6,17 @@
 
 The first simulates each run's verdict from the spread of its contrasts over folds (mmfusion.metrics.power) and draws
 the curves. The second trains the experiment on as many plantings (functions and labels anew), and prints how often the
-verdict is "supported" beside what the simulation says of the same spread.
+verdict is "supported" beside what the simulation says of the same spread; --keep FILE adds that to a table.
 """
 
+import csv
 import importlib
+import io
 import json
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, make_dataclass, replace
+from dataclasses import asdict, dataclass, fields, make_dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +30,7 @@ from experiments.experiment import Experiment, Options, Run, check_options, load
 from mmfusion.cli import pick_device, run_command
 from mmfusion.distributed import current_processes
 from mmfusion.errors import InputError
-from mmfusion.files import read_regular_file, write_atomically
+from mmfusion.files import read_regular_file, write_atomically, write_text
 from mmfusion.metrics.power import checked_claim, checked_values, false_support, power_curve, simulate, size_needed
 from mmfusion.runs.folder import MARK_OF_COMPLETION, RUNS
 from mmfusion.runs.settings import MOST_BYTES
@@ -187,7 +189,32 @@ def check(experiment: Experiment, options: Options) -> None:
         designs.append(design)
         estimates = " ".join(f"{value:+.4f}" for value in design.values.mean(1))
         print(f"planting {number}: {verdict:14} deciding contrasts {estimates}", flush=True)
-    print(summary(verdicts, designs))
+    found = planted_summary(verdicts, designs)
+    print(said(found))
+    if options.keep is not None:
+        keep(options, experiment, found)
+
+
+def keep(options: Options, experiment: Experiment, found: Mapping[str, float]) -> None:
+    """Add a line to the file of --keep, in place of one of the same experiment and flags."""
+    flags = [f"--dataset {options.dataset}" if options.data is None else Path(options.data).name]
+    for one in fields(options):
+        value = getattr(options, one.name)
+        if one.name.startswith("plant") and one.name != "plant_seed" and value != getattr(Options, one.name):
+            flags.append(f"--{one.name.replace('_', '-')} {value}")
+    row = {"experiment": experiment.name, "flags": " ".join(flags)} | {key: str(x) for key, x in found.items()}
+    rows = []
+    if options.keep.exists():
+        text = read_regular_file(options.keep, MOST_BYTES, "give another file to --keep").decode("utf-8", "replace")
+        rows = [one for one in csv.DictReader(io.StringIO(text)) if one.keys() == row.keys()]
+        if not rows:
+            raise InputError(f"{options.keep}: holds no table of plantings; give another file to --keep")
+    rows = [one for one in rows if (one["experiment"], one["flags"]) != (row["experiment"], row["flags"])] + [row]
+    text = io.StringIO()
+    table = csv.DictWriter(text, row, lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    write_text(options.keep, text.getvalue())
 
 
 def planted_outcome(experiment: Experiment, options: Options, device: torch.device) -> tuple[str, Design]:
@@ -200,7 +227,7 @@ def planted_outcome(experiment: Experiment, options: Options, device: torch.devi
     )
 
 
-def summary(verdicts: Sequence[str], designs: Sequence[Design]) -> str:
+def planted_summary(verdicts: Sequence[str], designs: Sequence[Design]) -> dict[str, float]:
     """Share of supported verdicts with its 95 % interval, beside what the spread over folds lets expect.
 
     The true effects are taken to be the mean estimates over all plantings; the simulation is averaged over them.
@@ -211,10 +238,17 @@ def summary(verdicts: Sequence[str], designs: Sequence[Design]) -> str:
     at = np.mean(
         [simulate(*one.rule, np.stack([true, 0 * true]), floors=one.floors)[:, SUPPORTED] for one in designs], axis=0
     )
-    agrees = found.low <= at[0] <= found.high
+    names = ("replicates", "supported", "low", "high", "simulated", "none")
+    return dict(zip(names, (len(verdicts), count, found.low, found.high, float(at[0]), float(at[1])), strict=True))
+
+
+def said(found: Mapping[str, float]) -> str:
+    """`planted_summary` in words."""
+    agrees = found["low"] <= found["simulated"] <= found["high"]
     return (
-        f"supported in {count} of {len(verdicts)} plantings: {count / len(verdicts):.2f} "
-        f"[{found.low:.2f}, {found.high:.2f}]; simulated at the mean estimates {at[0]:.2f}, at no effect {at[1]:.3f}\n"
+        f"supported in {found['supported']} of {found['replicates']} plantings: "
+        f"{found['supported'] / found['replicates']:.2f} [{found['low']:.2f}, {found['high']:.2f}]; simulated at the "
+        f"mean estimates {found['simulated']:.2f}, at no effect {found['none']:.3f}\n"
         f"the simulation lies {'inside' if agrees else 'outside'} the interval"
     )
 
@@ -239,7 +273,7 @@ def run(arguments: list[str]) -> int:
         experiment = experiment_named("".join(arguments[place + 1 : place + 2]))
     except InputError as error:
         current_processes().stop(error)
-    own = [("replicates", int, 10)]
+    own = [("replicates", int, 10), ("keep", Path | None, None)]
     options = make_dataclass("Options", own, bases=(options_of(experiment),), frozen=True)
     return run_command(lambda config: check(experiment, config), options, arguments[:place] + arguments[place + 2 :])
 

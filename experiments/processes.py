@@ -62,7 +62,8 @@ def run_commands(commands: Sequence[Command], at_once: int) -> None:
                 _finish(one)
                 ended += 1
                 minutes = (time.perf_counter() - begun) / 60
-                left = minutes / ended * (len(commands) - ended)
+                done = ended + len(running) / 2  # the others half, on average
+                left = minutes / done * (len(commands) - done)
                 seconds = time.perf_counter() - one.begun
                 print(
                     f"[{ended}/{len(commands)}] {one.command.name}: {seconds:.0f} s; {minutes:.0f} minutes so far, "

@@ -12,12 +12,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from experiments.forest import draw_forest
-from experiments.power import design_of
-from experiments.results_summary import CONTRAST_COLUMNS, FIGURE, RUN_COLUMNS, read_contrasts, summary
+from experiments.power import CURVE, SUPPORTED, design_of
+from experiments.power import draw as draw_power
+from experiments.results_summary import (
+    CONTRAST_COLUMNS,
+    FIGURE,
+    PLANTINGS,
+    RUN_COLUMNS,
+    planted_table,
+    read_contrasts,
+    summary,
+    verdict_table,
+    with_answers,
+    with_tables,
+)
 from mmfusion.errors import InputError
 from mmfusion.files import write_atomically, write_text
 from mmfusion.metrics.power import false_support, power_curve, size_needed
@@ -50,7 +63,10 @@ class Finished:
 
 
 def write_pages(finished: Sequence[Finished], out: Path, folder: Path) -> None:
-    """Write RESULTS.md (`out`), and into `folder` contrasts.csv, the forest plot, the pages and their figures."""
+    """Write RESULTS.md (`out`), and into `folder` contrasts.csv, the forest plot, the pages and their figures.
+
+    A README.md beside RESULTS.md is given the answers of its table of questions, a study.md beside `folder` its tables.
+    """
     for one in finished:
         source = one.folder / "figure.png"
         write_atomically(folder / f"{one.page}.png", lambda path, source=source: shutil.copyfile(source, path))
@@ -63,6 +79,19 @@ def write_pages(finished: Sequence[Finished], out: Path, folder: Path) -> None:
     write_atomically(folder / FIGURE, lambda path: figure.savefig(path, dpi=90, format="png"))
     text = summary(rows, os.path.relpath(folder, out.parent))
     write_text(out, text)
+    curves = {(one.experiment, one.dataset): curve for one in finished if (curve := _power_curve(one)) is not None}
+    if curves:
+        figure = Figure(layout="constrained")
+        FigureCanvasAgg(figure)
+        draw_power(figure, curves)
+        write_atomically(folder / "power.png", lambda path: figure.savefig(path, dpi=80, format="png"))
+    tables = {"verdicts": verdict_table(rows), "plantings": planted_table(folder / PLANTINGS)}
+    for path, changed in (
+        (out.parent / "README.md", lambda text: with_answers(text, rows)),
+        (folder.parent / "study.md", lambda text: with_tables(text, tables)),
+    ):
+        if path.exists():
+            write_text(path, changed(path.read_text(encoding="utf-8")))
     print(f"\n{out}: {len(finished)} experiments, {text.count(chr(10))} lines; tables and figures in {folder}/")
 
 
@@ -110,6 +139,15 @@ def _about(one: Finished) -> dict[str, object]:
         "seconds": round(results["seconds"]),
         "memory_gb": results["peak_memory_gb"],
     }
+
+
+def _power_curve(one: Finished) -> np.ndarray | None:
+    """Probability of "supported" over CURVE; None where contrasts hold no values over folds."""
+    try:
+        design = design_of(one.results["contrasts"], one.page)
+    except InputError:
+        return None
+    return power_curve(*design.rule, CURVE, floors=design.floors)[:, SUPPORTED]
 
 
 # ---- pages -------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """RESULTS.md from contrasts.csv alone: what is said in short, verdicts with their power, what decided, and the mean."""
 
 import csv
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 
 from mmfusion.errors import InputError
 from mmfusion.metrics.pooled import pooled
+from mmfusion.metrics.verdicts import Verdict
 
 Row = Mapping[str, str]
 RUN_COLUMNS = (
@@ -46,6 +48,8 @@ CONTRAST_COLUMNS = (
     "contrast_verdict",
 )
 FIGURE = "forest.png"
+PLANTINGS = "plantings.csv"
+VERDICTS: tuple[Verdict, ...] = ("supported", "not supported", "cannot tell", "not identified")
 RULES = """\
 **How to read it.** Every claim is tested on every data set by contrasts: paired differences, positive as claimed, of
 models that share examples, folds and starting values. *Supported*: the 95 % interval lies above 0, and the effect is
@@ -80,8 +84,8 @@ def summary(rows: Sequence[Row], pages: str) -> str:
         f"# Results of code {', '.join(codes)}{mixed}",
         "",
         f"Written by `python -m experiments.reproduce` from [`contrasts.csv`]({pages}/contrasts.csv); not edited by "
-        f"hand. {rows[0]['machine']}; {minutes:.0f} minutes in all, {memory:.1f} GB at most. The digest is of the code "
-        "without docs and results (`mmfusion.runs.folder.code_digest`).",
+        f"hand. {rows[0]['machine']}; {minutes:.0f} minutes of work, shared out to processes of at most "
+        f"{memory:.1f} GB. The digest is of the code without docs and results (`mmfusion.runs.folder.code_digest`).",
         "",
         "## In short",
         "",
@@ -121,6 +125,46 @@ def sentences(rows: Sequence[Row]) -> list[str]:
     return found
 
 
+def with_answers(readme: str, rows: Sequence[Row]) -> str:
+    """The same README, in whose table of questions every experiment has its counts of verdicts (`VERDICTS`)."""
+    found = _by_experiment(rows)
+
+    def answered(line: re.Match) -> str:
+        verdicts = [runs[0]["verdict"] for runs in _runs(found.get(line["experiment"], [])).values()]
+        counts = "/".join(str(verdicts.count(one)) for one in VERDICTS)
+        return f"{line['begin']}{counts if verdicts else 'not run'} |"
+
+    row = r"^(?P<begin>\| .* \| `experiments\.(?P<experiment>\w+)`[^|]* \| )[^|]* \|$"
+    return re.sub(row, answered, readme, flags=re.MULTILINE)
+
+
+def with_tables(text: str, tables: Mapping[str, Sequence[str]]) -> str:
+    """The same text with these lines between `<!-- begin NAME -->` and `<!-- end NAME -->`, where it has those."""
+    for name, lines in tables.items():
+        block = rf"(?<=<!-- begin {name} -->\n).*?(?=<!-- end {name} -->)"
+        text = re.sub(block, lambda _, lines=lines: "\n".join(["", *lines, "", ""]), text, flags=re.DOTALL)
+    return text
+
+
+def planted_table(path: Path) -> list[str]:
+    """One line for each kept check by planted effects (`experiments.power --keep`); none without that file."""
+    if not path.exists():
+        return ["none kept"]
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    lines = ["| experiment | planted | supported | simulated | simulated, no effect |", "|---|---|---|---|---|"]
+    for row in rows:
+        share = f"{row['supported']} of {row['replicates']} [{float(row['low']):.2f}, {float(row['high']):.2f}]"
+        cells = [
+            row["experiment"],
+            f"`{row['flags']}`",
+            share,
+            *(f"{float(row[x]):.2f}" for x in ("simulated", "none")),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def verdict_table(rows: Sequence[Row]) -> list[str]:
     """Claims by datasets: the verdict, and in brackets its power at the effect of interest."""
     datasets = list(dict.fromkeys(row["dataset"] for row in rows))
@@ -130,14 +174,25 @@ def verdict_table(rows: Sequence[Row]) -> list[str]:
         cells = []
         for dataset in datasets:
             own = runs.get((experiment, dataset))
-            power = f" ({float(own[0]['power']):.2f})" if own and own[0]["power"] else ""
-            cells.append(own[0]["verdict"] + power if own else "not run")
+            cells.append(f"{own[0]['verdict']} ({power_of(own)})" if own else "not run")
         lines.append(f"| {experiment} | {' | '.join(cells)} |")
     wrong = [float(own[0]["false_support"]) for own in runs.values() if own[0]["false_support"]]
     if wrong:
         largest = f"at most {max(wrong):.3f}"
-        lines += ["", f'In brackets: power. Simulated from the spread over folds; "supported" by chance: {largest}.']
+        said = 'Simulated from the spread over folds; "supported" by chance: '
+        lines += ["", f"In brackets: power. {said}{largest}. With <: without folds, of the weakest contrast alone."]
     return lines
+
+
+def power_of(run: Sequence[Row]) -> str:
+    """Of finding the effect of interest: simulated where there are folds, else what the weakest contrast allows."""
+    if run[0]["power"]:
+        return f"{float(run[0]['power']):.2f}"
+    deciding = [row for row in run if row["decides"] == "1"] or list(run)
+    routes: dict[str, list[float]] = {}
+    for row in deciding:
+        routes.setdefault(row["route"], []).append(float(row["power_alone"]))
+    return f"< {max(min(of_route) for of_route in routes.values()):.2f}"
 
 
 def deciding_table(rows: Sequence[Row], pages: str) -> list[str]:

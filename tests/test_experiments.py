@@ -376,6 +376,25 @@ def test_the_contrast_that_decides_is_the_weakest_of_the_best_route():
     assert results_summary.deciding_row(rows)["contrast"] == "y2"
 
 
+def test_power_without_folds_is_that_of_the_weakest_contrast_of_the_best_route():
+    row = {"decides": "1", "power": "", "route": "x", "power_alone": "0.5"}
+    rows = [row, row | {"power_alone": "0.3"}, row | {"route": "y", "power_alone": "0.4"}]
+    rows.append(row | {"decides": "0", "power_alone": "0.9", "route": "z"})
+    assert results_summary.power_of(rows) == "< 0.40" and results_summary.power_of(rows[3:]) == "< 0.90"
+    assert results_summary.power_of([row | {"power": "0.123"}]) == "0.12"
+
+
+def test_answers_of_a_readme_are_counts_of_verdicts():
+    kept = [finished_in_small("baselines", name, verdict=v) for name, v in (("a", "supported"), ("b", "cannot tell"))]
+    kept.append(finished_in_small("robustness", "a", verdict="not identified"))
+    readme = (
+        "| q | `python -m` | answers |\n| is it? | `experiments.baselines` | 9/9 |\n"
+        "| it? | `experiments.robustness` RUN | old |\n| what? | `experiments.wma` | 1/2/3/4 |\n| `experiments.x` |\n"
+    )
+    expected = readme.replace("9/9", "1/0/1/0").replace("old", "0/0/0/1").replace("1/2/3/4", "not run")
+    assert results_summary.with_answers(readme, rows_of(kept)) == expected
+
+
 def test_kept_results_are_what_their_contrasts_say():
     path = ROOT / "docs" / "results" / "contrasts.csv"
     if not path.exists():

@@ -8,6 +8,7 @@ import pytest
 
 from experiments import power
 from experiments.experiment import Experiment, Outcome
+from experiments.results_summary import planted_table, with_tables
 from mmfusion.metrics.power import VERDICTS, power_curve
 from tests.test_power import verdict_of_folds
 
@@ -106,7 +107,7 @@ def test_commands_that_cannot_be_are_refused_in_one_line(arguments, message, cap
 
 
 @pytest.mark.parametrize("effect, expected", [(0.0, 0.1), (0.03, 1.0)])
-def test_check_counts_the_verdicts_on_other_plantings(effect, expected, capsys, monkeypatch):
+def test_check_counts_the_verdicts_on_other_plantings(effect, expected, capsys, monkeypatch, tmp_path):
     """An experiment whose folds have this mean by construction, correlated as the corrected interval assumes."""
     targets = []
 
@@ -121,22 +122,37 @@ def test_check_counts_the_verdicts_on_other_plantings(effect, expected, capsys, 
     experiment = Experiment("toy", "claim", "question", measure)
     monkeypatch.setattr(power, "experiment_named", lambda name: experiment)
     flags = ["--dataset", "synthetic", "--synthetic-examples", "60", "--device", "cpu", "--plant", "interaction"]
-    assert power.run(["--check", "toy", "--replicates", "8", *flags]) == 0
+    kept = tmp_path / "plantings.csv"
+    assert power.run(["--check", "toy", "--replicates", "8", *flags, "--keep", str(kept)]) == 0
     assert len(targets) == 8 and len({target.tobytes() for target in targets}) == 8
     last = capsys.readouterr().out.splitlines()[-2]
     share = float(last.split("plantings: ")[1].split()[0])
     assert abs(share - expected) <= 0.15
     simulated = float(last.split("mean estimates ")[1].split(",")[0])
     assert abs(simulated - expected) <= 0.2 and float(last.split()[-1]) <= 0.03
+    more = ["--replicates", "2", "--keep", str(kept)]
+    for strength in ("0.5", "0.9"):  # the first are the flags that stand there, given by name
+        assert power.run(["--check", "toy", *more, *flags, "--plant-strength", strength]) == 0
+    lines = planted_table(kept)[2:]
+    assert [line.split("`")[1] for line in lines] == [
+        f"--dataset synthetic --plant interaction{given}" for given in ("", " --plant-strength 0.9")
+    ]
+    assert all(" of 2 [" in line for line in lines), "the same flags: in place of what stood there"
+
+
+def test_tables_are_put_between_their_marks_and_nowhere_else():
+    text = "a\n<!-- begin verdicts -->\nold\n<!-- end verdicts -->\nb\n<!-- begin other -->\nx\n<!-- end other -->\n"
+    once = with_tables(text, {"verdicts": ["| 1 |"], "missing": ["no"]})
+    assert once == text.replace("old\n", "\n| 1 |\n\n") == with_tables(once, {"verdicts": ["| 1 |"]})
 
 
 def test_summary_says_where_the_simulation_is_contradicted():
     design = power.Design(
         0.02 * np.random.default_rng(0).standard_normal((1, FOLDS)), RATIO, ["a"], np.array([0.01]), np.array([0.01])
     )
-    always = power.summary(["supported"] * 10, [design] * 10)
+    always = power.said(power.planted_summary(["supported"] * 10, [design] * 10))
     assert "10 of 10 plantings: 1.00 [0.69, 1.00]" in always and always.endswith("outside the interval")
-    assert power.summary(["cannot tell"] * 10, [design] * 10).endswith("inside the interval")
+    assert power.said(power.planted_summary(["cannot tell"] * 10, [design] * 10)).endswith("inside the interval")
 
 
 def test_every_experiment_that_trains_is_found():
