@@ -52,7 +52,7 @@ from mmfusion.training.grid import Grid, Setting, by_fold, by_repeat
 
 TURNS = (0.3, 0.6, 0.9)  # of the dial towards one modality: 0 all alike, 1 it alone says something; of many the last
 MANY = 4
-RANGE = 0.5  # of imbalance, over which a slope is of interest where it makes an effect of interest of an outcome
+RANGE = 0.1  # of imbalance, a small turn: a slope is of interest where that makes an effect of interest of an outcome
 LEAST_RANGE = 0.05  # standard deviation of imbalance over the dial's settings, below which it was not turned
 
 

@@ -48,7 +48,7 @@ class Setting:
     """signs of the rank factors: as the layer begins, or each drawn by itself, as in other implementations"""
 
 
-MEMBERS_AT_ONCE = 160  # keeps two experiments side by side below 4 GB; the rest of a grid follows in further blocks
+MEMBERS_AT_ONCE = 96  # keeps two experiments side by side below 4 GB; the rest of a grid follows in further blocks
 MEMORY = 4 << 30  # bytes: half of it for the members' numbers, or all for what uncertain latents need beside
 JWAE = ("mmd", "reconstruction", "alignment")
 PLAIN: tuple[str, ...] = ()
