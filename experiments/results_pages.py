@@ -23,8 +23,10 @@ from experiments.results_summary import (
     CONTRAST_COLUMNS,
     FIGURE,
     PLANTINGS,
+    POWER,
     RUN_COLUMNS,
     planted_table,
+    power_table,
     read_contrasts,
     summary,
     verdict_table,
@@ -36,8 +38,6 @@ from mmfusion.files import write_atomically, write_text
 from mmfusion.metrics.power import false_support, power_curve, size_needed
 from mmfusion.runs.folder import PACKAGES, installed_version
 from mmfusion.runs.outputs import plain_cell
-
-POWER = 0.8
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,8 @@ def write_pages(finished: Sequence[Finished], out: Path, folder: Path) -> None:
         FigureCanvasAgg(figure)
         draw_power(figure, curves)
         write_atomically(folder / "power.png", lambda path: figure.savefig(path, dpi=80, format="png"))
-    tables = {"verdicts": verdict_table(rows), "plantings": planted_table(folder / PLANTINGS)}
+    tables = {"verdicts": verdict_table(rows), "power": power_table(rows)}
+    tables["plantings"] = planted_table(folder / PLANTINGS)
     for path, changed in (
         (out.parent / "README.md", lambda text: with_answers(text, rows)),
         (folder.parent / "study.md", lambda text: with_tables(text, tables)),

@@ -49,6 +49,7 @@ CONTRAST_COLUMNS = (
 )
 FIGURE = "forest.png"
 PLANTINGS = "plantings.csv"
+POWER = 0.8
 VERDICTS: tuple[Verdict, ...] = ("supported", "not supported", "cannot tell", "not identified")
 RULES = """\
 **How to read it.** Every claim is tested on every data set by contrasts: paired differences, positive as claimed, of
@@ -181,6 +182,19 @@ def verdict_table(rows: Sequence[Row]) -> list[str]:
         largest = f"at most {max(wrong):.3f}"
         said = 'Simulated from the spread over folds; "supported" by chance: '
         lines += ["", f"In brackets: power. {said}{largest}. With <: without folds, of the weakest contrast alone."]
+    return lines
+
+
+def power_table(rows: Sequence[Row]) -> list[str]:
+    """One line per experiment: where its verdict had most power, and how many contrasts that decide had .8."""
+    lines = ["| experiment | power of the verdict, at most | contrasts with .8 or more |", "|---|---|---|"]
+    runs = _runs(rows)
+    for experiment, own in _by_experiment(rows).items():
+        powers = {dataset: power_of(of) for (name, dataset), of in runs.items() if name == experiment}
+        best = max(powers, key=lambda dataset: float(powers[dataset].removeprefix("< ")))
+        alone = [float(row["power_alone"]) for row in own if row["decides"] == "1"]
+        enough = sum(power >= POWER for power in alone)
+        lines.append(f"| {experiment} | {powers[best]} ({best}) | {enough} of {len(alone)} |")
     return lines
 
 

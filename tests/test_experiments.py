@@ -382,6 +382,10 @@ def test_power_without_folds_is_that_of_the_weakest_contrast_of_the_best_route()
     rows.append(row | {"decides": "0", "power_alone": "0.9", "route": "z"})
     assert results_summary.power_of(rows) == "< 0.40" and results_summary.power_of(rows[3:]) == "< 0.90"
     assert results_summary.power_of([row | {"power": "0.123"}]) == "0.12"
+    named = [
+        one | {"experiment": "e", "dataset": f"d{k}"} for k, one in enumerate([*rows, row | {"power_alone": "0.85"}])
+    ]
+    assert results_summary.power_table(named)[2:] == ["| e | < 0.90 (d3) | 1 of 4 |"]
 
 
 def test_answers_of_a_readme_are_counts_of_verdicts():
