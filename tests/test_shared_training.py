@@ -104,7 +104,8 @@ def test_process_that_dies_ends_the_run_within_seconds_and_it_goes_on(tmp_path):
     os.kill(int(children[-1]), signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
     assert time.monotonic() - killed < 10 and process.returncode != 0
-    assert "another process of this run has died" in errors
+    # the process itself, or torchrun, is the first to notice
+    assert "another process of this run has died" in errors or "Signal 9 (SIGKILL)" in errors
     whole = tmp_path / "whole"
     whole.mkdir()
     for found, expected in zip(run(tmp_path, 2, *flags), run(whole, 2, *flags), strict=True):
@@ -194,10 +195,12 @@ def test_an_experiment_on_two_processes_finds_what_it_finds_on_one(tmp_path):
         assert done.stdout.count("verdict: ") == 1, "the main process alone prints"
         found[name] = json.loads((tmp_path / "runs" / name / "results.json").read_text())
     one, two = found["one"], found["two"]
-    assert len(one["numbers"]) == 27 and two["verdict"] == one["verdict"]
+    assert len(one["numbers"]) == 12 and two["verdict"] == one["verdict"]
     for label, columns in one["numbers"].items():
         for column, values in columns.items():
-            assert len(values) == 3 and len(set(values)) > 1, "of equal values a mixed-up order would not show"
+            assert len(values) == 3
+            if (label, column) != ("jWAE, rank 1", "rank used") and (label, column) != ("plain, rank 1", "rank used"):
+                assert len(set(values)) > 1, "of equal values a mixed-up order would not show"
             assert two["numbers"][label][column] == pytest.approx(values, rel=1e-6, abs=1e-6)
     for mine, reference in zip(two["contrasts"], one["contrasts"], strict=True):
         assert mine["estimate"] == pytest.approx(reference["estimate"], abs=1e-6)

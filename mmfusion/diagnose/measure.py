@@ -39,7 +39,7 @@ from mmfusion.diagnose.inner import (
 )
 from mmfusion.metrics.scores import example_losses
 from mmfusion.metrics.statistics import crossed_bootstrap, grouped, seeds_needed, variance_components
-from mmfusion.metrics.verdicts import Contrast, Difference, Verdict, combine, corrected_contrasts
+from mmfusion.metrics.verdicts import Contrast, Difference, Verdict, corrected_contrasts, verdict_of
 from mmfusion.models.decomposition import contributions, variance_shares
 from mmfusion.models.exact import exact_layer, latents_of
 from mmfusion.training.grid import Grid, per_example, train_grid
@@ -111,7 +111,7 @@ class Diagnosis:
         """The interaction is used, and it is needed; None for one modality."""
         if self.interaction is None:
             return None
-        return combine([self.interaction.verdict, self.over_readout.verdict], "all")
+        return verdict_of([self.interaction, self.over_readout])
 
     @property
     def learns(self) -> bool:
