@@ -47,6 +47,8 @@ class Config:
     text_encoder: str | None = None
     """for MUStARD, memes, and the transcripts of CMU-MOSI, which is left out without (its own vectors were fitted on
     labels): a Hugging Face name (default bert-base-uncased) or a local model folder"""
+    image_encoder: str | None = None
+    """for memes: as in main_hateful_memes.py, a file of ResNet-50's weights (default: torchvision's)"""
     only: tuple[str, ...] = ()
     """experiments or data sets to run; default: all"""
     folds: int = 5
@@ -202,6 +204,8 @@ def flags(job: Job, config: Config) -> list[str]:
         flags += ["--data", str(job.data)]
     if corpus.encodes_text and config.text_encoder is not None:
         flags += ["--text-encoder", config.text_encoder]
+    if corpus.encodes_images and config.image_encoder is not None:
+        flags += ["--image-encoder", config.image_encoder]
     if corpus.hidden_dim is not None and job.experiment not in OWN_SEEDS:
         flags += ["--hidden-dim", str(corpus.hidden_dim)]
     if job.experiment in OWN_SEEDS:
@@ -241,13 +245,14 @@ def command(job: Job) -> str:
     """The command that made a run: what its own record says, without folders and defaults."""
     settings = _settings(job)
     if job.experiment in OF_A_RUN:
-        return f"python -m {job.module} {Path(settings['run']).as_posix()} --groups {' '.join(settings['groups'])}"
+        return f"python -m {job.module} {job.models.folder.as_posix()} --groups {' '.join(settings['groups'])}"
     shown = [f"python -m {job.module} --dataset {settings['dataset']}"]
     if settings["data"]:
         shown.append(f"--data {Path(settings['data']).name}")
     shown += of_file(job)
     for name in (
         "text_encoder",
+        "image_encoder",
         "cross_validate",
         "repeats",
         "seeds",
@@ -258,8 +263,8 @@ def command(job: Job) -> str:
     ):
         value = settings[name]
         if value != getattr(Options, name):
-            is_folder = name == "text_encoder" and Path(value).exists()
-            text = "MODEL_FOLDER" if is_folder else str(value).removesuffix(".0")
+            is_local = name.endswith("_encoder") and Path(value).exists()
+            text = "MODEL_FOLDER" if is_local else str(value).removesuffix(".0")
             shown.append(f"--{name.replace('_', '-')}" + ("" if value is True else f" {text}"))
     shown += ["--hold-out-dev"] if job.experiment == MODELS else []
     return " ".join(shown)

@@ -530,6 +530,25 @@ def test_what_measures_a_run_brings_its_training_along():
     assert reproduce.flags(jobs[1], reproduce.Config())[0] == str(jobs[0].folder)
 
 
+def test_memes_are_asked_what_their_splits_allow_with_both_encoders(tmp_path):
+    (tmp_path / "train.jsonl").write_text("")
+    config = reproduce.Config(data_root=tmp_path, only=("hateful_memes",), text_encoder="bert", image_encoder="r.pth")
+    jobs = {job.experiment: reproduce.flags(job, config) for job in reproduce.find_jobs(config)}
+    assert "uncertainty" not in jobs and {"baselines", "robustness", "temporal", "wma"} < set(jobs)
+    given = parse(frame.options_of(rank_ablation.EXPERIMENT), jobs["rank_ablation"])
+    assert (given.text_encoder, given.image_encoder, given.cross_validate) == ("bert", "r.pth", None)
+
+
+def test_the_command_of_a_measured_run_names_no_folder_of_this_machine(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (job,) = (j for j in reproduce.find_jobs(reproduce.Config(only=("robustness",))) if j.experiment == "robustness")
+    job.folder.mkdir(parents=True)
+    settings = {"run": str(tmp_path / "runs/reproduce-baselines-demo"), "groups": ["features"]}
+    (job.folder / "run.json").write_text(json.dumps({"settings": settings}))
+    shown = "python -m experiments.robustness runs/reproduce-baselines-demo --groups features"
+    assert reproduce.command(job) == shown
+
+
 def test_digits_are_arrays_on_which_alignment_alone_is_asked_for(tmp_path):
     (tmp_path / "mfeat_digits.npz").write_bytes(b"x")
     jobs = list(reproduce.find_jobs(reproduce.Config(data_root=tmp_path, only=("digits",))))
