@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+OF_A_RUN = ("robustness", "uncertainty")  # they measure a run of experiments.baselines, which was trained before
 LABELLED = (
     "baselines",
     "rank_ablation",

@@ -26,7 +26,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy.stats import binomtest
 
+from experiments.corpora import OF_A_RUN
 from experiments.experiment import Experiment, Options, Run, check_options, load_study, options_of
+from experiments.results_summary import POWER
 from mmfusion.cli import pick_device, run_command
 from mmfusion.distributed import current_processes
 from mmfusion.errors import InputError
@@ -37,8 +39,6 @@ from mmfusion.runs.settings import MOST_BYTES
 
 STRENGTHS = (0.5, 1.0, 2.0, 3.0)  # times the effect of interest
 CURVE = np.linspace(0, 4, 33)
-POWER = 0.8
-OF_A_RUN = ("robustness", "uncertainty")  # they measure a run that was trained before
 SUPPORTED = 2  # place in mmfusion.metrics.power.VERDICTS
 
 

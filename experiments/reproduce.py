@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from experiments.corpora import CORPORA, LABELLED, Corpus
+from experiments.corpora import CORPORA, LABELLED, OF_A_RUN, Corpus
 from experiments.experiment import Options
 from experiments.experiment import options_of as experiment_options
 from experiments.processes import Command, run_commands
@@ -27,8 +27,7 @@ from mmfusion.runs.folder import MARK_OF_COMPLETION, RUNS, code_digest
 from mmfusion.runs.settings import check_settings, read_run, settings_of
 
 EXPERIMENTS = (*LABELLED, "temporal", "wma", "alignment", "modality_count", "synthetic")
-# these measure what experiments.baselines trained; it keeps dev apart for them, and has ensembles
-OF_A_RUN = ("robustness", "uncertainty")
+# for those that measure it, it keeps dev apart and has ensembles
 MODELS = "baselines"
 MEMBERS = 3  # of an ensemble, in each fold
 # these draw their own data, once, whatever data sets are found

@@ -85,7 +85,11 @@ def write_pages(finished: Sequence[Finished], out: Path, folder: Path) -> None:
         FigureCanvasAgg(figure)
         draw_power(figure, curves)
         write_atomically(folder / "power.png", lambda path: figure.savefig(path, dpi=80, format="png"))
-    tables = {"verdicts": verdict_table(rows), "power": power_table(rows)}
+    places = {"verdicts": (FIGURE, verdict_table(rows)), "power": ("power.png", power_table(rows))}
+    tables = {
+        name: [f"![{name}, figure]({folder.name}/{file})", "", *lines] if (folder / file).exists() else lines
+        for name, (file, lines) in places.items()
+    }
     tables["plantings"] = planted_table(folder / PLANTINGS)
     for path, changed in (
         (out.parent / "README.md", lambda text: with_answers(text, rows)),

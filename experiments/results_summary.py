@@ -153,6 +153,9 @@ def planted_table(path: Path) -> list[str]:
         return ["none kept"]
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
+    names = {"experiment", "flags", "replicates", "supported", "low", "high", "simulated", "none"}
+    if not rows or names - rows[0].keys():
+        raise InputError(f"{path}: holds no table of plantings; move it away")
     lines = ["| experiment | planted | supported | simulated | simulated, no effect |", "|---|---|---|---|---|"]
     for row in rows:
         share = f"{row['supported']} of {row['replicates']} [{float(row['low']):.2f}, {float(row['high']):.2f}]"
