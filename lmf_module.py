@@ -195,17 +195,26 @@ class LowRankMultimodalFusion(nn.Module):
             E[y] = y(means),    E[f_mr f_mt] = f_mr f_mt + A_m[r] diag(variances_m) A_m[t]^T   at the means,
 
         f_mr = A_m[r] z_m + c_m[r], and y_o y_p is a sum of products of such pairs: O(R^2 O^2) numbers an example,
-        O(R^2) of shared factors.
+        O(R^2) of shared factors. Of two modalities the same sum is, with B from `bilinear_map`,
+
+            Cov[y] = sum_m (dy/dz_m) diag(variances_m) (dy/dz_m)^T + sum_ij variances_1i variances_2j B_ij B_ij^T,
+
+        O(O d_m) numbers an example whatever the rank; taken where there are more than 16 products to pair.
 
         Args:
             means: M tensors (..., d_m), as for `forward`.
             variances: M tensors, each broadcast to its mean: (d_m,) where all examples share them; 0 is certainty.
-            joint: False leaves out how outputs vary together, at O(R^2 O) numbers an example: 0 off the diagonal.
+            joint: False leaves out how outputs vary together, 0 off the diagonal: O in place of O^2.
 
         Raises:
             ValueError: as `forward`, or variances that do not fit their means.
         """
         self._check(means, variances)
+        shape = (*means[0].shape[:-1], self.output_dim, self.output_dim)
+        if len(means) == 2 and self.rank * self.output_dim > 16:
+            return Moments(
+                self(means), self._covariance_of_two(means, variances, joint).to(self.bias.dtype).expand(shape)
+            )
         with _no_autocast(means[0].device.type):
             # K = R * O products, or R of shared factors; where outputs are taken apart (O, K), K = R
             apart = not (joint or self.shared_factors)
@@ -235,8 +244,24 @@ class LowRankMultimodalFusion(nn.Module):
                 covariance = covariance.sum((-2, -1)).diag_embed()
             else:
                 covariance = covariance.unflatten(-1, self._split).sum(-2).unflatten(-2, self._split).sum(-3)
-        shape = (*means[0].shape[:-1], self.output_dim, self.output_dim)
         return Moments(self(means), covariance.to(self.bias.dtype).expand(shape))
+
+    def _covariance_of_two(self, means: Sequence[Tensor], variances: Sequence[Tensor], joint: bool) -> Tensor:
+        """`moments` of two modalities: (..., O, O), or that of one example where all have the same."""
+        with _no_autocast(means[0].device.type):
+            first, second = (_upcast(v) for v in variances)
+            weights = self._weights().expand(self.rank, self.output_dim)
+            rows = [self._rows(m)[..., :-1] for m in (0, 1)]  # (R, O, d_m)
+            interaction = self.bilinear_map()
+            others = weights * self._factor(means[1], 1), weights * self._factor(means[0], 0)  # (..., R, O)
+            gradients = [torch.einsum("...ro,roi->...oi", f, own) for f, own in zip(others, rows, strict=True)]
+            pairs = interaction[:, None] * interaction if joint else interaction.square()  # (O, O, d_1, d_2), (O, ...)
+            equation = "...i,opij,...j->...op" if joint else "...i,oij,...j->...o"
+            covariance = torch.einsum(equation, first, pairs, second)
+            for gradient, variance in zip(gradients, (first, second), strict=True):
+                scaled = gradient * variance[..., None, :]
+                covariance = covariance + (scaled @ gradient.mT if joint else (scaled * gradient).sum(-1))
+        return covariance if joint else covariance.diag_embed()
 
     def variance_terms(self, means: Sequence[Tensor], variances: Sequence[Tensor]) -> dict[tuple[int, ...], Tensor]:
         """Split the output's variance exactly into what each subset of the modalities is responsible for.
