@@ -112,6 +112,8 @@ class Job:
 def main(config: Config) -> None:
     """Run, then write. Raises InputError, also where an experiment has stopped with one."""
     jobs = list(find_jobs(config))
+    if not jobs:
+        raise InputError(f"--only {' '.join(config.only)}: asks of no data set what it can answer; see docs/study.md")
     check_outputs(config)
     if not config.resume and (begun := next((job.folder for job in jobs if job.folder.exists()), None)):
         raise InputError(f"{begun}: exists; give --resume to go on with it, or move it away to begin anew")

@@ -158,13 +158,15 @@ def test_heads_that_cannot_afford_noise_are_trained_without_it():
 
 @pytest.mark.parametrize("task", ["regression", "multiclass"])
 def test_members_at_once_are_fewer_where_variances_take_memory(task):
-    shape = {"noise": "dimension", "rank": 32, "output_dim": 17, "input_dims": {"a": 3, "b": 3}}
+    shape = {"noise": "dimension", "rank": 32, "output_dim": 17, "input_dims": {"a": 3, "b": 3, "c": 3}}
     shape |= {"hidden_dim": 8, "latent_dim": 4}
     certain = grids.members_at_once(shape | {"noise": "none"}, 64, task)
     few = grids.members_at_once(shape, 64, task)
     one = grids.members_at_once(shape | {"rank": 4, "output_dim": 1}, 64, task)
     assert certain == one == grids.MEMBERS_AT_ONCE > few >= 1
-    assert few < 5 if task == "multiclass" else 30 < few < 120
+    assert few < 5 if task == "multiclass" else 20 < few < 60
+    of_two = grids.members_at_once(shape | {"input_dims": {"a": 3, "b": 3}}, 64, task)
+    assert of_two == grids.MEMBERS_AT_ONCE if task == "regression" else few < of_two <= grids.MEMBERS_AT_ONCE
 
 
 def test_latents_of_fewer_dimensions_than_the_rank_give_no_verdict_about_it():
@@ -499,6 +501,11 @@ def test_reproduce_writes_what_it_found_and_goes_on_where_it_stopped(run_module,
 def test_reproduce_refuses_what_it_does_not_know(change, said):
     with pytest.raises(InputError, match=said):
         list(reproduce.find_jobs(reproduce.Config(**change)))
+
+
+def test_a_choice_that_asks_nothing_is_refused():
+    with pytest.raises(InputError, match="--only demo synthetic: asks of no data set"):
+        reproduce.main(reproduce.Config(only=("demo", "synthetic")))
 
 
 def test_folder_without_data_is_named(tmp_path):

@@ -48,7 +48,7 @@ class Setting:
     """signs of the rank factors: as the layer begins, or each drawn by itself, as in other implementations"""
 
 
-MEMBERS_AT_ONCE = 96  # keeps two experiments side by side below 4 GB; the rest of a grid follows in further blocks
+MEMBERS_AT_ONCE = 64  # keeps two experiments side by side below 4 GB; the rest of a grid follows in further blocks
 MEMORY = 4 << 30  # bytes: half of it for the members' numbers, or all for what uncertain latents need beside
 JWAE = ("mmd", "reconstruction", "alignment")
 PLAIN: tuple[str, ...] = ()
@@ -311,7 +311,8 @@ def members_at_once(shape: Mapping[str, object], batch_size: int, task: Task) ->
 
     Of each number of the encoders and decoders there are six: the model, the stack, its gradient, Adam's moments, and
     what is made on the way. The variance of an output takes R^2 O numbers an example, the covariance of classes
-    R^2 O^2, about six times for each modality until the gradient is known.
+    R^2 O^2 (of two modalities and more than a few products, O max(R, L) and as much again for each class), about six
+    times for each modality until the gradient is known.
     """
     weights = 2 * int(shape["hidden_dim"]) * sum(d + int(shape["latent_dim"]) for d in shape["input_dims"].values())
     most = max(1, min(MEMBERS_AT_ONCE, MEMORY // (2 * 4 * 6 * weights)))
@@ -319,7 +320,9 @@ def members_at_once(shape: Mapping[str, object], batch_size: int, task: Task) ->
         return most
     outputs = int(shape.get("fused_dim") or shape["output_dim"])
     joint = task == "multiclass" or bool(shape.get("fused_dim"))
-    numbers = int(shape["rank"]) ** 2 * (outputs**2 if joint else outputs)
+    rank, entries = int(shape["rank"]), outputs**2 if joint else outputs
+    of_two = len(shape["input_dims"]) == 2 and rank * outputs > 16  # as `LowRankMultimodalFusion.moments` has it
+    numbers = entries * (max(rank, int(shape["latent_dim"])) if of_two else rank**2)
     examples = max(6 * batch_size * len(shape["input_dims"]), 4 * CHUNK_EXAMPLES)
     return max(1, min(most, MEMORY // (4 * numbers * examples)))
 
