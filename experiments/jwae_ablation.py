@@ -20,7 +20,7 @@ from experiments.experiment import Experiment, Outcome, Run, contrasts_on_test, 
 from experiments.prior_strength.latents import latent_columns
 from mmfusion.data.folds import FoldedDataset
 from mmfusion.metrics.format import mean_std
-from mmfusion.metrics.outcomes import EFFECTS, PRIMARY, WORDS
+from mmfusion.metrics.outcomes import EFFECTS, PRIMARY, WORDS, as_reported
 from mmfusion.metrics.verdicts import Difference, Verdict, verdict_of
 from mmfusion.training.grid import JWAE, PLAIN, Grid, Setting, by_repeat
 
@@ -104,7 +104,7 @@ def summary(grid: Grid) -> dict[str, dict[str, np.ndarray]]:
     losses = by_repeat(data, grid.losses("train"), "train")
     columns = {}
     for p, setting in enumerate(grid.settings):
-        cells = {WORDS[name]: np.abs(values[p]) for name, values in of.items()} | {"train loss": losses[p]}
+        cells = {WORDS[name]: as_reported(values[p], name) for name, values in of.items()} | {"train loss": losses[p]}
         latents = latent_columns(grid, p)
         kept = ("eigenvalue", "enforced", "dimension of means", "share no noise")
         columns[setting.label] = cells | {name: latents[name] for name in kept}

@@ -42,7 +42,7 @@ from experiments.prior_strength.latents import latent_columns
 from mmfusion.data.folds import FoldedDataset
 from mmfusion.dataset import Fold
 from mmfusion.metrics.format import mean_std
-from mmfusion.metrics.outcomes import EFFECTS, PRIMARY, WORDS, example_outcome
+from mmfusion.metrics.outcomes import EFFECTS, PRIMARY, WORDS, as_reported, example_outcome
 from mmfusion.metrics.verdicts import Difference, verdict_of
 from mmfusion.models.fusion import FusionModel
 from mmfusion.training.grid import JWAE, PLAIN, Grid, Setting, by_fold, by_repeat, per_example
@@ -265,10 +265,11 @@ def summary(
         grid, one = grids[noise], found[level]
         scores = outcomes(grid)[first]
         own = {s.rank: scores[p] for p, s in enumerate(grid.settings) if s.label.startswith(f"{level},")}
-        cells = {f"rank {rank}": np.abs(by_repeat(data, own[rank])) for rank in (LOW, MEDIUM)}
+        cells = {f"rank {rank}": as_reported(by_repeat(data, own[rank]), first) for rank in (LOW, MEDIUM)}
         if RANKS[-1] in own:
             cells["rank needed"] = by_repeat(data, rank_needed(data, own))
-        cells |= {"linear probe": np.abs(by_repeat(data, one.linear)), "RBF probe": np.abs(by_repeat(data, one.rbf))}
+        for name, probe in (("linear probe", one.linear), ("RBF probe", one.rbf)):
+            cells[name] = as_reported(by_repeat(data, probe), first)
         for name in ("excess", "monotone"):
             cells[name] = by_repeat(data, getattr(one, name))
         cells |= {name: latents[level][name] for name in ("dimension of means", "share no noise", "enforced")}

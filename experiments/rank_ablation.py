@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from experiments.experiment import Experiment, Outcome, Run, contrasts_on_test, main, outcomes, verdict_of_rank
 from mmfusion.data.folds import FoldedDataset
 from mmfusion.metrics.format import mean_std
-from mmfusion.metrics.outcomes import EFFECTS, PRIMARY, WORDS
+from mmfusion.metrics.outcomes import EFFECTS, PRIMARY, WORDS, as_reported
 from mmfusion.metrics.scores import example_losses
 from mmfusion.metrics.verdicts import Difference, verdict_of
 from mmfusion.models.decomposition import interaction_rank
@@ -63,7 +63,8 @@ def measure(data: FoldedDataset, run: Run) -> Outcome:
     verdict, bound = verdict_of_rank(grid, "jWAE, rank 8", verdict_of(contrasts), max(LOW["jWAE"]))
     columns = summary(grid)
     first = PRIMARY[data.task][0]
-    best = max(RANKS, key=lambda rank: columns[f"jWAE, rank {rank}"][WORDS[first]].mean())
+    score = as_reported(1.0, first)  # 1, or -1 where less is better
+    best = max(RANKS, key=lambda rank: score * columns[f"jWAE, rank {rank}"][WORDS[first]].mean())
     least = min(RANKS, key=lambda rank: columns[f"jWAE, rank {rank}"]["train loss"].mean())
     shown = "; ".join(f"{c.name} {c.estimate:+.3f} [{c.low:+.3f}, {c.high:+.3f}]" for c in contrasts if c.decides)
     return Outcome(
@@ -83,7 +84,7 @@ def summary(grid: Grid) -> dict[str, dict[str, np.ndarray]]:
     of = {name: by_repeat(data, values) for name, values in outcomes(grid).items()}
     losses = {part: by_repeat(data, grid.losses(part), part) for part in ("train", "test")}
     for p, setting in enumerate(grid.settings):
-        columns[setting.label] = {WORDS[name]: np.abs(values[p]) for name, values in of.items()}
+        columns[setting.label] = {WORDS[name]: as_reported(values[p], name) for name, values in of.items()}
         columns[setting.label] |= {f"{part} loss": values[p] for part, values in losses.items()}
         columns[setting.label]["rank used"] = by_repeat(data, used_ranks(grid, p))
     return columns

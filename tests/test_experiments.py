@@ -242,6 +242,10 @@ def test_experiment_ends_in_a_verdict_and_numbers_that_are_json(module, task, ou
     assert outcome.contrasts and all(c.p_corrected >= c.p for c in outcome.contrasts)
     json.dumps(outcome.numbers, default=lambda value: value.tolist(), allow_nan=False)
     assert len(outcome.table.splitlines()) > 5
+    if module is rank_ablation:
+        word, better = ("MAE / std", np.argmin) if task == "regression" else ("AUROC", np.argmax)
+        means = [outcome.numbers[f"jWAE, rank {rank}"][word].mean() for rank in rank_ablation.RANKS]
+        assert f"Best mean {word} at rank {rank_ablation.RANKS[better(means)]}," in outcome.answer
 
 
 def test_baselines_are_trained_on_the_same_examples_and_the_constant_knows_nothing(tmp_path):

@@ -41,6 +41,11 @@ WORDS: dict[Outcome, str] = {
 }
 
 
+def as_reported(values: np.ndarray, outcome: Outcome) -> np.ndarray:
+    """Values of which the larger are better in the sign that they are reported in: losses and errors positive."""
+    return -values if outcome in ("log_loss", "mae", "squared_error") else values
+
+
 def example_outcome(predictions: np.ndarray, target: np.ndarray, task: Task, outcome: Outcome) -> np.ndarray:
     """Each example's share of an outcome, larger is better: losses and errors are negative.
 
