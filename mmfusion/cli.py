@@ -117,12 +117,14 @@ def _leave(code: int, others: set[multiprocessing.process.BaseProcess | threadin
             print(message, file=sys.stderr, flush=True)
         sys.stdout.flush()
     ours = _work_under_way() - others
-    for child in ours:
-        if isinstance(child, multiprocessing.process.BaseProcess):  # they decode pictures
-            child.kill()
-    if ours:  # the interpreter would wait at its end for a batch that nobody takes: seconds
-        os._exit(code)
-    return code
+    if not ours:
+        return code
+    try:
+        for child in ours:
+            if isinstance(child, multiprocessing.process.BaseProcess):  # they decode pictures
+                child.kill()
+    finally:  # whatever comes: torch raises out of its signal handler once it sees that a decoder has gone
+        os._exit(code)  # the interpreter would wait at its end for a batch that nobody takes: seconds
 
 
 def pick_device(name: str) -> torch.device:

@@ -120,6 +120,20 @@ def test_interrupted_extraction_keeps_every_finished_batch_and_leaves_at_once(tm
     assert not list((tmp_path / "cache").glob("*/.*tmp"))
 
 
+def test_an_interruption_ends_the_process_even_where_a_killed_decoder_makes_torch_raise(tmp_path):
+    write_bert(tmp_path / "bert")
+    write_memes(tmp_path)
+    waits = """
+        from multiprocessing.process import BaseProcess
+
+        kill = BaseProcess.kill
+        BaseProcess.kill = lambda child: (kill(child), time.sleep(0.5))  # torch hears of it before the process has left
+    """
+    process = _start(tmp_path, textwrap.dedent(waits) + EXTRACTION)
+    seconds, errors = _interrupt(process, signal.SIGINT)
+    assert process.returncode == 130 and "Traceback" not in errors and seconds < 5
+
+
 @SIGNALS
 def test_interrupted_training_says_the_same_words(tmp_path, number, code):
     process = _start(tmp_path, TRAINING)
