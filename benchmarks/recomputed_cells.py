@@ -131,7 +131,7 @@ def arrays(key: str, splits: tuple[str, ...], identified: bool = False):
     def labels(path: Path) -> dict[str, np.ndarray]:
         with np.load(path) as file:
             return {
-                str(file[f"id_{split}"][i]) if identified else f"{'dev' if split == 'valid' else split}_{i}": value
+                str(file[f"id_{split}"][i]) if identified else f"{split}_{i}": value
                 for split in splits
                 for i, value in enumerate(file[f"{key}_{split}"])
             }
