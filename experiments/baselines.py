@@ -331,18 +331,23 @@ def cell(values: np.ndarray, interval: list[float] | None) -> str:
 
 
 def answer_sentence(data: FoldedDataset, scores: dict[str, FoldScores]) -> str:
-    """The main row's scores, and which method has the best mean of the first."""
-    names = list(scores[MAIN])
-    first, smaller_is_better = names[0], names[0] == "mae"
-    best = (min if smaller_is_better else max)(scores, key=lambda label: scores[label][first][0].mean())
-    own = ", ".join(f"{name} {scores[MAIN][name][0].mean():.3f}" for name in names)
-    return f"{MAIN}: {own}. Best mean {first}: {best}, {scores[best][first][0].mean():.3f}."
+    """The main row's scores, and which method has the best mean of the primary one."""
+    primary = primary_score(data, scores)
+    best = (min if primary == "mae" else max)(scores, key=lambda label: scores[label][primary][0].mean())
+    own = ", ".join(f"{name} {values.mean():.3f}" for name, (values, _) in scores[MAIN].items())
+    return f"{MAIN}: {own}. Best mean {primary}: {best}, {scores[best][primary][0].mean():.3f}."
+
+
+def primary_score(data: FoldedDataset, scores: dict[str, FoldScores]) -> str:
+    """The score that the verdict rests on; the first of the table where that is in none of its columns."""
+    primary = PRIMARY[data.task][0]
+    return primary if primary in scores[MAIN] else next(iter(scores[MAIN]))
 
 
 def draw(figure: Figure, data: FoldedDataset, scores: dict[str, FoldScores]) -> None:
-    """One row per method: the first score of every seed as dots, their mean, the interval over examples."""
+    """One row per method: the primary score of every seed as dots, their mean, the interval over examples."""
     axis = figure.subplots()
-    name = next(iter(scores[MAIN]))
+    name = primary_score(data, scores)
     for row, (label, by) in enumerate(reversed(scores.items())):
         values, interval = by[name]
         seeds = values.mean(1)

@@ -7,6 +7,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -448,6 +449,24 @@ def test_a_regression_is_trained_for_longer_unless_a_flag_says_how_long():
     assert frame.Options(epochs=3, hidden_dim=7).recipe("regression") == replace(Recipe(), epochs=3, hidden_dim=7)
 
 
+# ---- baselines ---------------------------------------------------------------------------------------------------
+
+
+def test_the_best_of_the_baselines_is_that_of_the_primary_score():
+    def scores_of(**values):
+        return {name: (np.full((2, 1), value), None) for name, value in values.items()}
+
+    data = SimpleNamespace(task="binary")
+    scores = {
+        train.MAIN: scores_of(accuracy=0.7, auroc=0.9),
+        "more accurate": scores_of(accuracy=0.8, auroc=0.8),
+    }
+    assert train.answer_sentence(data, scores).endswith(f"Best mean auroc: {train.MAIN}, 0.900.")
+    data.task = "regression"  # an error, and the smaller is better
+    scores = {train.MAIN: scores_of(correlation=0.1, mae=0.9), "other": scores_of(correlation=0.0, mae=0.8)}
+    assert train.answer_sentence(data, scores).endswith("Best mean mae: other, 0.800.")
+
+
 # ---- reproduce ---------------------------------------------------------------------------------------------------
 
 
@@ -533,6 +552,19 @@ def test_an_experiment_that_draws_its_own_data_is_run_once_and_not_where_data_se
     jobs = list(reproduce.find_jobs(reproduce.Config(only=only)))
     assert {job.dataset for job in jobs} == datasets
     assert len(jobs) == (1 if "demo" not in only else len(reproduce.CORPORA["demo"].asked))
+
+
+def test_the_longest_is_begun_first_so_that_no_core_waits_for_it_at_the_end(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    begun = []
+    monkeypatch.setattr(reproduce, "run_commands", lambda commands, at_once: begun.extend(commands))
+    monkeypatch.setattr(reproduce, "finished", lambda job: job.experiment)
+    monkeypatch.setattr(reproduce, "write_pages", lambda found, *_: begun.append(found))
+    reproduce.main(reproduce.Config())
+    *commands, written = begun
+    assert commands[0].name == "synthetic on synthetic" and commands[1].name == "baselines on demo"
+    assert commands[0].after == commands[0].name  # it waits for nothing
+    assert written[0] == "baselines" and written[-1] == "synthetic"  # the pages keep their order
 
 
 def test_what_measures_a_run_brings_its_training_along():

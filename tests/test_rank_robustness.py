@@ -31,6 +31,8 @@ from experiments.rank_robustness.members import (
     NOISE,
     RHO,
     Measures,
+    components_by_fold,
+    components_of,
     geometry,
     measure_members,
     noisy_predictions,
@@ -92,7 +94,8 @@ def test_planted_fragile_model_is_less_robust_at_the_same_clean_score():
     outputs = outputs_of(data, models).reshape(2, 1, 1, -1)
     np.testing.assert_allclose(outputs[0], outputs[1], atol=1e-5)
     found = Measures()
-    measure_members(Grid(data, [Setting("robust", 1), Setting("fragile", 1)], [0], models, outputs, {}), found)
+    grid = Grid(data, [Setting("robust", 1), Setting("fragile", 1)], [0], models, outputs, {})
+    measure_members(grid, components_by_fold(data), found)
     assert found.clean["robust"].all() and found.clean["fragile"].all()
     # moved by .05 sqrt(4) = .1: 1 stands, 1/50 falls; `b` moves nothing, and is one of two modalities
     for worst in (found.certified, found.attacked):
@@ -215,7 +218,7 @@ def test_noise_lies_along_its_components_and_has_one_length():
     std = x[rows].std(0, correction=0)
     _, _, axes = torch.linalg.svd((x[rows] - x[rows].mean(0)) / std, full_matrices=False)
     for end, span in (("leading", axes[:2]), ("trailing", axes[-2:])):
-        noise = (principal_noise(x, rows, end, torch.Generator().manual_seed(0)) - x) / std
+        noise = (principal_noise(x, components_of(x, rows), end, torch.Generator().manual_seed(0)) - x) / std
         torch.testing.assert_close(noise.norm(dim=1), torch.full((500,), NOISE * 8**0.5), rtol=1e-3, atol=1e-3)
         torch.testing.assert_close((noise @ span.T) @ span, noise, rtol=1e-3, atol=1e-3)
 
@@ -235,7 +238,8 @@ def test_noise_harms_the_model_that_reads_its_components():
     outputs = outputs_of(data, models).reshape(2, 1, 1, -1)
     grid = Grid(data, [Setting("first", 1), Setting("last", 1)], [0], models, outputs, {})
     moved = {
-        end: np.abs(noisy_predictions(grid, end) - grid.predictions()).mean(-1)[:, 0] for end in ("leading", "trailing")
+        end: np.abs(noisy_predictions(grid, components_by_fold(data), end) - grid.predictions()).mean(-1)[:, 0]
+        for end in ("leading", "trailing")
     }
     assert moved["leading"][0] > 5 * moved["trailing"][0] and moved["trailing"][1] > 5 * moved["leading"][1]
 

@@ -256,8 +256,8 @@ def test_whole_experiment_ends_in_a_verdict_and_json_numbers(tmp_path: Path, mod
     assert outcome.answer.count("\n") == 0 and "component" in outcome.table
 
 
-def test_without_probes_there_are_too_few_data(tmp_path: Path):
+def test_without_probes_nothing_is_identified(tmp_path: Path):
     run = Run(Options(dataset="cmu_mosi", seeds=3, epochs=2), tmp_path, torch.device("cpu"))
     outcome = measure(small_study("ab", metadata=False), run)
-    assert outcome.verdict == "cannot tell"
+    assert outcome.verdict == "not identified"
     assert any("transcripts" in note for note in outcome.notes)

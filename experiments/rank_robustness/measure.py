@@ -30,7 +30,7 @@ from dataclasses import replace
 import numpy as np
 
 from experiments.experiment import SCORE_EFFECT, Experiment, Outcome, Run, contrasts_on_test, verdict_of_rank
-from experiments.rank_robustness.members import NOISE, RHO, SHARE, Measures, measure_members
+from experiments.rank_robustness.members import NOISE, RHO, SHARE, Measures, components_by_fold, measure_members
 from experiments.rank_robustness.report import columns_of, draw, table
 from mmfusion.data.folds import FoldedDataset
 from mmfusion.metrics.outcomes import EFFECTS, PRIMARY, WORDS
@@ -58,23 +58,25 @@ def settings_of() -> list[Setting]:
 def measure(data: FoldedDataset, run: Run) -> Outcome:
     """Train all rows, measure every member, and judge."""
     grid, result, recipe = run.grid(data, settings_of(), "rank robustness"), Measures(), run.options.recipe(data.task)
-    measure_members(grid, result)
+    components = components_by_fold(data)
+    measure_members(grid, components, result)
     spectral = [Setting(f"spectral norm, rank {rank}", rank, JWAE) for rank in (4, HIGH)]
-    measure_members(run.grid(data, spectral, "rank robustness spectral", spectral_norm=SPECTRAL_NORM), result)
+    bound = run.grid(data, spectral, "rank robustness spectral", spectral_norm=SPECTRAL_NORM)
+    measure_members(bound, components, result)
     for step in STEPS:
         slower = replace(recipe, learning_rate=step * recipe.learning_rate)
         rows = [Setting(f"step {step:g}, rank {HIGH}", HIGH, JWAE)]
-        measure_members(run.grid(data, rows, f"rank robustness step {step:g}", slower), result)
+        measure_members(run.grid(data, rows, f"rank robustness step {step:g}", slower), components, result)
     named, effects = differences(data, result)
     contrasts = contrasts_on_test(data, named, effects)
-    verdict, bound = verdict_of_rank(grid, f"jWAE, rank {HIGH}", verdict_of(contrasts))
+    verdict, suffix = verdict_of_rank(grid, f"jWAE, rank {HIGH}", verdict_of(contrasts))
     shown = "; ".join(f"{c.name} {c.estimate:+.3f} [{c.low:+.3f}, {c.high:+.3f}]" for c in contrasts if c.decides)
     columns = columns_of(data, result)
     return Outcome(
         table(data, columns),
         contrasts,
         verdict,
-        f"Ranks 2 and 4 against {HIGH}: {shown}.{bound}",
+        f"Ranks 2 and 4 against {HIGH}: {shown}.{suffix}",
         {label: {name: values.tolist() for name, values in cells.items()} for label, cells in columns.items()},
         lambda figure: draw(figure, data, columns, RANKS),
         (14.0, 4.4),

@@ -1,6 +1,7 @@
 """Worst cases, geometry and noise along principal components, of every trained member."""
 
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -54,22 +55,22 @@ class Measures:
     """(S, F) mean over examples and pairs of |B|_2, raw"""
 
 
-def measure_members(grid: Grid, result: Measures, prefix: str = "") -> None:
-    """Add every setting of a grid to the result, under its label after the prefix."""
+def measure_members(grid: Grid, components: list[dict[str, "Components"]], result: Measures) -> None:
+    """Add every setting of a grid to the result, under its label; components are those of its data."""
     data = grid.data
     outcome = PRIMARY[data.task][0]
 
     def of(predictions: np.ndarray) -> np.ndarray:
         return per_example(data, predictions, "test", lambda *given: example_outcome(*given, outcome))
 
-    noisy = {end: of(noisy_predictions(grid, end)) for end in ENDS}
+    noisy = {end: of(noisy_predictions(grid, components, end)) for end in ENDS}
     scores, clean = grid.scores(), of(grid.predictions())
     training = np.log(by_fold(data, grid.losses("train"), "train"))
     tempered = grid.predictions() if data.task == "regression" else grid.tempered()
     loss = "squared_error" if data.task == "regression" else "log_loss"
     losses = -per_example(data, tempered, "test", lambda *given: example_outcome(*given, loss))
     for p, setting in enumerate(grid.settings):
-        label = prefix + setting.label
+        label = setting.label
         result.clean[label], result.outcome[label], result.loss[label] = scores[p], clean[p], losses[p]
         result.leading[label], result.trailing[label] = noisy["leading"][p], noisy["trailing"][p]
         result.training[label] = training[p]
@@ -131,36 +132,55 @@ def geometry(model: FusionModel, features: dict, stds: dict, criterion: Criterio
 # ---- noise along principal components ----------------------------------------------------------------------------
 
 
-def principal_noise(x: Tensor, rows: Tensor, end: str, generator: torch.Generator) -> Tensor:
-    """x with noise in the span of the leading or the trailing principal components of its standardised training rows.
+class Components(NamedTuple):
+    """The outermost principal components of standardised training rows: as many of the first as of the last."""
 
-    The counterpart, for vectors, of low and high frequencies of a picture. Both ends have the same number of
-    components, `SHARE` of those that vary, and noise of one length, `NOISE` sqrt(d) for every example.
+    std: Tensor
+    """(d,) that the rows were divided by"""
+    leading: Tensor
+    """(C, d), orthonormal"""
+    trailing: Tensor
 
-    Args:
-        x: (N, d) raw features; rows: those trained on; end: of `ENDS`.
 
-    Returns:
-        (N, d) in the units of x.
-    """
+def components_of(x: Tensor, rows: Tensor) -> Components:
+    """Of the rows of x (N, d): at either end `SHARE` of the components that vary, at least one."""
     std, mean = torch.std_mean(x[rows].double(), 0, correction=0)
     std = torch.where(std > 0, std, 1.0)
     _, values, directions = torch.linalg.svd((x[rows].double() - mean) / std, full_matrices=False)
     directions = directions[values.square() > LEAST_VARIANCE * values[0].square()]  # (V, d), leading first
     count = max(1, int(SHARE * len(directions)))
-    span = directions[:count] if end == "leading" else directions[-count:]
-    noise = torch.randn(len(x), count, generator=generator, dtype=torch.float64)
+    return Components(std, directions[:count].clone(), directions[-count:].clone())  # without the others' memory
+
+
+def components_by_fold(data: FoldedDataset) -> list[dict[str, Components]]:
+    """Of every fold's training rows, by modality."""
+    return [{name: components_of(x, fold.train) for name, x in data.pool.features.items()} for fold in data.folds]
+
+
+def principal_noise(x: Tensor, components: Components, end: str, generator: torch.Generator) -> Tensor:
+    """x with noise in the span of its leading or its trailing components, of length `NOISE` sqrt(d) in every example.
+
+    The counterpart, for vectors, of low and high frequencies of a picture.
+
+    Args:
+        x: (N, d) raw features; end: of `ENDS`.
+
+    Returns:
+        (N, d) in the units of x.
+    """
+    span = components.leading if end == "leading" else components.trailing
+    noise = torch.randn(len(x), len(span), generator=generator, dtype=torch.float64)
     noise = NOISE * x.shape[1] ** 0.5 * noise / torch.linalg.vector_norm(noise, dim=1, keepdim=True)
-    return (x.double() + noise @ span * std).to(x.dtype)
+    return (x.double() + noise @ span * components.std).to(x.dtype)
 
 
-def noisy_predictions(grid: Grid, end: str) -> np.ndarray:
+def noisy_predictions(grid: Grid, components: list[dict[str, Components]], end: str) -> np.ndarray:
     """(P, S, n[, O]): predictions on test where all modalities carry that noise, the same for every member."""
     data, folds = grid.data, []
-    for f, fold in enumerate(data.folds):
+    for f, of_fold in enumerate(components):
         generator = torch.Generator().manual_seed(f)
         features = {
-            name: principal_noise(x, fold.train, end, generator) for name, x in sorted(data.pool.features.items())
+            name: principal_noise(x, of_fold[name], end, generator) for name, x in sorted(data.pool.features.items())
         }
         probed = replace(data, pool=replace(data.pool, features=features))
         outputs = outputs_of(probed, grid.models[f :: len(data.folds)])  # members are fold by fold within a seed

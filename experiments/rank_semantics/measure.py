@@ -17,11 +17,12 @@ A route for each probe (polarity, length, speaker), any of which will do (Holm):
 what the prediction tells and beyond permuted probes, and (b) what the components that tell it best in two starts say
 beyond the prediction correlates more than permuted, so that it is one component and not another in every start. (a)
 must hold in a permutation test over examples, too: folds of several repeats share theirs. Supported: a probe with both.
-Not supported: of every probe, (a) or (b) is shown to be absent or too small. Without probes, or with two starts of one
-fold, "cannot tell"; three or more modalities without Kruskal's condition in every layer are "not identified". Stability
-of all components decides nothing: it holds of main effects that no probe names. That components are *distinct* stands
-in the table and is no part of the rule; nor is that what they tell is an *interaction*: rank terms of three modalities
-hold main effects too. Positive control: planted factors (`planted_factors`, with the demo).
+Not supported: of every probe, (a) or (b) is shown to be absent or too small. With two starts of one fold, "cannot
+tell". "Not identified" where there are no probes, for then nothing was asked, and for three or more modalities without
+Kruskal's condition in every layer. Stability of all components decides nothing: it holds of main effects that no probe
+names. That components are *distinct* stands in the table and is no part of the rule; nor is that what they tell is an
+*interaction*: rank terms of three modalities hold main effects too. Positive control: planted factors
+(`planted_factors`, with the demo).
 """
 
 from collections.abc import Sequence
@@ -138,10 +139,8 @@ def differences(result: SemanticsResult) -> tuple[dict[str, Difference], dict[st
 
 def judge_semantics(contrasts: Sequence[Contrast], result: SemanticsResult) -> Verdict:
     """The rule of the module's docstring."""
-    if not result.two and result.kruskal < 1:
+    if not result.probes or (not result.two and result.kruskal < 1):
         return "not identified"
-    if not result.probes:
-        return "cannot tell"
     p_values = np.array([one.p for one in result.probes.values()])
     corrected = route_corrected(p_values, p_values > -1, list(result.probes))
     chance = {TELLS.format(name) for name, p in zip(result.probes, corrected, strict=True) if p >= LEVEL}

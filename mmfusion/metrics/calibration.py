@@ -288,7 +288,8 @@ def detection(
     Clean and corrupted are copies of the same N examples, so it is examples that are resampled, each with all its
     copies: resampling copies would take them for independent. With M_ij the number of copies of j that score above
     clean i (a tie counts half), c_j the number of copies of j and counts w_i,
-    AUROC = sum_ij w_i w_j M_ij / (sum_i w_i sum_j w_j c_j).
+    AUROC = sum_ij w_i w_j M_ij / (sum_i w_i sum_j w_j c_j); running sums of w over the sorted clean scores give
+    sum_i w_i M_ij without the matrix.
 
     Args:
         clean: (N,); corrupted: (D, N), or (N,) for one draw.
@@ -302,21 +303,24 @@ def detection(
     if not affected.any():
         raise ValueError("no copy is affected: there is nothing to detect")
     n = clean.size
-    above = np.zeros((n, n), np.float32)  # float32: halves up to the number of draws, and sums of few thousand
-    for copy, counted in zip(corrupted, affected, strict=True):
-        above += ((copy > clean[:, None]) + 0.5 * (copy == clean[:, None])) * counted
     copies = affected.sum(0)  # (N,)
     if groups is None:
         counts = bootstrap_counts(n, seed, resamples)
     else:
         _, index = np.unique(np.asarray(groups), return_inverse=True)
         counts = bootstrap_counts(int(index.max()) + 1, seed, resamples)[:, index]
-    w = counts.astype(np.float32)  # (K, N)
+    order, drawn = np.argsort(clean), counts.T.copy()  # (N, K): rows are taken whole
+    below = np.zeros((n + 1, len(counts)))  # how often one of the r lowest clean ones is drawn
+    np.cumsum(drawn[order], 0, out=below[1:])
+    twice, hits = 0, np.zeros(len(counts))  # halves, doubled: whole numbers, whose sums are exact
+    for copy, counted in zip(corrupted, affected, strict=True):
+        lower, not_above = (np.searchsorted(clean[order], copy[counted], side) for side in ("left", "right"))
+        twice += int(lower.sum() + not_above.sum())
+        hits += np.einsum("jk,jk->k", below[lower] + below[not_above], drawn[counted])
     pairs = counts.sum(1) * (counts @ copies)
-    hits = ((w @ above) * w).sum(1, dtype=np.float64)  # (K, N) @ (N, N)
-    resampled = np.divide(hits, pairs, out=np.full(len(hits), np.nan), where=pairs > 0)
+    resampled = np.divide(hits / 2, pairs, out=np.full(len(hits), np.nan), where=pairs > 0)
     low, high = np.nanpercentile(resampled, [2.5, 97.5])
-    return Detection(float(above.sum(dtype=np.float64) / (n * copies.sum())), float(low), float(high))
+    return Detection(twice / 2 / (n * int(copies.sum())), float(low), float(high))
 
 
 # ---- checks ------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ made of.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import get_args
 
 import numpy as np
@@ -159,10 +160,13 @@ def example_losses(predictions: np.ndarray, target: np.ndarray, task: Task) -> n
     return np.square(predictions - target).reshape(*predictions.shape[:2], -1).mean(-1)
 
 
+@lru_cache(maxsize=1)  # drawing takes longer than what is done with the draws, and many scores ask for the same
 def bootstrap_counts(examples: int, seed: int = 0, resamples: int = RESAMPLES) -> np.ndarray:
-    """How often each example is drawn in each resample: (resamples, examples), every row sums to `examples`."""
+    """How often each example is drawn in each resample: (resamples, examples), read-only; rows sum to `examples`."""
     rng = np.random.default_rng(seed)
-    return rng.multinomial(examples, np.full(examples, 1 / examples), size=resamples).astype(np.float64)
+    counts = rng.multinomial(examples, np.full(examples, 1 / examples), size=resamples).astype(np.float64)
+    counts.setflags(write=False)
+    return counts
 
 
 def weighted_auroc(scores: np.ndarray, target: np.ndarray, weights: np.ndarray) -> np.ndarray:
